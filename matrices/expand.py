@@ -1,0 +1,233 @@
+"""From a matrix to its cells: a pure function, no files read, nothing changed in place.
+
+A combination is one value for every setting: defaults, then the preset, then constants, then one
+value of each axis. In the order they are written (the last axis changes fastest):
+
+1. the product of the axes makes combinations; those an `exclude` matches are dropped;
+2. each `include` adds combinations: what it names is fixed, the axes it does not name take all
+   their values; `exclude` drops from these too, but if it drops all of them, that is an error;
+3. settings that mean nothing for the combination are dropped or put to their default (`collapse`);
+4. equal cells merge, the first stays.
+
+`exclude` compares with the combination before step 3: with `exclude: [{method: full, rank: 64}]`
+and ranks 8 and 64, full fine-tuning stays, as the cell that rank 8 collapses to.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import product
+from operator import itemgetter
+from typing import Any
+
+from matrices.cell import SECTIONS, Cell
+from matrices.errors import UserError
+from matrices.load import Entry, Matrix
+from matrices.presets import PRESETS
+from matrices.settings import DEFAULTS, PRESET, show, validate
+
+MAX_COMBINATIONS = 1_000_000
+
+# Sections that mean nothing for a method.
+UNUSED: dict[str, tuple[str, ...]] = {
+    "base": ("quantization", "adapter", "data", "train"),
+    "full": ("quantization", "adapter"),
+    "lora": ("quantization",),
+    "qlora": (),
+}
+# lm-eval's recipe: without tasks none of it means anything.
+RECIPE = tuple(
+    f"evaluate.{leaf}"
+    for leaf in ("include_path", "limit", "num_fewshot", "batch_size", "apply_chat_template")
+)
+
+Combination = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """`combinations` counts what is left after exclude and include, before anything collapses;
+    `cells` are what is left after, each with its own cell_id."""
+
+    cells: tuple[Cell, ...]
+    combinations: int
+    notes: tuple[str, ...]
+
+
+def expand(matrix: Matrix) -> Expansion:
+    """All cells of a matrix. Raises UserError (with file and line) when an include and an exclude
+    contradict each other, nothing is left, or there are more than a million combinations."""
+    size = math.prod(len(values) for values in matrix.axes.values())
+    if size > MAX_COMBINATIONS:
+        raise UserError(
+            f"the axes make {size:,} combinations; at most {MAX_COMBINATIONS:,} are expanded",
+            key="axes",
+            where=matrix.locate("axes"),
+        )
+    builder = _Builder(matrix)
+    kept = 0
+    for combination in _combinations(matrix, None):
+        if not builder.excluded(combination):
+            kept += 1
+            builder.add(combination)
+    for entry in matrix.include:
+        kept += _include(matrix, builder, entry)
+    if not builder.cells:
+        raise UserError(
+            "every combination is excluded, so nothing is left to run; remove an entry",
+            key="exclude",
+            where=matrix.locate("exclude"),
+        )
+    notes = (*builder.notes, *_unmatched(matrix, builder), *_idle_axes(matrix, builder.methods))
+    return Expansion(tuple(builder.cells.values()), kept, notes)
+
+
+def _combinations(matrix: Matrix, entry: Entry | None) -> Iterator[Combination]:
+    """The product of the axes; for an include, of those it does not name, with its own values."""
+    fixed = dict(entry.settings) if entry else {}
+    axes = {key: values for key, values in matrix.axes.items() if key not in fixed}
+    bases: dict[Any, Combination] = {}
+    for values in product(*axes.values()):
+        chosen = dict(zip(axes, values, strict=True)) | fixed
+        preset = chosen.get(PRESET, matrix.constants.get(PRESET))
+        if preset not in bases:
+            bases[preset] = DEFAULTS | _preset(preset) | dict(matrix.constants) | {PRESET: preset}
+        yield bases[preset] | chosen
+
+
+def _preset(name: str | None) -> Combination:
+    if name is None:
+        return {}
+    return {key: validate(key, value, f"preset {name}") for key, value in PRESETS[name].items()}
+
+
+def _include(matrix: Matrix, builder: _Builder, entry: Entry) -> int:
+    """Add an include's combinations; returns how many exclude leaves of them."""
+    before, kept = len(builder.cells), 0
+    culprit = None
+    for combination in _combinations(matrix, entry):
+        excluded_by = builder.excluded(combination)
+        if excluded_by:
+            culprit = excluded_by
+            continue
+        kept += 1
+        builder.add(combination)
+    if culprit and not kept:
+        raise UserError(
+            f"contradicts the exclude at {culprit.where}, which drops everything it adds; "
+            "remove one of them",
+            key="include",
+            where=entry.where,
+        )
+    if len(builder.cells) == before:
+        builder.notes.append(f"{entry.where}: include adds no cell that is not there already")
+    return kept
+
+
+class _Builder:
+    """Collects distinct cells. Combinations collapse as plain dicts; each distinct section is
+    validated once, each distinct cell built once."""
+
+    def __init__(self, matrix: Matrix) -> None:
+        self.matrix = matrix
+        self.cells: dict[str, Cell] = {}
+        self.notes: list[str] = []
+        self.methods: set[str] = set()
+        self.matched: set[int] = set()
+        self.seen: set[tuple[Any, ...]] = set()
+        self.sections: dict[tuple[Any, ...], Any] = {}
+        self.leaves = {
+            section: tuple(f"{section}.{leaf}" for leaf in model.model_fields)
+            for section, model in SECTIONS.items()
+        }
+        self.pick = {section: itemgetter(*names) for section, names in self.leaves.items()}
+
+    def excluded(self, combination: Combination) -> Entry | None:
+        """The first exclude that matches; every one that does counts as used."""
+        found = None
+        for index, entry in enumerate(self.matrix.exclude):
+            if all(combination[key] == value for key, value in entry.settings.items()):
+                self.matched.add(index)
+                found = found or entry
+        return found
+
+    def add(self, combination: Combination) -> None:
+        method = combination["method"]
+        self.methods.add(method)
+        collapsed = collapse(combination)
+        for key in ("model.name", "data.source"):
+            section = key.partition(".")[0]
+            collapsed[f"{section}.fingerprint"] = self.matrix.fingerprints.get(combination[key])
+        keys = {
+            # Mappings cannot be hashed; within one expansion the object stands for its content.
+            section: tuple(id(v) if type(v) is dict else v for v in pick(collapsed))
+            for section, pick in self.pick.items()
+            if section not in UNUSED[method]
+        }
+        identity = (method, collapsed["seed"], *keys.items())
+        if identity in self.seen:
+            return
+        self.seen.add(identity)
+        parts = {section: self.section(section, key, collapsed) for section, key in keys.items()}
+        cell = Cell(method=method, seed=collapsed["seed"], **parts)
+        self.cells.setdefault(cell.cell_id, cell)
+
+    def section(self, section: str, key: tuple[Any, ...], collapsed: Combination) -> Any:
+        built = self.sections.get((section, key))
+        if built is None:
+            names = self.leaves[section]
+            values = {name.partition(".")[2]: collapsed[name] for name in names}
+            built = self.sections[section, key] = SECTIONS[section](**values)
+        return built
+
+
+def collapse(combination: Mapping[str, Any]) -> Combination:
+    """The combination with everything that means nothing for it at its default, and everything
+    that can be written in two ways written in one. Unused sections are left to the caller."""
+    found = dict(combination)
+
+    def default(*keys: str) -> None:
+        for key in keys:
+            found[key] = DEFAULTS[key]
+
+    if found["method"] == "base":
+        # Nothing is trained, and without quantization nothing is scored under autocast.
+        default("seed", "model.compute_dtype")
+    if found["adapter.alpha"] is None:
+        found["adapter.alpha"] = 2 * found["adapter.rank"]
+    targets = found["adapter.target_modules"]
+    if not isinstance(targets, str):
+        # PEFT takes the names as a set.
+        found["adapter.target_modules"] = tuple(sorted(set(targets)))
+    if found["model.compute_dtype"] == "fp32":
+        default("train.autocast")
+    elif not found["train.autocast"] and found["method"] in ("full", "lora"):
+        # Only 4-bit layers use it otherwise.
+        default("model.compute_dtype")
+    if found["train.timing_warmup_steps"] == found["train.warmup_steps"]:
+        default("train.timing_warmup_steps")
+    if not found["train.gradient_checkpointing"]:
+        default("train.use_reentrant")
+    if not found["data.packing"]:
+        default("data.packing_strategy")
+    if not found["evaluate.tasks"]:
+        default(*RECIPE)
+    return found
+
+
+def _unmatched(matrix: Matrix, builder: _Builder) -> Iterator[str]:
+    for index, entry in enumerate(matrix.exclude):
+        if index not in builder.matched:
+            shown = ", ".join(f"{key}: {show(value)}" for key, value in entry.settings.items())
+            yield f"{entry.where}: exclude matches no combination ({shown})"
+
+
+def _idle_axes(matrix: Matrix, methods: set[str]) -> Iterator[str]:
+    """Axes of sections that none of the methods has."""
+    for key in matrix.axes:
+        section = key.partition(".")[0]
+        if all(section in UNUSED[method] for method in methods):
+            used = ", ".join(sorted(methods))
+            yield f"{matrix.locate(key)}: the axis {key} changes nothing for method {used}"

@@ -1,0 +1,115 @@
+"""`python -m matrices.reference` prints REFERENCE.md, made from the models that check a matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from matrices.expand import expand
+from matrices.load import load, shipped
+from matrices.presets import PRESETS
+from matrices.rules import RULES
+from matrices.settings import BARE, DEFAULTS, LEAVES, MISLEADING, SCHEMAS, describe, flow
+
+INTRODUCTION = """\
+# Reference of the matrix language
+
+Made by `python -m matrices.reference`; a test keeps it current.
+
+A matrix is a YAML file. Settings may stand in their section (`train: {steps: 40}`), under their
+dotted name (`train.steps: 40`) or, where a bare name is listed, under that (`steps: 40`);
+`model: x` is short for `model.name`, `data: x` for `data.source`. The same names work in `axes`,
+`exclude`, `include` and `--set KEY=VALUE`. YAML is read as YAML 1.2: `1e-4` is a number, `no` is
+text. Relative paths start at the file's directory, those of `--set` at the current one.
+
+* `name` names the results directory; the file's name if not given.
+* `question`: what the matrix is to answer; printed in reports.
+* `preset`: a named starting point, weaker than everything the matrix says; may be an axis.
+* `axes`: settings with a list of values each; every combination is made.
+* `exclude`: a list of entries, each naming settings; a combination that has all values of an entry
+  is dropped. Entries look at combinations before anything collapses (see below).
+* `include`: a list of entries, each naming settings; combinations are added with these values, and
+  with all values of the axes not named. `exclude` drops from these too; if it drops all of them,
+  that is an error.
+* `score_base`: `true` (the default) scores the untouched and the quantized base too.
+* `timeout_seconds`: the longest a cell may take; no limit if not given.
+
+Weakest first: defaults, preset, constants, axes, `include`; `--set` replaces a constant or a whole
+axis. In `--set` a list is an axis (`--set rank=[8,64]`); for a setting that is a list, a list of
+lists is.
+
+What means nothing for a combination is dropped and equal cells merge: `full` has no adapter and no
+quantization, `lora` no quantization, `base` neither, nor data, training or a seed; `alpha: null` is
+2 x rank; `use_reentrant` without `gradient_checkpointing`, `packing_strategy` without `packing`,
+`autocast` with `compute_dtype: fp32`, `compute_dtype` without `autocast` (but for `qlora`) and the
+lm-eval recipe without `tasks` go to their defaults.
+
+A method with its own learning rate goes into `include`:
+
+```yaml
+axes: {method: [lora, qlora], seed: [0, 1, 2]}
+learning_rate: 2.0e-4
+include:
+  - {method: full, learning_rate: 2.0e-5}   # for all three seeds
+```
+"""
+
+
+def reference() -> str:
+    """The whole page, as Markdown."""
+    parts = [INTRODUCTION, _settings(), _presets(), _rules(), _matrices()]
+    return "\n".join(parts)
+
+
+def table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    """A Markdown table; pipes in cells are escaped."""
+    lines = [header, tuple("---" for _ in header), *rows]
+    return "".join(
+        f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines
+    )
+
+
+def _settings() -> str:
+    bare = {dotted: name for name, dotted in BARE.items()}
+    rows = [
+        (
+            f"`{dotted}`",
+            f"`{bare[dotted]}`" if dotted in bare else "–",
+            describe(SCHEMAS[dotted]),
+            f"`{flow(DEFAULTS[dotted])}`",
+            model.model_fields[leaf].description or "",
+        )
+        for dotted, (model, leaf) in LEAVES.items()
+    ]
+    refused = "; ".join(f"`{name}` is ambiguous, write {said}" for name, said in MISLEADING.items())
+    header = ("Setting", "Bare name", "Accepts", "Default", "Meaning")
+    return f"## Settings\n\n{table(header, rows)}\n{refused}.\n"
+
+
+def _presets() -> str:
+    keys = dict.fromkeys(key for preset in PRESETS.values() for key in preset)
+    rows = [
+        (f"`{key}`", *(f"`{flow(p[key])}`" if key in p else "–" for p in PRESETS.values()))
+        for key in keys
+    ]
+    return f"## Presets\n\n{table(('Setting', *(f'`{name}`' for name in PRESETS)), rows)}"
+
+
+def _rules() -> str:
+    rows = [
+        (f"`{rule.__name__.replace('_', '-')}`", " ".join((rule.__doc__ or "").split()))
+        for rule in RULES
+    ]
+    return f"## Cells that are refused\n\n{table(('Rule', 'Refuses'), rows)}"
+
+
+def _matrices() -> str:
+    rows = []
+    for name in shipped():
+        matrix = load(name)
+        cells = len(expand(matrix).cells)
+        rows.append((f"`{name}`", matrix.question, str(cells)))
+    return f"## Shipped matrices\n\n{table(('Name', 'Question', 'Cells'), rows)}"
+
+
+if __name__ == "__main__":
+    print(reference(), end="")

@@ -1,0 +1,87 @@
+"""The rules' claims, asked of the installed libraries."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from matrices.owned import LORA_RESERVED, LORA_SETTINGS, SFT_RESERVED, SFT_SETTINGS
+
+
+def test_accelerate_ignores_fp16_on_a_cpu() -> None:
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        assert Accelerator(cpu=True, mixed_precision="fp16").native_amp is False
+        AcceleratorState._reset_state(reset_partial_state=True)
+        assert Accelerator(cpu=True, mixed_precision="bf16").native_amp is True
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_the_gradient_scaler_refuses_fp16_gradients() -> None:
+    parameter = torch.nn.Parameter(torch.ones(4, dtype=torch.float16))
+    parameter.grad = torch.ones_like(parameter)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(torch.ones(1))
+    with pytest.raises(ValueError, match="Attempting to unscale FP16 gradients"):
+        scaler.unscale_(torch.optim.SGD([parameter], lr=1.0))
+
+
+def test_the_polynomial_schedule_refuses_a_rate_at_its_end() -> None:
+    from transformers import get_polynomial_decay_schedule_with_warmup as schedule
+
+    parameter = torch.nn.Parameter(torch.ones(1))
+    with pytest.raises(ValueError, match="must be smaller than initial lr"):
+        schedule(torch.optim.SGD([parameter], lr=1e-7), 0, 10)
+    schedule(torch.optim.SGD([parameter], lr=1.1e-7), 0, 10)
+
+
+def test_transformers_has_no_flash_attention_for_a_cpu() -> None:
+    from transformers import modeling_flash_attention_utils as flash
+
+    devices = {
+        name for _, name in flash.FLASH_ATTENTION_COMPATIBILITY_MATRIX[2]["supported_devices"]
+    }
+    devices |= set(flash.FLASH_ATTN_KERNEL_DEVICES["kernels-community/flash-attn2"])
+    assert "cuda" in devices
+    assert "cpu" not in devices
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_packed_documents_stay_apart_without_flash_attention(implementation: str) -> None:
+    """Why bfd packing is not refused: transformers masks by position_ids, when nothing is cached
+    (TRL trains with use_cache=False)."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+    )
+    config._attn_implementation = implementation
+    model = LlamaForCausalLM(config).eval()
+    first, second = torch.randint(0, 64, (1, 7)), torch.randint(0, 64, (1, 9))
+    positions = torch.cat([torch.arange(7), torch.arange(9)])[None]
+    with torch.no_grad():
+        packed = model(torch.cat([first, second], 1), position_ids=positions, use_cache=False)
+        alone = model(second, use_cache=False)
+    torch.testing.assert_close(packed.logits[:, 7:], alone.logits, atol=1e-5, rtol=0)
+
+
+def test_owned_arguments_exist() -> None:
+    from peft import LoraConfig
+    from trl import SFTConfig
+
+    sft = {field.name for field in dataclasses.fields(SFTConfig)}
+    retired = {"warmup_ratio"}  # still what many people write
+    assert (SFT_SETTINGS.keys() | SFT_RESERVED) - sft == retired
+    lora = {field.name for field in dataclasses.fields(LoraConfig)}
+    assert (LORA_SETTINGS.keys() | LORA_RESERVED) <= lora

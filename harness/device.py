@@ -1,0 +1,168 @@
+"""The one seam to CUDA and NVML. Everything here works on a CPU machine too, where the counters
+that do not exist are `None`; nobody else in the harness asks which device it is.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+NO_CUDA = "torch sees no CUDA device on this machine"
+NO_NVML = "no NVIDIA driver answers NVML on this machine"
+DTYPES: dict[str, torch.dtype] = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "uint8": torch.uint8,
+}
+
+
+class Peaks(NamedTuple):
+    """torch's CUDA counters since the last reset, bytes; None on CPU."""
+
+    allocated_bytes: int | None
+    reserved_bytes: int | None
+
+
+def training_device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if has_cuda() else torch.device("cpu")
+
+
+def has_cuda() -> bool:
+    return torch.cuda.is_available()
+
+
+def synchronize() -> None:
+    """Wait for queued kernels, so that a clock read next is true."""
+    if has_cuda():
+        torch.cuda.synchronize()
+
+
+def release_cache() -> None:
+    if has_cuda():
+        torch.cuda.empty_cache()
+
+
+def reset_peaks() -> None:
+    """Start a new measuring window for torch's counters and the host's peak."""
+    if has_cuda():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    reset_host_peak()
+
+
+def peaks() -> Peaks:
+    if not has_cuda():
+        return Peaks(None, None)
+    torch.cuda.synchronize()
+    return Peaks(torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved())
+
+
+def host_peak_rss_bytes() -> int | None:
+    """High-water mark of this process's resident set since the last reset (Linux VmHWM)."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return None
+    found = re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)
+    return int(found.group(1)) * 1024 if found else None
+
+
+def reset_host_peak() -> None:
+    try:
+        # proc(5): writing 5 resets the peak resident set size to the current one.
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        # Not Linux, or not allowed: the mark then covers the process's whole life, which
+        # host_peak_is_resettable() tells.
+        return
+
+
+@functools.cache
+def host_peak_is_resettable() -> bool:
+    return os.access("/proc/self/clear_refs", os.W_OK)
+
+
+@functools.cache
+def _nvml_handle() -> Any:
+    """NVML's handle of the training device, or None."""
+    if not has_cuda():
+        return None
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
+        return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid.removeprefix('GPU-')}")
+    except pynvml.NVMLError:
+        return None
+
+
+def process_bytes() -> int | None:
+    """What NVML says this process holds on the training device, bytes."""
+    handle = _nvml_handle()
+    if handle is None:
+        return None
+    import pynvml
+
+    for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle):
+        if process.pid == os.getpid() and process.usedGpuMemory is not None:
+            return int(process.usedGpuMemory)
+    return None
+
+
+def device_bytes() -> int | None:
+    """What NVML says is in use on the training device by everybody, bytes."""
+    handle = _nvml_handle()
+    if handle is None:
+        return None
+    import pynvml
+
+    return int(pynvml.nvmlDeviceGetMemoryInfo(handle).used)
+
+
+def energy_joules() -> float | None:
+    """NVML's total energy counter of the training device; only differences mean anything."""
+    handle = _nvml_handle()
+    if handle is None:
+        return None
+    import pynvml
+
+    try:
+        return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1000.0
+    except pynvml.NVMLError:
+        return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that memory ran out, on the device or on the host."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and (
+        "DefaultCPUAllocator" in text or "CUDA out of memory" in text or "not enough memory" in text
+    )
+
+
+def requested_bytes(error: BaseException) -> int | None:
+    """Bytes an out-of-memory message says were asked for, or None when it does not say."""
+    text = str(error)
+    found = re.search(r"[Tt]ried to allocate (\d+) bytes", text)
+    if found:
+        return int(found.group(1))
+    found = re.search(r"[Tt]ried to allocate ([\d.]+) (bytes|KiB|MiB|GiB)", text)
+    if not found:
+        return None
+    unit = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}[found.group(2)]
+    return int(float(found.group(1)) * unit)
+
+
+def allocator_settings() -> dict[str, str]:
+    """Environment that changes how much the allocator holds for the same tensors."""
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "MALLOC_ARENA_MAX")
+    return {name: os.environ[name] for name in names if name in os.environ}

@@ -1,0 +1,84 @@
+"""The record of one cell while it is being made: every phase written down as it ends."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from harness import device
+from harness.files import write_atomically
+from harness.meters.steps import Diverged
+from harness.provenance import now
+from harness.record import Failure, Record, Status
+
+# How often progress is worth a file, seconds.
+PROGRESS_SECONDS = 0.5
+
+
+class Interrupted(BaseException):
+    """The worker was told to stop. Not an Exception: no library may swallow it."""
+
+
+class Job:
+    """One cell on its way to a record in `output_dir`."""
+
+    def __init__(self, record: Record, output_dir: Path) -> None:
+        self.record = record
+        self.output_dir = output_dir
+        self._progress_at = 0.0
+        record.reason = "still running"
+
+    def enter(self, phase: str, message: str = "") -> None:
+        """A new phase begins: what is known so far is on disk before it does."""
+        self.record.phase = phase
+        self.save()
+        self._progress_at = 0.0
+        self.progress(message=message)
+
+    def save(self) -> None:
+        write_atomically(self.output_dir / "record.json", self.record.to_json())
+
+    def progress(self, **figures: Any) -> None:
+        """Tell the runner: `step`, `steps`, `loss`, `tokens_per_second`, `message`."""
+        if time.monotonic() - self._progress_at < PROGRESS_SECONDS:
+            return
+        self._progress_at = time.monotonic()
+        known: dict[str, Any] = dict.fromkeys(("step", "steps", "loss", "tokens_per_second"))
+        content = {"phase": self.record.phase, "message": "", **known, **figures}
+        content["updated"] = time.time()
+        write_atomically(self.output_dir / "progress.json", json.dumps(content))
+
+    def finish(self, status: Status, reason: str | None = None) -> int:
+        """Make the record final; returns the worker's exit code."""
+        self.record.status = status
+        self.record.reason = reason
+        self.record.ended = now()
+        self.save()
+        return 0 if status == "ok" else 1
+
+    def fail(self, error: BaseException) -> int:
+        """Finish with what went wrong; everything measured until then stays."""
+        status = status_of(error)
+        text = str(error).strip().splitlines()
+        message = text[0] if text else type(error).__name__
+        self.record.failure = Failure(
+            type=type(error).__name__,
+            message=message,
+            phase=self.record.phase,
+            requested_bytes=device.requested_bytes(error) if status == "oom" else None,
+        )
+        if status in ("failed", "oom"):
+            traceback.print_exception(error, file=sys.stderr)
+        return self.finish(status, f"{self.record.phase}: {message}")
+
+
+def status_of(error: BaseException) -> Status:
+    if isinstance(error, Interrupted):
+        return "interrupted"
+    if isinstance(error, Diverged):
+        return "diverged"
+    return "oom" if device.is_out_of_memory(error) else "failed"

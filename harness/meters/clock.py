@@ -1,0 +1,63 @@
+"""Arithmetic of time: pure functions from step times and token counts to speeds."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class Count(NamedTuple):
+    """Tokens of one or more micro batches: with padding, without, and those that carry a label."""
+
+    all: int
+    non_padding: int
+    loss: int
+    samples: int
+
+    def plus(self, other: Count) -> Count:
+        return Count(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+NOTHING = Count(0, 0, 0, 0)
+
+
+def quartiles(seconds: Sequence[float]) -> tuple[float, float, float] | None:
+    """(q1, median, q3) by linear interpolation between order statistics (numpy's default);
+    one value is all three, none gives None."""
+    if not seconds:
+        return None
+    if len(seconds) == 1:
+        return (seconds[0],) * 3
+    q1, median, q3 = statistics.quantiles(seconds, n=4, method="inclusive")
+    return q1, median, q3
+
+
+def counts_per_step(micro_batches: Sequence[Count], accumulation: int) -> list[Count]:
+    """Sum consecutive groups of `accumulation` micro batches; an incomplete last group, fetched
+    ahead and never trained on, is dropped."""
+    steps = []
+    for start in range(0, len(micro_batches) - accumulation + 1, accumulation):
+        total = NOTHING
+        for count in micro_batches[start : start + accumulation]:
+            total = total.plus(count)
+        steps.append(total)
+    return steps
+
+
+def total(counts: Sequence[Count]) -> Count:
+    result = NOTHING
+    for count in counts:
+        result = result.plus(count)
+    return result
+
+
+def rate(amount: float, seconds: float) -> float | None:
+    """Total amount over total time, per second; None when no time passed."""
+    return amount / seconds if seconds > 0 else None
+
+
+def tflops_per_second(flops_per_step: int, steps: int, seconds: float) -> float | None:
+    """Executed floating point operations per second, in 10**12."""
+    value = rate(flops_per_step * steps, seconds)
+    return None if value is None else value / 1e12

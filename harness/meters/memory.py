@@ -1,0 +1,310 @@
+"""The memory ledger: every live tensor storage on one device, by category and phase.
+
+It runs in separate, untimed steps as a `TorchDispatchMode`, writes down each storage's birth and
+death in 512-byte blocks (the unit of torch's CUDA caching allocator, `kMinBlockSize`), and answers
+every question afterwards by replaying that list. What a storage turned out to be (a gradient, an
+optimizer state) may be learnt after its birth, which is why nothing is summed on the way.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+BLOCK_BYTES = 512
+TRAINING_PHASES = ("forward", "backward", "optimizer_step")
+
+
+def block_bytes(size: int) -> int:
+    """`size` rounded up to whole blocks; an empty storage takes none."""
+    return -(-size // BLOCK_BYTES) * BLOCK_BYTES
+
+
+@dataclass(slots=True, eq=False)
+class Storage:
+    """One storage. `category` is what it is known to be; None until somebody tags it."""
+
+    nbytes: int
+    op: str
+    shape: tuple[int, ...]
+    dtype: str
+    module: str
+    phase: str
+    guess: str
+    category: str | None = None
+    born: int = 0
+    died: int | None = None
+
+    @property
+    def block(self) -> int:
+        return block_bytes(self.nbytes)
+
+
+class Event(NamedTuple):
+    """A change of `delta` block bytes by `storage`, while `phase` (the `visit`-th phase entered)
+    was on."""
+
+    storage: Storage
+    delta: int
+    phase: str
+    visit: int
+
+
+class Peak(NamedTuple):
+    """`bytes` were live right after event number `at`."""
+
+    bytes: int
+    at: int
+
+
+class Ledger(TorchDispatchMode):
+    """Follows storages on `device_type`. `vocabulary` marks logits by their last dimension."""
+
+    def __init__(self, device_type: str, vocabulary: int | None = None) -> None:
+        super().__init__()
+        self.device_type = device_type
+        self.vocabulary = vocabulary
+        self.events: list[Event] = []
+        self.phase = "load"
+        self.visit = 0
+        self.module = ""
+        self.closed = False
+        self._live: dict[int, tuple[weakref.ref[Any], Storage]] = {}
+
+    def enter_phase(self, phase: str) -> None:
+        self.phase = phase
+        self.visit += 1
+
+    def close(self) -> None:
+        """Stop writing: what dies from now on is no longer part of the measured steps."""
+        self.closed = True
+
+    def tag(self, tensor: torch.Tensor, category: str) -> None:
+        """Say what a tensor's storage is; one not seen before is counted from now on."""
+        storage = self._see(tensor, "existing")
+        if storage is not None:
+            storage.category = category
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        composite = _composite(func)
+        if composite is not None:
+            with self:
+                out = composite(*args, **kwargs)
+        else:
+            out = func(*args, **kwargs)
+        name = str(func)
+        for value in tree_iter(out):
+            if isinstance(value, torch.Tensor):
+                self._see(value, name)
+        return out
+
+    def _see(self, tensor: torch.Tensor, op: str) -> Storage | None:
+        if tensor.device.type != self.device_type:
+            return None
+        raw = tensor.untyped_storage()
+        key = raw._cdata
+        known = self._live.get(key)
+        if known is not None and known[0]() is raw:
+            return known[1]
+        storage = Storage(
+            raw.nbytes(),
+            op,
+            tuple(tensor.shape),
+            str(tensor.dtype).removeprefix("torch."),
+            self.module,
+            self.phase,
+            self._guess(tensor),
+            born=self.visit,
+        )
+        self._live[key] = (weakref.ref(raw, lambda _: self._forget(key, storage)), storage)
+        self._note(storage, storage.block)
+        return storage
+
+    def _forget(self, key: int, storage: Storage) -> None:
+        if key in self._live and self._live[key][1] is storage:
+            del self._live[key]
+        storage.died = self.visit
+        self._note(storage, -storage.block)
+
+    def _note(self, storage: Storage, delta: int) -> None:
+        if delta and not self.closed:
+            self.events.append(Event(storage, delta, self.phase, self.visit))
+
+    def _guess(self, tensor: torch.Tensor) -> str:
+        """What a new tensor is unless tagged: autograd's formulas run with gradients disabled, a
+        checkpoint's recomputation with gradients enabled."""
+        if self.phase not in ("forward", "backward"):
+            return "temporaries"
+        if tensor.dim() > 1 and tensor.shape[-1] == self.vocabulary:
+            return "logits_and_loss"
+        recorded = self.phase == "forward" or torch.is_grad_enabled()
+        return "activations" if recorded else "temporaries"
+
+
+def _composite(func: Any) -> Callable[..., Any] | None:
+    """For bitsandbytes' fused 4-bit product: the same product as the ops it is made of.
+
+    On CPU, and on CUDA for more than a few rows, the kernel dequantizes the whole weight first;
+    inside the fused op that temporary would be invisible.
+    """
+    if func.namespace != "bitsandbytes" or func._schema.name != "bitsandbytes::gemm_4bit":
+        return None
+    from bitsandbytes.backends.default.ops import _gemm_4bit_default_impl
+
+    made: Callable[..., Any] = _gemm_4bit_default_impl
+    return made
+
+
+def category(storage: Storage) -> str:
+    """Tagged category, else the guess; what a forward made and dropped was a temporary."""
+    if storage.category is not None:
+        return storage.category
+    dropped = storage.phase == "forward" and storage.died == storage.born
+    return "temporaries" if dropped and storage.guess == "activations" else storage.guess
+
+
+def phase_peaks(events: Iterable[Event]) -> dict[str, Peak]:
+    """Highest live bytes within each phase; a phase starts with what was live before it."""
+    live = 0
+    peaks: dict[str, Peak] = {}
+    visit = None
+    for at, event in enumerate(events):
+        if event.visit != visit:
+            visit = event.visit
+            _raise(peaks, event.phase, live, at - 1)
+        live += event.delta
+        _raise(peaks, event.phase, live, at)
+    return peaks
+
+
+def _raise(peaks: dict[str, Peak], phase: str, live: int, at: int) -> None:
+    if phase not in peaks or live > peaks[phase].bytes:
+        peaks[phase] = Peak(live, at)
+
+
+def phase_ends(events: Iterable[Event]) -> dict[str, int]:
+    """Live bytes at the last event of each phase."""
+    live = 0
+    ends: dict[str, int] = {}
+    for event in events:
+        live += event.delta
+        ends[event.phase] = live
+    return ends
+
+
+def live_at(events: list[Event], at: int) -> list[Storage]:
+    """Storages alive right after event number `at`, largest first."""
+    live: dict[Storage, None] = {}
+    for event in events[: at + 1]:
+        if event.delta > 0:
+            live[event.storage] = None
+        else:
+            live.pop(event.storage, None)
+    return sorted(live, key=lambda storage: -storage.block)
+
+
+def by_category(storages: Iterable[Storage]) -> dict[str, int]:
+    """Block bytes by category, only the categories that are there."""
+    total: dict[str, int] = {}
+    for storage in storages:
+        name = category(storage)
+        total[name] = total.get(name, 0) + storage.block
+    return total
+
+
+def training_peak(events: list[Event]) -> tuple[str, Peak] | None:
+    """The training phase with the highest peak, and that peak; None without training events."""
+    peaks = phase_peaks(events)
+    found = [(name, peaks[name]) for name in TRAINING_PHASES if name in peaks]
+    return max(found, key=lambda item: item[1].bytes) if found else None
+
+
+def tensors_by_category(model: nn.Module) -> list[tuple[torch.Tensor, str]]:
+    """Every tensor a model holds with its category, the 4-bit quantization state included."""
+    found: list[tuple[torch.Tensor, str]] = []
+    for name, parameter in model.named_parameters():
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            found.append((parameter.data, "quantized_weights"))
+            found += [(tensor, "quantization_state") for tensor in quantization_tensors(state)]
+        elif ".lora_" in name or ".modules_to_save." in name:
+            found.append((parameter.data, "adapters"))
+        else:
+            found.append((parameter.data, "weights"))
+    found += [(buffer, "weights") for buffer in model.buffers()]
+    return found
+
+
+def quantization_tensors(state: Any) -> list[torch.Tensor]:
+    """absmax and code table of a bitsandbytes QuantState; when the absmax is itself quantized,
+    also its offset and its own absmax and code table."""
+    found = [state.absmax, state.code]
+    if state.nested:
+        found += [state.offset, state.state2.absmax, state.state2.code]
+    return found
+
+
+def resident_bytes(model: nn.Module) -> dict[str, int]:
+    """Exact bytes by category of what the model holds; shared storages count once."""
+    total: dict[str, int] = {}
+    seen: set[int] = set()
+    for tensor, name in tensors_by_category(model):
+        raw = tensor.untyped_storage()
+        if raw.data_ptr() not in seen:
+            seen.add(raw.data_ptr())
+            total[name] = total.get(name, 0) + raw.nbytes()
+    return total
+
+
+def tag_model(ledger: Ledger, model: nn.Module) -> None:
+    for tensor, name in tensors_by_category(model):
+        ledger.tag(tensor, name)
+
+
+def tag_gradients(ledger: Ledger, model: nn.Module) -> list[Any]:
+    """Tag each gradient as it lands on its parameter; returns the hooks, to be removed."""
+
+    def landed(parameter: torch.Tensor) -> None:
+        if parameter.grad is not None:
+            ledger.tag(parameter.grad, "gradients")
+
+    return [
+        parameter.register_post_accumulate_grad_hook(landed)
+        for parameter in model.parameters()
+        if parameter.requires_grad
+    ]
+
+
+def tag_optimizer(ledger: Ledger, optimizer: torch.optim.Optimizer) -> None:
+    for value in tree_iter(list(optimizer.state.values())):
+        if isinstance(value, torch.Tensor):
+            ledger.tag(value, "optimizer_states")
+
+
+def name_modules(ledger: Ledger, model: nn.Module) -> list[Any]:
+    """Have the ledger know which module's forward is running; returns the hooks."""
+    stack: list[str] = []
+    names = {module: name for name, module in model.named_modules()}
+
+    def enter(module: nn.Module, _: Any) -> None:
+        stack.append(ledger.module)
+        ledger.module = names[module]
+
+    def leave(*_: Any) -> None:
+        ledger.module = stack.pop() if stack else ""
+
+    hooks: list[Any] = []
+    for module in names:
+        hooks.append(module.register_forward_pre_hook(enter))
+        hooks.append(module.register_forward_hook(leave, always_call=True))
+    return hooks

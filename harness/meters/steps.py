@@ -1,0 +1,169 @@
+"""What watches training: one observer times the steps, another takes their memory apart."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from harness import device
+from harness.meters import memory
+from harness.meters.energy import EnergyMeter
+from harness.record import PhaseMemory
+from harness.train import Observer
+
+# The largest storages listed in a record.
+TOP_TENSORS = 12
+
+
+class Diverged(RuntimeError):
+    """The loss of a step is not a finite number."""
+
+
+class StepClock(Observer):
+    """Times whole optimizer steps, data loading included: from the end of one to the end of the
+    next. The device is synchronized at step ends only. Keeps unrounded losses.
+
+    `report(step, loss, seconds)` is called between steps, outside of every measured interval.
+    """
+
+    def __init__(self, warmup_steps: int, report: Callable[[int, float, float], None]) -> None:
+        self._warmup_steps = warmup_steps
+        self._report = report
+        self._energy = EnergyMeter()
+        self._parts: list[Any] = []
+        self._since = 0.0
+        self.optimizer: Any = None
+        self.seconds: list[float] = []
+        self.losses: list[float] = []
+        self.meter_seconds = 0.0
+
+    def train_begin(self, optimizer: Any) -> None:
+        self.optimizer = optimizer
+        self._energy.start()
+        device.synchronize()
+        self._since = time.perf_counter()
+
+    def micro_batch_end(self, loss: Any) -> None:
+        self._parts.append(loss)
+
+    def step_end(self, step: int) -> None:
+        device.synchronize()
+        now = time.perf_counter()
+        self.seconds.append(now - self._since)
+        loss = sum(float(part) for part in self._parts)
+        self._parts.clear()
+        self.losses.append(loss)
+        if not math.isfinite(loss):
+            raise Diverged(f"the loss of step {step} is {loss}")
+        self._report(step, loss, self.seconds[-1])
+        if step == self._warmup_steps:
+            self._energy.start()
+        self._since = time.perf_counter()
+        self.meter_seconds += self._since - now
+
+    def energy(self) -> Any:
+        """Joules over the timed steps."""
+        return self._energy.stop()
+
+
+class MemorySteps(Observer):
+    """Runs the ledger, torch's counters and the operation counter over a few untimed steps."""
+
+    def __init__(self, model: nn.Module, vocabulary: int) -> None:
+        self._model = model
+        self._optimizer: Any = None
+        self._open: str | None = None
+        self._hooks: list[Any] = []
+        self.ledger = memory.Ledger(device.training_device().type, vocabulary)
+        self.flops = FlopCounterMode(display=False, custom_mapping=_cpu_attention())
+        self.readings: dict[str, PhaseMemory] = {}
+        self.steps = 0
+
+    def __enter__(self) -> MemorySteps:
+        memory.tag_model(self.ledger, self._model)
+        self._hooks = memory.tag_gradients(self.ledger, self._model)
+        self._hooks += memory.name_modules(self.ledger, self._model)
+        self.flops.__enter__()
+        self.ledger.__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.ledger.__exit__(*exception)
+        self.flops.__exit__(*exception)
+        for hook in self._hooks:
+            hook.remove()
+        self._close_phase()
+        self._tag_optimizer()
+        self.ledger.close()
+
+    def train_begin(self, optimizer: Any) -> None:
+        self._optimizer = optimizer
+
+    def phase(self, name: str) -> None:
+        self._close_phase()
+        device.reset_peaks()
+        self._open = name
+        self.ledger.enter_phase(name)
+
+    def step_end(self, step: int) -> None:
+        self._tag_optimizer()
+        self.steps = step
+
+    def _tag_optimizer(self) -> None:
+        if self._optimizer is not None:
+            inner = getattr(self._optimizer, "optimizer", self._optimizer)
+            memory.tag_optimizer(self.ledger, inner)
+
+    def _close_phase(self) -> None:
+        if self._open is not None:
+            old = self.readings.get(self._open, PhaseMemory())
+            self.readings[self._open] = highest(old, read_phase())
+            self._open = None
+
+    @property
+    def flops_per_step(self) -> int | None:
+        return self.flops.get_total_flops() // self.steps if self.steps else None
+
+
+def read_phase() -> PhaseMemory:
+    """Everything the device seam can tell about the window since the last `reset_peaks`."""
+    peaks = device.peaks()
+    return PhaseMemory(
+        allocated_peak_bytes=peaks.allocated_bytes,
+        reserved_peak_bytes=peaks.reserved_bytes,
+        process_bytes=device.process_bytes(),
+        device_bytes=device.device_bytes(),
+        host_peak_rss_bytes=device.host_peak_rss_bytes(),
+    )
+
+
+def highest(one: PhaseMemory, other: PhaseMemory) -> PhaseMemory:
+    """Figure by figure the higher; what only one of them has stands."""
+    first, second = one.model_dump(), other.model_dump()
+    merged = {
+        name: max((v for v in (first[name], second[name]) if v is not None), default=None)
+        for name in first
+    }
+    return PhaseMemory(**merged)
+
+
+def _cpu_attention() -> dict[Any, Any]:
+    """torch counts the CUDA attention kernels; the CPU one does the same products."""
+
+    def forward(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        return int(sdpa_flop_count(query, key, value))
+
+    def backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        return int(sdpa_backward_flop_count(grad, query, key, value))
+
+    aten = torch.ops.aten
+    return {
+        aten._scaled_dot_product_flash_attention_for_cpu: forward,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+    }

@@ -1,0 +1,214 @@
+"""From a cell to a loaded model: base weights, 4-bit storage, k-bit preparation, adapters."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from harness import device, packaged
+from matrices.cell import Adapter, Cell, Model, Quantization
+from matrices.errors import UserError, nearest
+
+QV_NAMES = {"q_proj", "v_proj", "query", "value", "q", "v", "wq", "wv"}
+# Projections that hold query, key and value in one matrix stand for query and value too.
+FUSED_QKV_NAMES = {"qkv_proj", "query_key_value", "c_attn", "Wqkv", "qkv", "W_pack", "in_proj"}
+
+
+def source(model: Model) -> tuple[str, dict[str, Any]]:
+    """What `from_pretrained` is asked for: a directory or hub id, and its keyword arguments."""
+    if model.name in packaged.NAMES:
+        return str(packaged.ensure_model(model.name)), {}
+    if model.fingerprint is not None or Path(model.name).expanduser().is_dir():
+        return str(Path(model.name).expanduser()), {}
+    return model.name, {
+        "revision": model.revision or "main",
+        "trust_remote_code": model.trust_remote_code,
+    }
+
+
+def load_tokenizer(model: Model) -> Any:
+    from transformers import AutoTokenizer
+
+    name, keywords = source(model)
+    return AutoTokenizer.from_pretrained(name, **keywords)
+
+
+def load_base(cell: Cell) -> Any:
+    """The base model on the training device, in 4 bit when the cell asks for it."""
+    from transformers import AutoModelForCausalLM
+
+    name, keywords = source(cell.model)
+    keywords |= {
+        "dtype": device.DTYPES[cell.model.weight_dtype],
+        "attn_implementation": cell.model.attn_implementation,
+        "device_map": {"": device.training_device()},
+    }
+    if cell.quantization is not None:
+        keywords["quantization_config"] = quantization_config(
+            cell.quantization, cell.model.compute_dtype
+        )
+    return AutoModelForCausalLM.from_pretrained(name, **keywords)
+
+
+def quantization_config(quantization: Quantization, compute_dtype: str) -> Any:
+    """Every field explicit: `load_in_4bit=True` alone means fp4, fp32 compute, no nesting."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization.quant_type,
+        bnb_4bit_use_double_quant=quantization.double_quant,
+        bnb_4bit_quant_storage=device.DTYPES[quantization.quant_storage],
+        bnb_4bit_compute_dtype=device.DTYPES[compute_dtype],
+    )
+
+
+def prepare_kbit(model: Any, cell: Cell) -> Any:
+    """PEFT's k-bit preparation, when the cell asks for it."""
+    from peft import prepare_model_for_kbit_training
+
+    if cell.quantization is None or cell.train is None or not cell.quantization.kbit_preparation:
+        return model
+    return prepare_model_for_kbit_training(
+        model,
+        use_gradient_checkpointing=cell.train.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": cell.train.use_reentrant},
+    )
+
+
+def add_adapter(model: Any, cell: Cell) -> Any:
+    """Attach LoRA as the cell says. The initial weights depend on the seed alone."""
+    from peft import get_peft_model
+    from transformers import set_seed
+
+    if cell.adapter is None:
+        return model
+    # As SFTTrainer does before it attaches an adapter itself, so that losses agree with it.
+    set_seed(cell.seed)
+    return get_peft_model(model, lora_config(cell.adapter, model))
+
+
+def lora_config(adapter: Adapter, model: Any) -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=adapter.rank,
+        lora_alpha=alpha(adapter),
+        lora_dropout=adapter.dropout,
+        target_modules=target_modules(adapter.target_modules, model),
+        **adapter.lora_config,
+    )
+
+
+def alpha(adapter: Adapter) -> int:
+    return adapter.alpha if adapter.alpha is not None else 2 * adapter.rank
+
+
+def adaptable_modules(model: Any) -> list[str]:
+    """Full names of the linear layers LoRA can be put on, the output head left out."""
+    from transformers.pytorch_utils import Conv1D
+
+    head = model.get_output_embeddings()
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head
+    ]
+
+
+def target_modules(wanted: str | Sequence[str], model: Any) -> list[str]:
+    """`qv`, `attention`, `mlp`, `all-linear` or explicit names, as name endings PEFT matches.
+
+    Raises UserError when a name matches nothing, with the names the model has.
+    """
+    names = adaptable_modules(model)
+    explicit = [wanted] if isinstance(wanted, str) and wanted not in _GROUPS else wanted
+    if isinstance(explicit, str):
+        chosen = [name for name in names if _GROUPS[explicit](name)]
+        if not chosen:
+            raise UserError(
+                f"{explicit!r} matches no linear layer of this model, which has "
+                + ", ".join(sorted({_leaf(name) for name in names})),
+                key="adapter.target_modules",
+            )
+        return shortest_endings(chosen, names)
+    for name in explicit:
+        if not any(_ends_with(full, name) for full in names):
+            leaves = sorted({_leaf(full) for full in names})
+            raise UserError(
+                f"{name!r} matches no linear layer; this model has {', '.join(leaves)}"
+                + nearest(name, leaves),
+                key="adapter.target_modules",
+            )
+    return list(explicit)
+
+
+def _leaf(name: str) -> str:
+    return name.rsplit(".", 1)[-1]
+
+
+def _ends_with(full: str, ending: str) -> bool:
+    return full == ending or full.endswith("." + ending)
+
+
+def _in_attention(name: str) -> bool:
+    return any(re.search("attn|attention", part) for part in name.split("."))
+
+
+def _is_qv(name: str) -> bool:
+    return _in_attention(name) and _leaf(name) in QV_NAMES | FUSED_QKV_NAMES
+
+
+_GROUPS = {
+    "qv": _is_qv,
+    "attention": _in_attention,
+    "mlp": lambda name: not _in_attention(name),
+    "all-linear": lambda name: True,
+}
+
+
+def shortest_endings(chosen: Iterable[str], names: Sequence[str]) -> list[str]:
+    """The shortest name endings that select exactly `chosen` among `names`, sorted.
+
+    A leaf name is enough unless the same leaf exists outside (GPT-2's `attn.c_proj`, `mlp.c_proj`).
+    """
+    wanted = set(chosen)
+    endings = set()
+    for full in wanted:
+        parts = full.split(".")
+        for length in range(1, len(parts) + 1):
+            ending = ".".join(parts[-length:])
+            if all(name in wanted for name in names if _ends_with(name, ending)):
+                endings.add(ending)
+                break
+    return sorted(endings)
+
+
+def provenance(model: Model, loaded: Any) -> dict[str, str]:
+    """Which weights were read: the hub commit, or a local directory's fingerprint."""
+    commit = getattr(loaded.config, "_commit_hash", None)
+    found = {"name": model.name}
+    if commit:
+        found["commit"] = str(commit)
+    if model.fingerprint:
+        found["fingerprint"] = model.fingerprint
+    if model.name == "smollm2-135m":
+        found |= {"wheel": packaged.WHEEL, "wheel_sha256": packaged.WHEEL_SHA256}
+    return found
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(trainable, total) parameters; a 4-bit weight counts what it stands for, not its bytes."""
+    trainable = total = 0
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        size = parameter.numel() if state is None else torch.Size(state.shape).numel()
+        total += size
+        trainable += size if parameter.requires_grad else 0
+    return trainable, total

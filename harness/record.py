@@ -1,0 +1,288 @@
+"""The record: what is known about one cell after (or before) it ran. A versioned contract.
+
+Light on purpose (no torch), so that launch and reports can read it quickly. Bytes are `int` bytes,
+times are `float` seconds, moments are ISO 8601 in UTC. A figure nobody could measure is `None`, and
+`Record.missing` says why under its dotted name.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from matrices.cell import Cell
+from matrices.errors import UserError
+
+SCHEMA_VERSION = 1
+
+Status = Literal[
+    "ok", "predicted", "oom", "timeout", "failed", "diverged", "invalid", "skipped", "interrupted"
+]
+Phase = Literal["load", "kbit_preparation", "forward", "backward", "optimizer_step", "evaluation"]
+PHASES: tuple[Phase, ...] = (
+    "load",
+    "kbit_preparation",
+    "forward",
+    "backward",
+    "optimizer_step",
+    "evaluation",
+)
+CATEGORIES = (
+    "weights",
+    "quantized_weights",
+    "quantization_state",
+    "adapters",
+    "gradients",
+    "optimizer_states",
+    "activations",
+    "logits_and_loss",
+    "temporaries",
+)
+
+
+class Part(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class PhaseMemory(Part):
+    """One phase on one rank. Peaks are within the phase.
+
+    `ledger_*` count live tensor storages in 512-byte blocks on the training device; `allocated_`
+    and `reserved_` are torch's CUDA counters; `process_` and `device_` are NVML's.
+    """
+
+    ledger_peak_bytes: int | None = None
+    ledger_end_bytes: int | None = None
+    allocated_peak_bytes: int | None = None
+    reserved_peak_bytes: int | None = None
+    process_bytes: int | None = None
+    device_bytes: int | None = None
+    host_peak_rss_bytes: int | None = None
+
+
+class LiveTensor(Part):
+    """A storage that was live at the training peak."""
+
+    bytes: int
+    category: str
+    op: str
+    shape: list[int]
+    dtype: str
+    module: str
+    phase: str
+
+
+class Memory(Part):
+    """`headline` names the meter behind `peak_bytes`: torch's CUDA counter where there is one,
+    else the ledger. The peak is over the training phases; load and evaluation stand apart."""
+
+    headline: Literal["cuda_allocated", "ledger"] | None = None
+    peak_bytes: int | None = None
+    peak_phase: Phase | None = None
+    phases: dict[Phase, list[PhaseMemory]] = Field(
+        default_factory=dict, description="one entry per rank"
+    )
+    by_category: dict[str, int] = Field(
+        default_factory=dict, description="ledger bytes by category at the ledger's training peak"
+    )
+    resident: dict[str, int] = Field(
+        default_factory=dict,
+        description="exact (unrounded) bytes by category held before the first step",
+    )
+    top_tensors: list[LiveTensor] = Field(default_factory=list)
+    host_peak_rss_bytes: int | None = None
+    allocator_settings: dict[str, str] = Field(default_factory=dict)
+
+
+class Tokens(Part):
+    """`all` with padding, `non_padding`, and `loss`: tokens that carry a label."""
+
+    all: float
+    non_padding: float
+    loss: float
+
+
+class Speed(Part):
+    """Times of the training steps, ledger off. `step_seconds` holds every step, warm-up too;
+    every figure derived from it leaves the first `warmup_steps` out."""
+
+    step_seconds: list[float] = Field(default_factory=list)
+    warmup_steps: int = 0
+    step_seconds_median: float | None = None
+    step_seconds_q1: float | None = None
+    step_seconds_q3: float | None = None
+    tokens: Tokens | None = Field(None, description="counts over the timed steps")
+    tokens_per_second: Tokens | None = None
+    samples_per_second: float | None = None
+    flops_per_step: int | None = Field(
+        None, description="executed floating point operations, recomputation included"
+    )
+    tflops_per_second: float | None = None
+    mfu: float | None = None
+    load_seconds: float | None = None
+    train_seconds: float | None = None
+    memory_steps_seconds: float | None = Field(None, description="the untimed ledger steps")
+    meter_seconds: float | None = Field(
+        None, description="spent by the step meter itself, between steps, in no step's time"
+    )
+    evaluation_seconds: float | None = None
+    energy_joules: float | None = Field(None, description="over the timed steps")
+
+
+class Metric(Part):
+    value: float
+    stderr: float | None = None
+
+
+class TaskScore(Part):
+    """One lm-eval task; `version` is the task's, `hash` of its resolved configuration and its
+    documents, so equal hashes mean equal questions."""
+
+    metrics: dict[str, Metric]
+    higher_is_better: dict[str, bool]
+    n: int = Field(description="documents scored")
+    num_fewshot: int = 0
+    version: str
+    hash: str
+
+
+class Generation(Part):
+    prompt: str
+    text: str
+
+
+class Quality(Part):
+    """lm-eval's scores of what was trained (or of the base, for a base cell)."""
+
+    tasks: dict[str, TaskScore] = Field(default_factory=dict)
+    train_loss: list[float] = Field(
+        default_factory=list, description="mean loss of each optimizer step, unrounded"
+    )
+    generations: list[Generation] = Field(default_factory=list)
+    samples_file: str | None = Field(
+        None, description="parquet of per-document results, beside the record"
+    )
+    lm_eval_version: str | None = None
+
+
+class Artifacts(Part):
+    trainable_parameters: int | None = None
+    total_parameters: int | None = None
+    adapter_bytes: int | None = Field(None, description="size of the saved adapter file")
+    adapter_path: str | None = Field(None, description="relative to the record's directory")
+
+
+class Verified(Part):
+    """What was found on the loaded modules and objects, not what was asked for."""
+
+    optimizer: str | None = Field(None, description="class that ran")
+    quantized_modules: int | None = None
+    quant_types: list[str] = Field(default_factory=list)
+    adapter_modules: list[str] = Field(default_factory=list)
+    adapter_module_count: int | None = None
+    attn_implementation: str | None = None
+    weight_dtypes: dict[str, int] = Field(
+        default_factory=dict, description="parameters by dtype before training"
+    )
+    substitutions: list[str] = Field(
+        default_factory=list, description="what ran instead of what was asked, and why"
+    )
+
+
+class Failure(Part):
+    """Why the status is not ok. For oom: the phase, and the bytes asked for where known."""
+
+    type: str
+    message: str
+    phase: str | None = None
+    requested_bytes: int | None = None
+
+
+class Stack(Part):
+    """Software: package versions, and the commit of a tunebench run from a checkout."""
+
+    python: str
+    packages: dict[str, str]
+    commit: str | None = None
+    dirty: bool | None = None
+
+
+class Hardware(Part):
+    cpu: str
+    cpu_count: int
+    host_memory_bytes: int
+    accelerator: str | None = Field(None, description="device name; none on a CPU machine")
+    accelerator_count: int = 0
+    accelerator_memory_bytes: int | None = None
+    driver: str | None = None
+
+
+class Provenance(Part):
+    """Which bytes were read: commits of hub models, hashes of files."""
+
+    model: dict[str, str] = Field(default_factory=dict)
+    data: dict[str, str] = Field(default_factory=dict)
+    environment: dict[str, str] = Field(
+        default_factory=dict, description="variables that change results, as they were"
+    )
+
+
+class Record(Part):
+    schema_version: int = SCHEMA_VERSION
+    cell_id: str
+    cell: Cell
+    base_cell_ids: dict[str, str] = Field(
+        default_factory=dict, description="untouched and quantized: the cells to judge against"
+    )
+    stack_id: str
+    stack: Stack
+    hardware: Hardware
+    command: list[str] = Field(description="argv that reproduces this cell by hand")
+    status: Status
+    reason: str | None = None
+    phase: str | None = Field(None, description="what the worker was doing last")
+    started: str
+    ended: str | None = None
+    attempt: int = 1
+    memory: Memory = Field(default_factory=Memory)
+    speed: Speed = Field(default_factory=Speed)
+    quality: Quality = Field(default_factory=Quality)
+    artifacts: Artifacts = Field(default_factory=Artifacts)
+    verified: Verified = Field(default_factory=Verified)
+    failure: Failure | None = None
+    provenance: Provenance = Field(default_factory=Provenance)
+    missing: dict[str, str] = Field(
+        default_factory=dict, description="dotted name of a None figure to the reason"
+    )
+
+    def to_json(self) -> str:
+        return self.model_dump_json(indent=1) + "\n"
+
+
+def read_record(path: Path) -> Record:
+    """Read `record.json`. Raises UserError naming the file when it is not a record of this or an
+    older schema."""
+    try:
+        plain: Any = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"not a readable record: {error}", where=str(path)) from error
+    version = plain.get("schema_version") if isinstance(plain, dict) else None
+    if not isinstance(version, int):
+        raise UserError("not a record: it has no schema_version", where=str(path))
+    if version > SCHEMA_VERSION:
+        raise UserError(
+            f"written by a newer tunebench: {version} is above {SCHEMA_VERSION}, the newest this "
+            "one reads; upgrade tunebench",
+            where=str(path),
+            key="schema_version",
+        )
+    try:
+        return Record.model_validate_json(json.dumps(plain))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(
+            first["msg"], where=str(path), key=".".join(str(part) for part in first["loc"])
+        ) from error

@@ -1,0 +1,24 @@
+"""Documents of the shipped lm-eval tasks; named by their YAML as `custom_dataset`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import datasets
+
+from harness import reference_text
+
+
+def held_out_text(per_topic: int, **_: Any) -> dict[str, datasets.Dataset]:
+    """Split `test`: `topic` and `text` of held-out passages."""
+    rows = [{"topic": p.topic, "text": p.text} for p in reference_text.held_out_passages(per_topic)]
+    return {"test": datasets.Dataset.from_list(rows)}
+
+
+def topic_questions(per_topic: int, characters: int, **_: Any) -> dict[str, datasets.Dataset]:
+    """Split `test`: `passage`, `choices` (titles) and `answer` (index of the right title)."""
+    rows = []
+    for passage in reference_text.held_out_passages(per_topic, characters, shortest=120):
+        titles, answer = reference_text.topic_question(passage)
+        rows.append({"passage": passage.text, "choices": titles, "answer": answer})
+    return {"test": datasets.Dataset.from_list(rows)}

@@ -1,0 +1,178 @@
+"""Training steps: TRL's SFTTrainer, told apart into phases for whoever measures them.
+
+Nothing in here reads a clock, asks a tensor for its value or looks at the device, so that the same
+code can run on a simulated one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from harness import device
+from harness.data import CountingCollator, loss_arguments
+from matrices.cell import Cell, Train
+
+
+class Observer:
+    """Is told where training is. This one does nothing; meters override what they need."""
+
+    def train_begin(self, optimizer: Any) -> None:
+        """Training starts; the first batch is not fetched yet."""
+
+    def phase(self, name: str) -> None:
+        """`forward`, `backward` or `optimizer_step` starts."""
+
+    def micro_batch_end(self, loss: Any) -> None:
+        """A micro batch was propagated back; `loss` is its share of the step's loss, a detached
+        scalar tensor."""
+
+    def step_end(self, step: int) -> None:
+        """Optimizer step number `step`, counted from 1, is complete and gradients are gone."""
+
+
+class ObservedTrainer(SFTTrainer):
+    """SFTTrainer that tells an observer about its phases and changes nothing else."""
+
+    def __init__(self, *args: Any, observer: Observer, **kwargs: Any) -> None:
+        self.observer = observer
+        self.data_collator: Any
+        super().__init__(*args, callbacks=[_StepCallback(observer)], **kwargs)
+        self.counted = CountingCollator(self.data_collator)
+        self.data_collator = self.counted
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        self.observer.phase("forward")
+        loss = super().training_step(*args, **kwargs)
+        # Clipping the gradients is part of the optimizer step.
+        self.observer.phase("optimizer_step")
+        self.observer.micro_batch_end(loss)
+        return loss
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(*args, **kwargs)
+        self.observer.phase("backward")
+        return loss
+
+
+class _StepCallback(TrainerCallback):
+    def __init__(self, observer: Observer) -> None:
+        self._observer = observer
+
+    def on_train_begin(self, *args: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        self._observer.train_begin(optimizer)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._observer.step_end(state.global_step)
+
+
+@dataclass(frozen=True)
+class Course:
+    """How long and how fast to train. `prepared` rows are already token ids and labels."""
+
+    steps: int
+    learning_rate: float
+    prepared: bool = False
+
+
+def build_trainer(
+    cell: Cell, model: Any, tokenizer: Any, rows: Dataset, course: Course, **where: Any
+) -> ObservedTrainer:
+    """A trainer for `rows`; `where` gives `output_dir: Path` and `observer: Observer`."""
+    config = sft_config(cell, rows, course, where["output_dir"])
+    return ObservedTrainer(
+        model=model,
+        args=config,
+        train_dataset=rows,
+        processing_class=tokenizer,
+        observer=where["observer"],
+    )
+
+
+def sft_config(cell: Cell, rows: Dataset, course: Course, output_dir: Path) -> SFTConfig:
+    """Every field that changes the run is written out; the library's defaults move."""
+    train, data = _sections(cell)
+    autocast = train.autocast
+    arguments: dict[str, Any] = {
+        "output_dir": str(output_dir),
+        "max_steps": course.steps,
+        "learning_rate": course.learning_rate,
+        "per_device_train_batch_size": train.micro_batch_size,
+        "gradient_accumulation_steps": train.gradient_accumulation_steps,
+        "lr_scheduler_type": train.lr_scheduler_type,
+        "warmup_steps": train.warmup_steps,
+        "optim": train.optimizer,
+        "weight_decay": train.weight_decay,
+        "max_grad_norm": train.max_grad_norm,
+        "bf16": autocast and cell.model.compute_dtype == "bf16",
+        "fp16": autocast and cell.model.compute_dtype == "fp16",
+        "gradient_checkpointing": train.gradient_checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": train.use_reentrant},
+        "max_length": data.max_length,
+        "packing": data.packing and not course.prepared,
+        "packing_strategy": data.packing_strategy,
+        "padding_free": data.packing and data.packing_strategy != "wrapped",
+        "seed": cell.seed,
+        "data_seed": cell.seed,
+        "report_to": [],
+        "logging_strategy": "no",
+        "save_strategy": "no",
+        "eval_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": not device.has_cuda(),
+        "dataloader_pin_memory": device.has_cuda(),
+        "dataloader_num_workers": 0,
+    }
+    if course.prepared:
+        arguments["dataset_kwargs"] = {"skip_prepare_dataset": True}
+        arguments["max_length"] = None
+    else:
+        arguments |= loss_arguments(data, rows.column_names)
+    return SFTConfig(**(arguments | train.sft_config))
+
+
+def _sections(cell: Cell) -> tuple[Train, Any]:
+    if cell.train is None or cell.data is None:
+        raise ValueError(f"a {cell.method} cell does not train")
+    return cell.train, cell.data
+
+
+def worst_case_rows(cell: Cell, vocabulary: int, steps: int) -> Dataset:
+    """Full-length rows for `steps` optimizer steps: no padding, a loss on every token.
+
+    Memory does not depend on which tokens they are, so they count through the vocabulary.
+    """
+    train, data = _sections(cell)
+    rows = steps * train.micro_batch_size * train.gradient_accumulation_steps
+    ids = [[(row + at) % vocabulary for at in range(data.max_length)] for row in range(rows)]
+    columns: dict[str, Any] = {"input_ids": ids, "labels": ids}
+    if data.packing and data.packing_strategy != "wrapped":
+        columns["seq_lengths"] = [[data.max_length]] * rows
+    return Dataset.from_dict(columns)
+
+
+@contextmanager
+def forward_restored(model: Any) -> Iterator[None]:
+    """Give a model its own `forward` back afterwards.
+
+    TRL patches the base model's forward with a fused head and accelerate wraps the outer one in
+    autocast, once: it marks the model and would leave a second trainer without autocast. Scoring
+    must not run under autocast either.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    patched = ("forward", "_original_forward", "_is_accelerate_prepared")
+    before = [(m, {k: vars(m)[k] for k in patched if k in vars(m)}) for m in (model, base)]
+    try:
+        yield
+    finally:
+        for module, attributes in before:
+            for name in patched:
+                vars(module).pop(name, None)
+            vars(module).update(attributes)

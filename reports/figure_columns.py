@@ -1,0 +1,203 @@
+"""The columns of figures in a table: cost, quality, status."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from harness.record import Record
+from reports import estimates
+from reports.baseline import Baselines
+from reports.columns import Better
+from reports.display import bytes_text, one_line
+from reports.effects import Estimate, NotComparable
+from reports.groups import Group
+from reports.measured import quality_keys
+from reports.results import Index, bases
+from reports.table import Row, Style, Table, TableColumn, Value, bytes_style, seconds_style
+
+MAXIMUM_TASKS = 6
+Compare = Callable[[Group], Estimate | str | None]
+
+
+def cost_columns(table: Table, baselines: Baselines) -> list[TableColumn]:
+    """Memory, speed and size; a column nobody has a figure for is left out."""
+    peak = _column(table, "peak_bytes", "Peak memory", "cost", estimates.peak_bytes, "lower")
+    peak.unit, peak.style = bytes_style(peak.estimates)
+    step = _column(table, "step_seconds", "Step time", "cost", estimates.step_seconds, "lower")
+    step.unit, step.style = seconds_style(step.estimates)
+    rate = _column(
+        table, "tokens_per_second", "Tokens/s", "cost", estimates.tokens_per_second, "higher"
+    )
+    change = _column(
+        table, "peak_change", "Memory vs baseline", "cost",
+        _against(baselines, estimates.peak_change), "lower",
+    )  # fmt: skip
+    change.style = Style(scale=100, decimals=1, suffix=" %", signed=True)
+    ratio = _column(
+        table, "step_ratio", "Step vs baseline", "cost",
+        _against(baselines, estimates.step_ratio), "lower",
+    )  # fmt: skip
+    ratio.style = Style(decimals=2, suffix="×")
+    phase = _column(table, "peak_phase", "Peak in", "cost", _peak_phase)
+    if len(set(phase.values) - {None}) == 1:  # The caption says it.
+        phase.values = [None] * len(phase.values)
+    sizes = _sizes(table)
+    for column in (peak, change, phase, *sizes):
+        column.part = "memory"
+    for column in (step, ratio, rate):
+        column.part = "speed"
+    columns = [peak, change, phase, step, ratio, rate, *sizes]
+    return [column for column in columns if any(value is not None for value in column.values)]
+
+
+def _sizes(table: Table) -> list[TableColumn]:
+    def parameters(item: Group) -> Estimate | None:
+        return estimates.exact(item, lambda record: record.artifacts.trainable_parameters)
+
+    def adapter(item: Group) -> Estimate | None:
+        return estimates.exact(item, lambda record: record.artifacts.adapter_bytes)
+
+    trained = _column(table, "trainable_parameters", "Trainable", "cost", parameters)
+    trained.unit, trained.style = "million parameters", Style(scale=1e-6, decimals=2)
+    stored = _column(table, "adapter_bytes", "Adapter file", "cost", adapter, "lower")
+    stored.unit, stored.style = bytes_style(stored.estimates)
+    # Counted, not measured: an n would say nothing.
+    trained.show_n = stored.show_n = False
+    return [trained, stored]
+
+
+def _peak_phase(item: Group) -> str | None:
+    phases = {result.record.memory.peak_phase for result in item.measured}
+    named = sorted(phase.replace("_", " ") for phase in phases if phase)
+    return " or ".join(named) or None
+
+
+def metrics_shown(groups: Sequence[Group]) -> tuple[list[tuple[str, str]], list[str]]:
+    """One metric of each task (bits per byte where there is one, else the task's first), and the
+    names of the tasks that do not fit."""
+    keys = quality_keys(result.record for item in groups for result in item.results)
+    chosen: dict[str, str] = {}
+    for task, metric in keys:
+        if task not in chosen or metric == "bits_per_byte":
+            chosen[task] = metric
+    pairs = list(chosen.items())
+    return pairs[:MAXIMUM_TASKS], [task for task, _ in pairs[MAXIMUM_TASKS:]]
+
+
+def quality_columns(
+    table: Table, baselines: Baselines, roles: Sequence[str], newest: Index
+) -> list[TableColumn]:
+    """For each task: the score, and its difference to the base models and to the baseline."""
+    groups = [row.group for row in table.rows if not row.reference]
+    columns = []
+    for task, metric in metrics_shown(groups)[0]:
+        better = _direction(groups, task, metric)
+        name, unit = f"{task}.{metric}", metric_text(metric)
+
+        def value(item: Group, task: str = task, metric: str = metric) -> Estimate | None:
+            return estimates.quality(item, task, metric)
+
+        columns.append(_column(table, name, task, "quality", value, better, references=True))
+        comparisons = [(f"vs {role} base", _to_base(role, newest, task, metric)) for role in roles]
+        comparisons.append(("vs baseline", _against(baselines, _quality_gap(task, metric))))
+        for heading, compare in comparisons:
+            column = _column(table, f"{name}.{heading}", heading, "quality", compare, better)
+            column.style = Style(signed=True)
+            columns.append(column)
+        for column in columns:
+            column.unit, column.part = column.unit or unit, column.part or task
+    return [column for column in columns if any(value is not None for value in column.values)]
+
+
+def metric_text(metric: str) -> str:
+    """`bits_per_byte,none` as `bits per byte`; the filter is said when lm-eval applied one."""
+    name, _, applied = metric.partition(",")
+    told = name.replace("_", " ")
+    return told if applied in ("", "none") else f"{told} ({applied})"
+
+
+def _direction(groups: Sequence[Group], task: str, metric: str) -> Better | None:
+    for item in groups:
+        for result in item.results:
+            score = result.record.quality.tasks.get(task)
+            if score is not None and metric in score.higher_is_better:
+                return "higher" if score.higher_is_better[metric] else "lower"
+    return None
+
+
+def _quality_gap(task: str, metric: str) -> Callable[[Group, Group], Estimate | None]:
+    return lambda ours, theirs: estimates.quality_difference(ours, theirs, task, metric)
+
+
+def _to_base(role: str, newest: Index, task: str, metric: str) -> Compare:
+    def compare(item: Group) -> Estimate | None:
+        base = bases(item.results[0], newest).get(role)
+        return estimates.base_difference(item, base, task, metric)
+
+    return compare
+
+
+def _against(baselines: Baselines, compare: Callable[[Group, Group], Estimate | None]) -> Compare:
+    def against(item: Group) -> Estimate | str | None:
+        baseline = baselines.of(item)
+        if baseline is item:
+            return "baseline"
+        if baseline is None:
+            return None
+        if not baseline.measured:
+            raise NotComparable("the baseline did not end ok")
+        return compare(item, baseline)
+
+    return against
+
+
+def _column(
+    table: Table,
+    name: str,
+    heading: str,
+    panel: str,
+    figure: Compare,
+    better: Better | None = None,
+    references: bool = False,
+) -> TableColumn:
+    """One figure for every row; only columns for `references` have one for base models. A refused
+    comparison becomes a dash with a note."""
+    column = TableColumn(name, heading, panel, [], better=better)
+    for row in table.rows:
+        value: Value = None
+        marks: tuple[int, ...] = ()
+        if row.group.measured and (references or not row.reference):
+            try:
+                value = figure(row.group)
+            except NotComparable as refusal:
+                marks = (table.note(f"Not compared: {refusal}."),)
+        column.values.append(value)
+        column.marks.append(marks)
+    return column
+
+
+def status_column(table: Table) -> TableColumn:
+    """How the runs of each row ended; the reasons become notes."""
+    column = TableColumn("status", "Status", "status", [])
+    for row in table.rows:
+        records = [result.record for result in row.group.results]
+        counts = Counter(record.status for record in records)
+        told = [f"{number} {status}" for status, number in counts.items()]
+        column.values.append(told[0].split()[1] if len(counts) == 1 else ", ".join(told))
+        bad = [record for record in records if record.status != "ok"]
+        column.marks.append(tuple(table.note(failure_text(row, record)) for record in bad))
+    return column
+
+
+def failure_text(row: Row, record: Record) -> str:
+    """`lora r64 qv, seed 1: oom in backward, 2.00 GiB asked for: reason`."""
+    text = f"{row.group.name}, seed {record.cell.seed}: {record.status}"
+    failure = record.failure
+    phase = (failure.phase if failure else None) or record.phase
+    if phase:
+        text += f" in {phase.replace('_', ' ')}"
+    if failure and failure.requested_bytes is not None:
+        text += f", {bytes_text(failure.requested_bytes)} asked for"
+    reason = record.reason or (failure.message if failure else None)
+    return f"{text}: {one_line(reason)}" if reason else f"{text}."

@@ -1,0 +1,104 @@
+"""Records from disk, which of them are in force, and which base models they are judged against."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from harness.record import Record, read_record
+from matrices.errors import UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+# An attempt that ended like this says nothing about the cell, so an earlier one stays in force.
+INCONCLUSIVE = ("interrupted", "skipped")
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """A record and the file it was read from."""
+
+    record: Record
+    path: Path
+
+    @property
+    def directory(self) -> Path:
+        return self.path.parent
+
+    @functools.cached_property
+    def samples(self) -> pd.DataFrame | None:
+        """Per-document results (`task, metric, doc_id, doc_hash, value, weight`), none without a
+        file. Raises UserError naming a file that cannot be read."""
+        if self.record.quality.samples_file is None:
+            return None
+        path = self.directory / self.record.quality.samples_file
+        return _read_samples(path) if path.exists() else None
+
+
+Index = dict[tuple[str, str], Result]
+
+
+def _read_samples(path: Path) -> pd.DataFrame:
+    import pandas as pd
+
+    try:
+        samples = pd.read_parquet(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"not a readable table of samples: {error}", where=str(path)) from error
+    if "weight" not in samples:
+        samples = samples.assign(weight=1.0)
+    lacking = {"task", "metric", "doc_id", "doc_hash", "value"} - set(samples)
+    if lacking:
+        raise UserError(f"samples lack the columns {sorted(lacking)}", where=str(path))
+    return samples
+
+
+def load_records(results: Path) -> list[Result]:
+    """Every `record.json` under a results directory, sorted by path; names that start with a dot
+    are work in progress and skipped.
+
+    Raises UserError for a directory that is not there or holds no record, and naming the file for
+    one that is broken or from a newer schema.
+    """
+    if not results.is_dir():
+        raise UserError("no such results directory", where=str(results))
+    paths = [
+        path
+        for path in sorted(results.rglob("record.json"))
+        if not any(part.startswith(".") for part in path.relative_to(results).parts)
+    ]
+    if not paths:
+        raise UserError(
+            "no record.json in this results directory; `tunebench run MATRIX` makes them",
+            where=str(results),
+        )
+    return [Result(read_record(path), path) for path in paths]
+
+
+def index(results: Iterable[Result]) -> Index:
+    """By cell and stack the result in force: the newest conclusive attempt, or the newest attempt
+    when none is conclusive."""
+    newest: Index = {}
+    for result in results:
+        key = (result.record.cell_id, result.record.stack_id)
+        if key not in newest or _age(result) > _age(newest[key]):
+            newest[key] = result
+    return newest
+
+
+def _age(result: Result) -> tuple[bool, int, str]:
+    record = result.record
+    return record.status not in INCONCLUSIVE, record.attempt, record.started
+
+
+def bases(result: Result, newest: Index) -> dict[str, Result]:
+    """The `untouched` and `quantized` results to judge this one against: same stack, scored."""
+    found = {
+        role: newest.get((cell_id, result.record.stack_id))
+        for role, cell_id in result.record.base_cell_ids.items()
+    }
+    return {role: base for role, base in found.items() if base and base.record.status == "ok"}

@@ -1,0 +1,211 @@
+"""Tables of results with figures, intervals and differences to a named baseline.
+
+A table holds one model on one stack. Its rows are configurations; only seeds are averaged. A row
+is compared with the baseline only when they differ in nothing but the axes the table is about;
+else the difference is a dash and a note names the other settings that differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from matrices.cell import Quantization
+from matrices.errors import UserError, nearest
+from reports.baseline import Default, check, first_of, lowest_rank, named, parse_baseline
+from reports.captions import caption, model_text, values_by_setting
+from reports.display import setting_text, short_name
+from reports.effects import Estimate
+from reports.figure_columns import cost_columns, metrics_shown, quality_columns, status_column
+from reports.groups import Group, group, matches, section_key, settings, sort_key
+from reports.results import Index, Result, bases, index
+from reports.table import Row, Table, TableColumn
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a table is about: the settings that may differ from the baseline, the methods it has
+    rows for, one of which must be there, the baseline when none is named, and the base models its
+    rows are judged against."""
+
+    title: str
+    axes: tuple[str, ...]
+    methods: tuple[str, ...]
+    needs: tuple[str, ...]
+    default: Default
+    roles: tuple[str, ...] = ("untouched",)
+
+
+STORAGE = "quantization"
+STORAGE_PARTS = ("quantization.quant_type", "quantization.double_quant")
+PLAIN_NF4 = {"quantization.quant_type": "nf4", "quantization.double_quant": False}
+TABLES: dict[str, Spec] = {
+    "methods": Spec(
+        "Method comparison",
+        ("method",),
+        ("full", "lora", "qlora"),
+        ("full", "lora", "qlora"),
+        first_of({"method": "full"}, {"method": "lora"}),
+    ),
+    "quantization": Spec(
+        "Quantization comparison",
+        ("method", "quantization.quant_type", "quantization.double_quant"),
+        ("lora", "qlora"),
+        ("qlora",),
+        first_of({"method": "lora"}, PLAIN_NF4),
+        ("untouched", "quantized"),
+    ),
+    "rank-targets": Spec(
+        "Rank and target modules",
+        ("adapter.rank", "adapter.target_modules"),
+        ("lora", "qlora"),
+        ("lora", "qlora"),
+        lowest_rank,
+    ),
+}
+
+
+def build(records: Sequence[Result], table: str, baseline: str | None = None) -> list[Table]:
+    """One table per model, stack and number of devices; none when there are no rows for it.
+
+    `baseline` is setting=value pairs (`method=lora,rank=8`) and must select exactly one row of
+    each table that has such a row. Default baselines, matched to each row so that only the axes
+    differ: methods, full (else lora); quantization, lora (else nf4 without double quantization);
+    rank-targets, the lowest rank with the first of qv, attention, mlp, all-linear; always among
+    the rows that were measured.
+
+    Raises UserError for an unknown table, and for a baseline that selects no row or several.
+    """
+    if table not in TABLES:
+        raise UserError(f"no table {table!r}{nearest(table, TABLES)}", key="--table")
+    spec = TABLES[table]
+    explicit = parse_baseline(baseline) if baseline else None
+    newest = index(records)
+    sections = _sections(newest, spec)
+    if explicit is not None and sections:
+        check(explicit, list(sections.values()))
+    counts = _superseded(records, newest)
+    return [
+        _table(table, spec, groups, newest, explicit, counts.get(key, 0))
+        for key, groups in sections.items()
+    ]
+
+
+def build_all(records: Sequence[Result], baseline: str | None = None) -> list[Table]:
+    """Every table that has rows. A table in which no row has the `baseline` keeps its default.
+
+    Raises UserError for a baseline that selects no row of any table, or several of one.
+    """
+    newest = index(records)
+    sections = {name: list(_sections(newest, spec).values()) for name, spec in TABLES.items()}
+    explicit = parse_baseline(baseline) if baseline else None
+    if explicit is not None:
+        check(explicit, [groups for found in sections.values() for groups in found])
+    tables: list[Table] = []
+    for name, found in sections.items():
+        has_it = explicit is not None and any(
+            matches(item.cell, explicit) for groups in found for item in groups
+        )
+        tables += build(records, name, baseline if has_it else None)
+    return tables
+
+
+def _sections(newest: Index, spec: Spec) -> dict[tuple[str, ...], list[Group]]:
+    sections: dict[tuple[str, ...], list[Group]] = {}
+    for item in sorted(group(list(newest.values())), key=sort_key):
+        if item.cell.method in spec.methods:
+            sections.setdefault(section_key(item.results[0].record), []).append(item)
+    return {
+        key: groups
+        for key, groups in sections.items()
+        if any(item.cell.method in spec.needs for item in groups)
+    }
+
+
+def _superseded(records: Sequence[Result], newest: Index) -> dict[tuple[str, ...], int]:
+    kept = {id(result) for result in newest.values()}
+    counts: dict[tuple[str, ...], int] = {}
+    for result in records:
+        if id(result) not in kept and result.record.cell.method != "base":
+            key = section_key(result.record)
+            counts[key] = counts.get(key, 0) + 1
+    return counts
+
+
+def _table(
+    name: str,
+    spec: Spec,
+    groups: list[Group],
+    newest: Index,
+    explicit: dict[str, Any] | None,
+    superseded: int,
+) -> Table:
+    default = spec.default(groups, spec.axes)
+    baselines = named(groups, spec.axes, explicit) if explicit else default
+    table = Table(
+        name=name,
+        title=f"{spec.title}: {section_title(groups[0].results[0])}",
+        rows=[Row(item, reference=True) for item in _references(groups, newest)]
+        + [Row(item, baseline=item in baselines.rows) for item in groups],
+    )
+    shown = _shown_settings(groups, spec)
+    status = status_column(table)
+    table.columns = [
+        *[_setting_column(table, setting) for setting in shown],
+        *cost_columns(table, baselines),
+        *quality_columns(table, baselines, spec.roles, newest),
+        *([status] if set(status.values) != {"ok"} else []),
+    ]
+    hidden = metrics_shown(groups)[1]
+    shown = [*shown, *STORAGE_PARTS] if STORAGE in shown else shown
+    table.caption = [baselines.told, *caption(groups, shown, hidden, superseded)]
+    return table
+
+
+def section_title(result: Result) -> str:
+    """The model and the machine of a table."""
+    hardware = result.record.hardware
+    device = hardware.cpu
+    if hardware.accelerator is not None:
+        device = f"{hardware.accelerator_count} × {hardware.accelerator}"
+    return f"{model_text(result.record)} on {device}"
+
+
+def _references(groups: Sequence[Group], newest: Index) -> list[Group]:
+    """The base models that rows are judged against, each once, the untouched one first."""
+    found: dict[str, Result] = {}
+    for item in groups:
+        for base in bases(item.results[0], newest).values():
+            found.setdefault(base.record.cell_id, base)
+    return sorted((Group((base,)) for base in found.values()), key=sort_key)
+
+
+def _shown_settings(groups: Sequence[Group], spec: Spec) -> list[str]:
+    """The method, the axes, then whatever else is not the same in all rows that have it."""
+    values = values_by_setting(groups)
+    fixed = ["method", *[axis for axis in spec.axes if axis in values and axis != "method"]]
+    names = fixed + [name for name in values if len(values[name]) > 1 and name not in fixed]
+    # One column says both: nf4, nf4+dq.
+    return list(dict.fromkeys(STORAGE if name in STORAGE_PARTS else name for name in names))
+
+
+def _setting_column(table: Table, name: str) -> TableColumn:
+    texts: list[Estimate | str | None] = []
+    for row in table.rows:
+        flat = settings(row.group.cell)
+        text = setting_text(name, flat[name]) if name in flat else None
+        quantization = row.group.cell.quantization
+        stored = storage_text(quantization) if quantization else None
+        if name == STORAGE:
+            text = stored
+        elif name == "method" and row.reference:
+            text = f"base, {stored or 'untouched'}"
+        texts.append(text)
+    heading = short_name(name)
+    return TableColumn(name, heading[:1].upper() + heading[1:], "setting", texts)
+
+
+def storage_text(quantization: Quantization) -> str:
+    """`nf4`, or `nf4+dq` with double quantization."""
+    return quantization.quant_type + ("+dq" if quantization.double_quant else "")

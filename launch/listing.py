@@ -1,0 +1,119 @@
+"""The lists that the command line prints: plans, outcomes of runs, findings. Plain text."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from harness.record import Record
+from harness.store import Entry
+from launch.doctor import Finding
+from launch.plan import Job
+from launch.progress import clock
+from reports.display import DASH, bytes_text
+
+MARKS = {"ok": "+", "no": "-", "note": "·"}
+
+
+def aligned(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Columns padded to their widest entry; the last one is left as it is."""
+    table = [list(headers), *(list(row) for row in rows)]
+    widths = [max(len(row[column]) for row in table) for column in range(len(headers) - 1)]
+    return "\n".join(
+        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]])
+        for row in table
+    )
+
+
+def counted(words: Iterable[str]) -> str:
+    """`3 run, 1 keep`, the most frequent first."""
+    return ", ".join(f"{count} {word}" for word, count in Counter(words).most_common())
+
+
+def plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def plan_text(jobs: Sequence[Job], combinations: int) -> str:
+    """Every cell with its identity, what happens to it, and why."""
+    rows = [(job.cell.cell_id[:12], job.action, job.label, job.why) for job in jobs]
+    bases = sum(job.cell.method == "base" for job in jobs)
+    counts = [
+        plural(combinations, "combination"),
+        plural(len(jobs) - bases, "distinct cell"),
+        plural(bases, "base cell"),
+    ]
+    table = aligned(("cell", "action", "configuration", "why"), rows)
+    return f"{table}\n\n{', '.join(counts)}: {counted(job.action for job in jobs)}"
+
+
+def seconds_taken(record: Record) -> float | None:
+    """Seconds from start to end; none while it has not ended."""
+    from datetime import datetime
+
+    if record.ended is None:
+        return None
+    return (
+        datetime.fromisoformat(record.ended) - datetime.fromisoformat(record.started)
+    ).total_seconds()
+
+
+def outcome_row(job: Job, entry: Entry | None) -> tuple[str, ...]:
+    """cell, status, peak, tokens/s, time, configuration, and where the record is or why not."""
+    if entry is None:
+        return (job.cell.cell_id[:12], "not run", DASH, DASH, DASH, job.label, DASH)
+    record = entry.record
+    peak, tokens, taken = (
+        record.memory.peak_bytes,
+        record.speed.tokens_per_second,
+        seconds_taken(record),
+    )
+    return (
+        record.cell_id[:12],
+        record.status,
+        bytes_text(peak),
+        f"{tokens.non_padding:,.0f}" if tokens is not None else DASH,
+        clock(taken) if taken is not None and record.status != "invalid" else DASH,
+        job.label,
+        record.reason if record.status != "ok" and record.reason else entry.directory.name,
+    )
+
+
+def outcome_text(jobs: Sequence[Job], entries: dict[str, Entry], results: Path) -> str:
+    """What every cell of a run came to, and where to look next."""
+    rows = [outcome_row(job, entries.get(job.key)) for job in jobs]
+    meters = {entry.record.memory.headline for entry in entries.values()}
+    note = "\npeak is live tensor bytes by the ledger: no GPU here" if "ledger" in meters else ""
+    headers = ("cell", "status", "peak", "tok/s", "time", "configuration", "record or reason")
+    return (
+        aligned(headers, rows)
+        + f"\n\n{counted(row[1] for row in rows)}; records in {results}{note}"
+        + f"\nnext: tunebench report {results}"
+    )
+
+
+def findings_text(findings: Sequence[Finding]) -> str:
+    """By topic; `+` is to be had here, `-` is not, `·` is worth knowing."""
+    lines: list[str] = []
+    topic = ""
+    width = max(len(finding.name) for finding in findings)
+    for finding in findings:
+        if finding.topic != topic:
+            topic = finding.topic
+            lines += ["", topic] if lines else [topic]
+        mark, name = MARKS[finding.state], finding.name.ljust(width)
+        lines.append(f"  {mark} {name}  {finding.detail}".rstrip())
+    return "\n".join(lines)
+
+
+def outcome_json(job: Job, entry: Entry | None) -> dict[str, Any]:
+    return {
+        "cell_id": job.cell.cell_id,
+        "label": job.label,
+        "status": entry.record.status if entry else None,
+        "reason": entry.record.reason if entry else None,
+        "attempt": entry.record.attempt if entry else None,
+        "record": str(entry.directory / "record.json") if entry else None,
+    }

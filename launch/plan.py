@@ -1,0 +1,156 @@
+"""Which cells a run would start, keep, retry or refuse, and why. Starts and writes nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal, get_args
+
+from harness import provenance
+from harness.record import Record, Status
+from harness.store import Entry, record_key
+from matrices.cell import Cell, base_cells, flatten, label
+from matrices.errors import UserError, nearest
+from matrices.rules import Machine, refusals
+
+Action = Literal["run", "retry", "keep", "invalid"]
+
+# A run repeats these by itself; the others are results until --retry names them.
+RETRIED: frozenset[Status] = frozenset({"failed", "interrupted", "skipped", "invalid"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One cell of a run and what is to be done about it.
+
+    `seen_attempt` is the last attempt that was there when the plan was made (0: none), so that a
+    runner can tell what another one added since.
+    """
+
+    cell: Cell
+    key: str
+    label: str
+    action: Action
+    why: str
+    seen_attempt: int
+    entry: Entry | None
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "cell_id": self.cell.cell_id,
+            "key": self.key,
+            "label": self.label,
+            "action": self.action,
+            "why": self.why,
+            "record": str(self.entry.directory) if self.entry else None,
+            "cell": self.cell.model_dump(mode="json"),
+        }
+
+
+def this_machine() -> Machine:
+    """What the rules ask about, of this machine and this environment."""
+    stack, hardware = provenance.stack(), provenance.hardware()
+    gpus = provenance.nvml().gpus if provenance.uses_gpu(stack, hardware) else ()
+    return Machine(
+        has_gpu=bool(gpus),
+        compute_capability=float("{}.{}".format(*gpus[0].compute_capability)) if gpus else None,
+        packages=stack.packages,
+    )
+
+
+def retried_statuses(option: str | None) -> frozenset[Status]:
+    """The statuses to run again, given `--retry oom,timeout`. Raises UserError on another word."""
+    asked = [word.strip() for word in (option or "").split(",") if word.strip()]
+    known = [status for status in get_args(Status) if status != "predicted"]
+    for word in asked:
+        if word not in known:
+            raise UserError(
+                f"--retry {word}: no such status; there are {', '.join(known)}"
+                + nearest(word, known)
+            )
+    return RETRIED | frozenset(status for status in known if status in asked)
+
+
+def plan_jobs(
+    cells: Sequence[Cell],
+    present: dict[str, Entry],
+    retry: frozenset[Status] = RETRIED,
+    score_base: bool = True,
+) -> list[Job]:
+    """A job for every cell on this machine and stack: base cells first, then the matrix's order."""
+    machine = this_machine()
+    stack_id = provenance.stack_id(provenance.stack(), provenance.hardware())
+    reasons = {cell.cell_id: _refusal(cell, machine) for cell in cells}
+    bases = _bases(cell for cell in cells if not reasons[cell.cell_id]) if score_base else []
+    everything = list({cell.cell_id: cell for cell in (*bases, *cells)}.values())
+    names = labels(everything)
+    jobs = []
+    for cell in everything:
+        cell_id = cell.cell_id
+        refused = reasons[cell_id] if cell_id in reasons else _refusal(cell, machine)
+        key = record_key(cell_id, stack_id)
+        entry = present.get(key)
+        action, why = decide(entry.record if entry else None, refused, retry)
+        attempt = entry.record.attempt if entry else 0
+        jobs.append(Job(cell, key, names[cell_id], action, why, attempt, entry))
+    return jobs
+
+
+def _bases(cells: Iterable[Cell]) -> Iterator[Cell]:
+    for cell in cells:
+        if cell.method == "base":
+            yield cell
+        else:
+            yield from base_cells(cell).values()
+
+
+def _refusal(cell: Cell, machine: Machine) -> str:
+    return "; ".join(f"{refused.rule}: {refused.reason}" for refused in refusals(cell, machine))
+
+
+def decide(record: Record | None, refused: str, retry: frozenset[Status]) -> tuple[Action, str]:
+    """What to do about a cell, given its last record here and why this machine refuses it."""
+    if record is not None and record.status not in retry:
+        return "keep", f"{record.status} since {(record.ended or record.started)[:16]}Z"
+    if refused:
+        return "invalid", refused
+    if record is None:
+        return "run", "not measured on this stack"
+    reason = f" ({record.reason})" if record.reason else ""
+    return "retry", f"attempt {record.attempt} was {record.status}{reason}"
+
+
+def labels(cells: Sequence[Cell]) -> dict[str, str]:
+    """Cell id to a short name; where names would be equal, the settings that differ are added."""
+    short = {cell.cell_id: label(cell) for cell in cells}
+    count = Counter(short.values())
+    if all(number == 1 for number in count.values()):
+        return short
+    groups: dict[str, list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault(short[cell.cell_id], []).append(cell)
+    for name, group in groups.items():
+        if len(group) > 1:
+            short |= _with_differences(name, group)
+    return short
+
+
+def _with_differences(name: str, group: list[Cell]) -> dict[str, str]:
+    flat = {cell.cell_id: flatten(cell) for cell in group}
+    keys = list(dict.fromkeys(key for settings in flat.values() for key in settings))
+    differing = [
+        key for key in keys if len({repr(settings.get(key)) for settings in flat.values()}) > 1
+    ]
+    return {
+        cell_id: " ".join(
+            [name, *(f"{key.split('.')[-1]}={_plain(settings.get(key))}" for key in differing)]
+        )
+        for cell_id, settings in flat.items()
+    }
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, tuple):
+        return ",".join(str(item) for item in value)
+    return "–" if value is None else str(value)

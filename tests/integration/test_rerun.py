@@ -1,0 +1,137 @@
+"""`rerun`: a recorded cell again, through its recorded command, as a new attempt."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from stand_in_worker import FAILS, HANGS, OK, SPAWNS
+
+from harness import provenance
+from harness.provenance import ENVIRONMENT, new_record
+from harness.record import Record, read_record
+from harness.store import Entry, Store, record_key
+from launch.rerun import differences
+from matrices.cell import Cell, Evaluate
+
+HERE = Path(__file__).parent
+COMMAND = [sys.executable, "-m", "stand_in_worker"]
+DEADLINE_SECONDS = 40.0
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ENVIRONMENT:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    # Read anew, as the process under test does: a checkout changes while tests run.
+    provenance.stack.cache_clear()
+
+
+def published(results: Path, seed: int, command: list[str] = COMMAND, **changes: object) -> Entry:
+    store = Store(results)
+    store.prepare()
+    cell = Cell(method="base", seed=seed, evaluate=Evaluate(tasks=()))
+    first = new_record(cell, [*command, "cell.json", "out"])
+    record = first.model_copy(update={"status": "ok", "ended": first.started, **changes})
+    key = record_key(record.cell_id, record.stack_id)
+    return store.publish(store.start(lambda place, attempt: record, key), record)
+
+
+def rerun(directory: Path, *options: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "launch.cli", "rerun", str(directory), *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=HERE.parents[1],
+        env=os.environ | {"PYTHONPATH": str(HERE)},
+    )
+
+
+def end(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=DEADLINE_SECONDS)
+    return process.returncode, out, err
+
+
+def test_a_rerun_is_the_next_attempt_and_changes_nothing_else(tmp_path: Path) -> None:
+    first = published(tmp_path / "results", OK)
+    before = (first.directory / "record.json").read_bytes()
+    code, out, err = end(rerun(first.directory))
+    assert (code, "stack is not" in err) == (0, False), err
+    path = Path(out.strip())
+    record = read_record(path)
+    assert path.parent.name == f"{first.directory.name}.2"
+    assert (record.status, record.attempt, record.cell_id) == ("ok", 2, first.record.cell_id)
+    assert record.command[:-2] == COMMAND
+    assert record.command[-2] == str(path.parent / "cell.json")
+    assert (first.directory / "record.json").read_bytes() == before
+    assert "seed 0 in" in (path.parent / "log.txt").read_text()
+
+
+def test_a_rerun_that_fails_exits_3(tmp_path: Path) -> None:
+    first = published(tmp_path / "results", FAILS)
+    code, out, _ = end(rerun(first.directory / "record.json"))
+    assert code == 3
+    assert read_record(Path(out.strip())).status == "failed"
+
+
+def test_another_stack_is_said_on_one_line(tmp_path: Path) -> None:
+    first = published(tmp_path / "results", OK)
+    packages = first.record.stack.packages | {"torch": "1.0"}
+    stack = first.record.stack.model_copy(update={"packages": packages})
+    old = published(tmp_path / "old", OK, stack=stack, stack_id="0" * 64)
+    code, out, err = end(rerun(old.directory))
+    now = first.record.stack.packages["torch"]
+    assert f"tunebench: the stack is not the recorded one: torch 1.0 -> {now}\n" in err
+    assert code == 0
+    assert Path(out.strip()).parent.name == first.directory.name, "a first attempt on this stack"
+
+
+def test_differences_name_package_device_and_environment(tmp_path: Path) -> None:
+    record: Record = published(tmp_path / "results", OK).record
+    assert differences(record) == ""
+    hardware = record.hardware.model_copy(update={"cpu": "a Z80"})
+    threads = record.provenance.model_copy(update={"environment": {"OMP_NUM_THREADS": "8"}})
+    changed = record.model_copy(update={"hardware": hardware, "provenance": threads})
+    assert differences(changed) == (
+        f"device a Z80 -> {record.hardware.cpu}, OMP_NUM_THREADS 8 -> 2"
+    )
+
+
+def test_a_command_that_is_not_here_is_a_users_problem(tmp_path: Path) -> None:
+    first = published(tmp_path / "results", OK, command=["/nowhere/accelerate", "launch"])
+    code, _, err = end(rerun(first.directory))
+    assert code == 2
+    assert err.splitlines()[-1].startswith("tunebench: error: the recorded command starts")
+    assert list((tmp_path / "results" / ".running").iterdir()) == []
+
+
+def test_what_is_no_record_is_a_users_problem(tmp_path: Path) -> None:
+    code, _, err = end(rerun(tmp_path))
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert "no record here" in err
+
+
+@pytest.mark.parametrize("seed", [HANGS, SPAWNS])
+def test_sigterm_lets_the_worker_finish_its_record(tmp_path: Path, seed: int) -> None:
+    first = published(tmp_path / "results", seed)
+    process = rerun(first.directory)
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while not (found := list((tmp_path / "results").glob(".running/*/worker.pid"))):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    worker = int(found[0].read_text())
+    process.send_signal(signal.SIGTERM)
+    code, out, err = end(process)
+    assert code == 143, err
+    assert not psutil.pid_exists(worker)
+    record = read_record(Path(out.strip()))
+    assert (record.status, record.attempt) == ("interrupted", 2)
+    assert record.speed.step_seconds == [0.25, 0.5]

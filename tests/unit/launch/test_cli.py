@@ -1,0 +1,251 @@
+"""The command line as a user meets it: surface, speed, errors and exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import typer
+
+from harness.provenance import new_record
+from harness.store import Store, record_key
+from launch.cli import EXIT_INCOMPLETE, _exit_code, app
+from launch.listing import aligned, counted, outcome_row
+from launch.plan import Job
+from matrices.cell import Adapter, Cell, Data, Train
+
+MATRIX = """\
+name: small
+question: Does it plan?
+model: tiny-llama
+train: {steps: 6, warmup_steps: 2}
+axes:
+  method: [full, lora]
+  rank: [4, 8]
+"""
+
+
+def tunebench(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run it in a process of its own, from a directory that is not the checkout."""
+    return subprocess.run(
+        [sys.executable, "-m", "launch.cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])},
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.fixture
+def matrix(tmp_path: Path) -> Path:
+    path = tmp_path / "small.yaml"
+    path.write_text(MATRIX)
+    return path
+
+
+def options(command: str) -> set[str]:
+    group = typer.main.get_command(app)
+    found = group.commands[command].params  # type: ignore[attr-defined]
+    return {name for parameter in found for name in parameter.opts}
+
+
+def test_the_surface_changes_on_purpose_only() -> None:
+    group = typer.main.get_command(app)
+    sweep = {"matrix", "--results", "--set", "--seeds", "--retry", "--json"}
+    expected = {
+        "plan": sweep,
+        "run": sweep | {"--timeout"},
+        "report": {"results", "--table", "--format", "--page", "--output", "--baseline"},
+        "show": {"cell", "--results", "--json"},
+        "rerun": {"record", "--timeout"},
+        "doctor": {"--network", "--json"},
+        "matrices": {"--json"},
+    }
+    assert {name: options(name) for name in group.commands} == expected  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "command", ["", "plan", "run", "report", "show", "rerun", "doctor", "matrices"]
+)
+def test_help_teaches_by_example(command: str) -> None:
+    done = tunebench(*command.split(), "--help")
+    assert done.returncode == 0
+    assert f"tunebench {command or 'run'}" in done.stdout.split("Usage:")[1].split("\n", 1)[1]
+
+
+def test_help_is_quick_and_light() -> None:
+    took = []
+    for _ in range(3):
+        began = time.monotonic()
+        tunebench("--help")
+        took.append(time.monotonic() - began)
+    assert min(took) < 0.5
+    heavy = (
+        "import sys, launch.cli; print({'torch', 'pandas', 'rich', 'plotly'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+def test_nothing_in_launch_imports_torch() -> None:
+    names = [path.stem for path in (Path(__file__).parents[3] / "launch").glob("[a-z]*.py")]
+    code = f"import sys, importlib; [importlib.import_module('launch.' + n) for n in {names}]"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}; print('torch' in sys.modules)"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == "False"
+
+
+def test_version() -> None:
+    done = tunebench("--version")
+    assert (done.returncode, done.stdout) == (0, "tunebench 0.1.0\n")
+
+
+def test_plan_shows_cells_and_reasons_and_writes_nothing(matrix: Path) -> None:
+    done = tunebench("plan", matrix, "--seeds", 2, "--set", "compute_dtype=fp16", cwd=matrix.parent)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == "small: Does it plan?"
+    assert len([line for line in lines if " invalid " in line]) == 6
+    assert "fp16-needs-gpu: " in done.stdout
+    assert lines[-1] == "8 combinations, 6 distinct cells, 0 base cells: 6 invalid"
+    assert sorted(matrix.parent.iterdir()) == [matrix]
+
+
+def test_plan_for_machines(matrix: Path) -> None:
+    done = tunebench("plan", matrix, "--json", cwd=matrix.parent)
+    jobs = json.loads(done.stdout)
+    assert [job["cell"]["method"] for job in jobs] == ["base", "full", "lora", "lora"]
+    assert {job["action"] for job in jobs} == {"run"}
+    for job in jobs:
+        assert Cell.model_validate_json(json.dumps(job["cell"])).cell_id == job["cell_id"]
+
+
+def test_plan_keeps_what_is_there_and_retries_what_failed(matrix: Path) -> None:
+    cells = [
+        Cell.model_validate_json(json.dumps(job["cell"]))
+        for job in json.loads(tunebench("plan", matrix, "--json", cwd=matrix.parent).stdout)
+    ]
+    store = Store(matrix.parent / "results" / "small")
+    store.prepare()
+    for cell, status in ((cells[1], "ok"), (cells[2], "failed"), (cells[3], "oom")):
+        record = new_record(cell, []).model_copy(update={"status": status, "ended": "2026"})
+        key = record_key(record.cell_id, record.stack_id)
+        store.publish(store.start(lambda _, __, record=record: record, key), record)
+
+    def actions(*extra: str) -> list[str]:
+        done = tunebench("plan", matrix, "--json", *extra, cwd=matrix.parent)
+        return [job["action"] for job in json.loads(done.stdout)]
+
+    assert actions() == ["run", "keep", "retry", "keep"]
+    assert actions("--retry", "oom") == ["run", "keep", "retry", "retry"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["plan", "quickstrat"], "did you mean 'quickstart'"),
+        (["plan", "{}", "--set", "ranks=8"], "rank"),
+        (["plan", "{}", "--retry", "failled"], "did you mean 'failed'"),
+        (["run", "{}", "--results", "/proc/results"], "choose another directory with --results"),
+        (["report", "nowhere"], "nowhere: no such results directory"),
+        (["show", "abc", "--results", "nowhere"], "nowhere: no such results directory"),
+        (["show", "no/such"], "no record here"),
+        (["rerun", "nowhere"], "no record here"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(
+    matrix: Path, arguments: list[str], said: str
+) -> None:
+    words = [str(matrix) if word == "{}" else word for word in arguments]
+    done = tunebench(*words, cwd=matrix.parent)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    [line] = done.stderr.splitlines()
+    assert line.startswith("tunebench: error: ")
+    assert said in line
+    assert sorted(matrix.parent.iterdir()) == [matrix]
+
+
+@pytest.mark.parametrize("arguments", [["plan"], ["run", "x", "--seeds", "0"], ["fly"]])
+def test_wrong_usage_is_exit_code_2(arguments: list[str]) -> None:
+    assert tunebench(*arguments).returncode == 2
+
+
+def test_a_bug_shows_its_traceback(matrix: Path) -> None:
+    code = (
+        "import launch.plan, launch.cli, sys\n"
+        "launch.plan.refusals = lambda *a: 1 / 0\n"
+        f"sys.argv = ['tunebench', 'plan', {str(matrix)!r}]\n"
+        "launch.cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "ZeroDivisionError: division by zero"
+
+
+def test_matrices_lists_every_shipped_one_with_its_question(tmp_path: Path) -> None:
+    done = tunebench("matrices", "--json", cwd=tmp_path)
+    found = {entry["name"]: entry["question"] for entry in json.loads(done.stdout)}
+    assert "quickstart" in found
+    assert all(question.endswith("?") for question in found.values())
+    for name in found:
+        assert tunebench("plan", name, cwd=tmp_path).returncode == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_doctor_tells_what_runs_and_why_not_the_rest() -> None:
+    found = json.loads(tunebench("doctor", "--json").stdout)
+    by_name = {finding["name"]: finding for finding in found}
+    for method in ("full", "lora", "qlora"):
+        assert by_name[f"method: {method}"]["state"] == "ok"
+    flash = by_name["model.attn_implementation: flash_attention_2"]
+    assert (flash["state"], bool(flash["detail"])) == ("no", True)
+    assert "network" not in {finding["topic"] for finding in found}
+    assert by_name["torch"]["detail"]
+
+
+def entry_with(status: str) -> object:
+    class Entry:
+        record = new_record(Cell(method="base"), []).model_copy(update={"status": status})
+        directory = Path("results/x")
+
+    return Entry()
+
+
+@pytest.mark.parametrize(
+    ("statuses", "signal", "code"),
+    [
+        (["ok", "oom", "timeout", "diverged", "invalid"], None, 0),
+        (["ok", "failed"], None, EXIT_INCOMPLETE),
+        (["ok", "interrupted"], None, EXIT_INCOMPLETE),
+        (["ok", "interrupted"], 2, 130),
+        ([], 15, 143),
+    ],
+)
+def test_exit_codes_of_a_run(statuses: list[str], signal: int | None, code: int) -> None:
+    entries = {str(index): entry_with(status) for index, status in enumerate(statuses)}
+    assert _exit_code(entries, signal) == code  # type: ignore[arg-type]
+
+
+def test_what_was_not_measured_is_a_dash() -> None:
+    cell = Cell(method="lora", adapter=Adapter(), data=Data(), train=Train())
+    job = Job(cell, "k", "lora r16", "run", "", 0, None)
+    assert outcome_row(job, None)[1:] == ("not run", "–", "–", "–", "lora r16", "–")
+    row = outcome_row(job, entry_with("failed"))  # type: ignore[arg-type]
+    assert row[1:5] == ("failed", "–", "–", "–")
+
+
+def test_columns_are_aligned_and_counts_sorted() -> None:
+    assert aligned(("a", "b"), [("xyz", "1"), ("é", "22")]) == "a    b\nxyz  1\né    22"
+    assert counted(["keep", "run", "run"]) == "2 run, 1 keep"

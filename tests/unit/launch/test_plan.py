@@ -1,0 +1,115 @@
+"""What a run would do about each cell, and why."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness import provenance
+from harness.provenance import new_record
+from harness.record import Record
+from harness.store import Entry, record_key
+from launch.plan import RETRIED, decide, labels, plan_jobs, retried_statuses
+from matrices.cell import Adapter, Cell, Data, Model, Quantization, Train
+from matrices.errors import UserError
+
+
+def lora(**changes: Any) -> Cell:
+    parts = {"method": "lora", "adapter": Adapter(), "data": Data(), "train": Train()}
+    return Cell(**(parts | changes))
+
+
+def entry(cell: Cell, status: str, attempt: int = 1, reason: str | None = None) -> Entry:
+    record = new_record(cell, [], attempt)
+    changes = {"status": status, "reason": reason, "ended": "2026-01-02T03:04:05.000+00:00"}
+    return Entry(Path(f"r{attempt}"), record.model_copy(update=changes))
+
+
+def present(*entries: Entry) -> dict[str, Entry]:
+    return {record_key(e.record.cell_id, e.record.stack_id): e for e in entries}
+
+
+@pytest.mark.parametrize("status", ["ok", "oom", "timeout", "diverged"])
+def test_results_are_kept(status: str) -> None:
+    record = entry(lora(), status).record
+    assert decide(record, "", RETRIED) == ("keep", f"{status} since 2026-01-02T03:04Z")
+
+
+@pytest.mark.parametrize("status", ["failed", "interrupted", "skipped", "invalid"])
+def test_what_is_no_result_is_retried(status: str) -> None:
+    record = entry(lora(), status, attempt=3, reason="because").record
+    assert decide(record, "", RETRIED) == ("retry", f"attempt 3 was {status} (because)")
+
+
+def test_invalid_never_blocks_and_a_result_outlives_a_refusal() -> None:
+    invalid, ok = entry(lora(), "invalid").record, entry(lora(), "ok").record
+    assert decide(invalid, "", RETRIED)[0] == "retry"
+    assert decide(invalid, "no", RETRIED) == ("invalid", "no")
+    assert decide(ok, "no", RETRIED)[0] == "keep"
+    assert decide(None, "no", RETRIED) == ("invalid", "no")
+    assert decide(None, "", RETRIED)[0] == "run"
+
+
+def test_retry_adds_statuses_and_refuses_other_words() -> None:
+    assert retried_statuses(None) == RETRIED
+    assert retried_statuses("oom, timeout") == RETRIED | {"oom", "timeout"}
+    assert decide(entry(lora(), "oom").record, "", retried_statuses("oom"))[0] == "retry"
+    with pytest.raises(UserError, match="did you mean 'timeout'"):
+        retried_statuses("oom,timeot")
+    with pytest.raises(UserError):
+        retried_statuses("predicted")
+
+
+def test_bases_come_first_once_and_only_for_cells_that_can_run() -> None:
+    nf4 = lora(method="qlora", quantization=Quantization())
+    flash = Model(name="other", attn_implementation="flash_attention_2")
+    cells = [lora(), lora(adapter=Adapter(rank=4)), nf4, lora(model=flash)]
+    jobs = plan_jobs(cells, {})
+    assert [job.cell.method for job in jobs] == ["base", "base", "lora", "lora", "qlora", "lora"]
+    assert [job.cell.quantization is not None for job in jobs[:2]] == [False, True]
+    assert [job.action for job in jobs] == ["run"] * 5 + ["invalid"]
+    assert jobs[-1].why.startswith("flash-attention-needs-gpu: ")
+    assert [job.cell.method for job in plan_jobs(cells, {}, score_base=False)] == [
+        "lora",
+        "lora",
+        "qlora",
+        "lora",
+    ]
+
+
+def test_records_of_another_stack_are_not_this_ones() -> None:
+    cell = lora()
+    other: Record = entry(cell, "ok").record.model_copy(update={"stack_id": "f" * 64})
+    jobs = plan_jobs([cell], present(Entry(Path("x"), other)), score_base=False)
+    assert [job.action for job in jobs] == ["run"]
+
+
+def test_what_is_there_is_kept_with_its_place() -> None:
+    cell = lora()
+    found = entry(cell, "ok", attempt=2)
+    [job] = plan_jobs([cell], present(found), score_base=False)
+    assert (job.action, job.entry, job.seen_attempt) == ("keep", found, 2)
+    assert job.key == f"{cell.cell_id[:12]}-{found.record.stack_id[:8]}"
+
+
+def test_equal_names_get_what_differs() -> None:
+    cells = [lora(seed=0), lora(seed=1), lora(seed=1, train=Train(learning_rate=1e-3))]
+    names = labels(cells)
+    assert [names[cell.cell_id] for cell in cells] == [
+        "lora r16 attention seed=0 learning_rate=0.0002",
+        "lora r16 attention seed=1 learning_rate=0.0002",
+        "lora r16 attention seed=1 learning_rate=0.001",
+    ]
+    assert list(labels(cells[:1]).values()) == ["lora r16 attention"]
+
+
+def test_ten_thousand_cells_are_planned_in_seconds() -> None:
+    import time
+
+    cells = [lora(seed=seed) for seed in range(10_000)]
+    provenance.stack()
+    began = time.monotonic()
+    assert len(plan_jobs(cells, {})) == 10_001
+    assert time.monotonic() - began < 15

@@ -1,0 +1,147 @@
+"""What a record says about where it was made."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import psutil
+import pytest
+
+from harness import provenance
+from harness.provenance import Gpu, stack_id, visible
+from harness.record import Hardware, Stack
+from matrices.cell import Cell, Data, Quantization, Train
+
+STACK = Stack(python="3.11.7", packages={"torch": "2.13.0", "trl": "1.16.0", "tunebench": "0.1.0"})
+HARDWARE = Hardware(cpu="a Z80", cpu_count=2, host_memory_bytes=2**30)
+
+
+def test_versions_are_those_installed() -> None:
+    stack = provenance.stack()
+    for name in ("torch", "transformers", "lm-eval", "tunebench"):
+        assert stack.packages[name] == importlib.metadata.version(name)
+    assert stack.python == platform.python_version()
+    assert "deepspeed" not in stack.packages or importlib.metadata.version("deepspeed")
+
+
+def test_hardware_is_this_machine() -> None:
+    hardware = provenance.hardware()
+    assert hardware.host_memory_bytes == psutil.virtual_memory().total
+    assert hardware.cpu_count == len(os.sched_getaffinity(0))
+    assert hardware.cpu in Path("/proc/cpuinfo").read_text()
+
+
+def test_identity_follows_versions_python_and_device_and_nothing_else() -> None:
+    known = stack_id(STACK, HARDWARE)
+    assert len(known) == 64
+
+    def of(
+        packages: dict[str, str] | None = None, python: str = "3.11.7", **hardware: object
+    ) -> str:
+        stack = Stack(python=python, packages=STACK.packages | (packages or {}))
+        return stack_id(stack, HARDWARE.model_copy(update=hardware))
+
+    assert of() == known
+    assert of({"tunebench": "0.2.0"}) == known
+    assert of({"pandas": "9"}) == known
+    assert of(python="3.11.9") == known
+    assert of(host_memory_bytes=1, cpu_count=64, driver="1") == known
+    changed = {
+        of({"torch": "2.14.0"}),
+        of({"peft": "1.0"}),
+        of(python="3.12.0"),
+        of(cpu="a 6502"),
+        of(accelerator="NVIDIA A100"),
+    }
+    assert len(changed - {known}) == 5
+
+
+def test_a_cpu_build_of_torch_does_not_use_the_gpu() -> None:
+    with_gpu = HARDWARE.model_copy(update={"accelerator": "NVIDIA A100"})
+    cpu_only = STACK.model_copy(update={"packages": {"torch": "2.13.0+cpu"}})
+    assert provenance.uses_gpu(STACK, with_gpu)
+    assert not provenance.uses_gpu(cpu_only, with_gpu)
+    assert not provenance.uses_gpu(STACK, HARDWARE)
+    assert stack_id(cpu_only, with_gpu) == stack_id(cpu_only, HARDWARE)
+
+
+GPUS = [Gpu(f"gpu {n}", f"GPU-{n}{n}{n}", n, (8, 0), "1") for n in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        (None, [0, 1, 2]),
+        ("", []),
+        ("-1", []),
+        ("2,0", [2, 0]),
+        ("1,7,0", [1]),
+        ("GPU-222", [2]),
+        ("GPU-9", []),
+        ("GPU-", []),
+    ],
+)
+def test_visible_devices_as_cuda_reads_them(setting: str | None, expected: list[int]) -> None:
+    assert visible(GPUS, setting) == [GPUS[index] for index in expected]
+
+
+def test_only_variables_that_are_set_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in provenance.ENVIRONMENT:
+        monkeypatch.delenv(name, raising=False)
+    assert provenance.environment() == {}
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    monkeypatch.setenv("SECRET_TOKEN", "x")
+    assert provenance.environment() == {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+
+
+def test_a_new_record_knows_its_bases_and_is_interrupted_until_somebody_knows_better() -> None:
+    cell = Cell(method="qlora", quantization=Quantization(), data=Data(), train=Train())
+    record = provenance.new_record(cell, ["run"], attempt=2)
+    assert (record.status, record.reason, record.ended) == ("interrupted", "did not start", None)
+    assert (record.cell_id, record.attempt) == (cell.cell_id, 2)
+    assert set(record.base_cell_ids) == {"untouched", "quantized"}
+    assert record.stack_id == stack_id(record.stack, record.hardware)
+
+
+def test_the_commit_of_a_checkout_and_whether_it_is_dirty(tmp_path: Path) -> None:
+    def git(*arguments: str) -> str:
+        identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+        argv = ["git", "-C", str(tmp_path), *identity, *arguments]
+        return subprocess.run(argv, check=True, capture_output=True, text=True).stdout.strip()
+
+    assert provenance._checkout_state(tmp_path) == (None, None)
+    git("init")
+    assert provenance._checkout_state(tmp_path) == (None, None)
+    (tmp_path / "harness").mkdir()
+    (tmp_path / "harness" / "a.py").write_text("1")
+    git("add", ".")
+    git("commit", "-m", "first")
+    head = git("rev-parse", "HEAD")
+    assert provenance._checkout_state(tmp_path) == (head, False)
+    (tmp_path / "notes.txt").write_text("not ours")
+    assert provenance._checkout_state(tmp_path) == (head, False)
+    (tmp_path / "harness" / "a.py").write_text("2")
+    assert provenance._checkout_state(tmp_path) == (head, True)
+
+
+def test_threads_are_the_setting_else_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert provenance.cpu_threads() == 3
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert 1 <= provenance.cpu_threads() <= len(os.sched_getaffinity(0))
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_the_command_leaves_nothing_to_a_users_own_configuration(gpu: bool) -> None:
+    command = provenance.worker_command(Path("c.json"), Path("out"), gpu)
+    assert command[-4:] == ["--module", "harness.worker", "c.json", "out"]
+    assert ("--cpu" in command) == (not gpu)
+    for flag in ("--num_processes", "--num_machines"):
+        assert command[command.index(flag) + 1] == "1"
+    assert command[command.index("--mixed_precision") + 1] == "no"
+    if gpu:
+        assert Path(command[command.index("--config_file") + 1]).is_file()

@@ -55,9 +55,12 @@ def _load_local(path: Path) -> Dataset:
         )
     except Exception as error:
         # The readers raise anything from JSONDecodeError to ArrowInvalid; the cause says it best.
-        cause = error.__cause__ or error
+        said = str(error.__cause__ or error).strip().splitlines()
+        # Of a file without rows they say this, or raise a StopIteration without a word.
+        if not said or "corresponds to no data" in said[0]:
+            raise UserError(f"{path} has no rows", key="data.source") from error
         raise UserError(
-            f"{path} cannot be read as {reader}: {str(cause).splitlines()[0]}", key="data.source"
+            f"{path} cannot be read as {reader}: {said[0]}", key="data.source"
         ) from error
 
 
@@ -66,9 +69,10 @@ def _load_hub(data: Data) -> Dataset:
         return load_dataset(data.source, data.config, split=data.split, revision=data.revision)
     except Exception as error:
         # From a name that does not exist to no network; datasets' own first line tells which.
+        said = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
             f"{data.source!r} is neither {PACKAGED!r} nor a local file, and the hub does not give "
-            f"it: {str(error).splitlines()[0]}",
+            f"it: {said[0]}",
             key="data.source",
         ) from error
 

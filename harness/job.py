@@ -42,15 +42,17 @@ class Job:
     def save(self) -> None:
         write_atomically(self.output_dir / "record.json", self.record.to_json())
 
-    def progress(self, **figures: Any) -> None:
-        """Tell the runner: `step`, `steps`, `loss`, `tokens_per_second`, `message`."""
+    def progress(self, **figures: Any) -> bool:
+        """Tell the runner: `step`, `steps`, `loss`, `tokens_per_second`, `message`. At most twice a
+        second; returns whether it was time."""
         if time.monotonic() - self._progress_at < PROGRESS_SECONDS:
-            return
+            return False
         self._progress_at = time.monotonic()
         known: dict[str, Any] = dict.fromkeys(("step", "steps", "loss", "tokens_per_second"))
         content = {"phase": self.record.phase, "message": "", **known, **figures}
         content["updated"] = time.time()
         write_atomically(self.output_dir / "progress.json", json.dumps(content))
+        return True
 
     def finish(self, status: Status, reason: str | None = None) -> int:
         """Make the record final; returns the worker's exit code."""

@@ -130,6 +130,8 @@ def target_modules(wanted: str | Sequence[str], model: Any) -> list[str]:
     names = adaptable_modules(model)
     explicit = [wanted] if isinstance(wanted, str) and wanted not in _GROUPS else wanted
     if isinstance(explicit, str):
+        if explicit in ("mlp", "all-linear"):
+            _refuse_fused_experts(explicit, model)
         chosen = [name for name in names if _GROUPS[explicit](name)]
         if not chosen:
             raise UserError(
@@ -147,6 +149,19 @@ def target_modules(wanted: str | Sequence[str], model: Any) -> list[str]:
                 key="adapter.target_modules",
             )
     return list(explicit)
+
+
+def _refuse_fused_experts(wanted: str, model: Any) -> None:
+    """Experts held in one parameter are no linear layers: a set that should contain them would
+    silently adapt the rest alone."""
+    for name, module in model.named_modules():
+        layers = (part for part in module.modules() if isinstance(part, nn.Linear))
+        if _leaf(name) == "experts" and next(layers, None) is None:
+            raise UserError(
+                f"{wanted!r} cannot adapt {name}: this model holds its experts in fused "
+                "parameters, not in linear layers; choose 'attention' or 'qv', or name layers",
+                key="adapter.target_modules",
+            )
 
 
 def _leaf(name: str) -> str:
@@ -168,7 +183,8 @@ def _is_qv(name: str) -> bool:
 _GROUPS = {
     "qv": _is_qv,
     "attention": _in_attention,
-    "mlp": lambda name: not _in_attention(name),
+    # In a numbered layer: OPT-350m's project_in and project_out are in none.
+    "mlp": lambda name: not _in_attention(name) and any(p.isdigit() for p in name.split(".")),
     "all-linear": lambda name: True,
 }
 

@@ -44,7 +44,8 @@ CATEGORIES = (
 
 
 class Part(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    # JSON has no NaN: a diverged loss is written as the string "NaN" and read back as a float.
+    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
 
 
 class PhaseMemory(Part):
@@ -130,6 +131,11 @@ class Speed(Part):
     )
     evaluation_seconds: float | None = None
     energy_joules: float | None = Field(None, description="over the timed steps")
+    foreign_cpu_share: float | None = Field(
+        None,
+        description="share of all processor time that other processes used during the timed "
+        "steps: near 0 on a quiet machine, and a reason to doubt the times when it is not",
+    )
 
 
 class Metric(Part):

@@ -93,14 +93,19 @@ def training_passages() -> list[Passage]:
 def held_out_passages(
     per_topic: int, characters: int = PASSAGE_CHARACTERS, shortest: int = 200
 ) -> list[Passage]:
-    """The first `per_topic` passages of each held-out topic that have at least `shortest`
-    characters, cut to `characters` at a line end where one paragraph is longer."""
-    found = []
-    for topic in topics():
-        if held_out(topic.key):
-            long_enough = [p for p in passages(topic, characters) if len(p.text) >= shortest]
-            found += [p._replace(text=_cut(p.text, characters)) for p in long_enough[:per_topic]]
-    return found
+    """Up to `per_topic` passages of each held-out topic that have at least `shortest` characters,
+    cut to `characters` at a line end where one paragraph is longer.
+
+    First the first of every topic, then the second of every topic, so that a run on the first N
+    documents has seen as many topics as it can.
+    """
+    by_topic = [
+        [p for p in passages(topic, characters) if len(p.text) >= shortest]
+        for topic in topics()
+        if held_out(topic.key)
+    ]
+    rounds = [texts[turn] for turn in range(per_topic) for texts in by_topic if turn < len(texts)]
+    return [p._replace(text=_cut(p.text, characters)) for p in rounds]
 
 
 def _cut(text: str, characters: int) -> str:

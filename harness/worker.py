@@ -226,7 +226,11 @@ def _timed_steps(job: Job, loaded: Any, tokenizer: Any, rows: Any, scratch: Path
 
     def report(step: int, loss: float, seconds: float) -> None:
         done = speed.tokens_so_far(trainer.counted.counts, train, step)
-        job.progress(step=step, steps=train.steps, loss=loss, tokens_per_second=done / seconds)
+        figures = {"loss": loss, "tokens_per_second": done / seconds}
+        if job.progress(step=step, steps=train.steps, **figures):
+            # A killed worker leaves the steps until here.
+            speed.fill(record, clock, trainer.counted.counts)
+            job.save()
 
     clock = StepClock(warmup, report)
     course = Course(train.steps, train.learning_rate)

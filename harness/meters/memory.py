@@ -57,6 +57,9 @@ class Event(NamedTuple):
     visit: int
 
 
+_NOTHING = Storage(0, "", (), "", "", "", "")
+
+
 class Peak(NamedTuple):
     """`bytes` were live right after event number `at`."""
 
@@ -81,6 +84,9 @@ class Ledger(TorchDispatchMode):
     def enter_phase(self, phase: str) -> None:
         self.phase = phase
         self.visit += 1
+        # A phase in which nothing changes has a peak too: what was live before it.
+        if not self.closed:
+            self.events.append(Event(_NOTHING, 0, phase, self.visit))
 
     def close(self) -> None:
         """Stop writing: what dies from now on is no longer part of the measured steps."""

@@ -12,6 +12,7 @@ from harness.record import Record, Tokens
 from matrices.cell import Train
 
 NO_PEAK_RATE = "no published peak rate is known for this device"
+NO_ACCOUNT = "this system's count of busy processors does not include this process's own time"
 TOO_SHORT = "every step was a warm-up step"
 
 
@@ -43,6 +44,7 @@ def fill(record: Record, steps: Any, counts: Sequence[Count]) -> None:
     if middle is None:
         record.missing["speed.tokens_per_second"] = TOO_SHORT
         return
+    record.missing.pop("speed.tokens_per_second", None)
     speed.step_seconds_q1, speed.step_seconds_median, speed.step_seconds_q3 = middle
     per_step = clock.counts_per_step(counts, train.gradient_accumulation_steps)
     counted = clock.total(per_step[warmup : len(steps.seconds)])
@@ -54,6 +56,9 @@ def fill(record: Record, steps: Any, counts: Sequence[Count]) -> None:
         loss=counted.loss / seconds,
     )
     speed.samples_per_second = counted.samples / seconds
+    speed.foreign_cpu_share = steps.foreign_cpu_share()
+    if speed.foreign_cpu_share is None:
+        record.missing["speed.foreign_cpu_share"] = NO_ACCOUNT
     energy = steps.energy()
     speed.energy_joules = energy.joules
     if energy.reason:

@@ -9,11 +9,18 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import (
+    flop_registry,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+    shape_wrapper,
+)
 
 from harness import device
 from harness.meters import memory
-from harness.meters.energy import EnergyMeter
+from harness.meters.energy import Energy, EnergyMeter
+from harness.meters.load import ForeignLoad
 from harness.record import PhaseMemory
 from harness.train import Observer
 
@@ -36,6 +43,7 @@ class StepClock(Observer):
         self._warmup_steps = warmup_steps
         self._report = report
         self._energy = EnergyMeter()
+        self._others = ForeignLoad()
         self._parts: list[Any] = []
         self._since = 0.0
         self.optimizer: Any = None
@@ -45,7 +53,7 @@ class StepClock(Observer):
 
     def train_begin(self, optimizer: Any) -> None:
         self.optimizer = optimizer
-        self._energy.start()
+        self._start_counters()
         device.synchronize()
         self._since = time.perf_counter()
 
@@ -63,13 +71,21 @@ class StepClock(Observer):
             raise Diverged(f"the loss of step {step} is {loss}")
         self._report(step, loss, self.seconds[-1])
         if step == self._warmup_steps:
-            self._energy.start()
+            self._start_counters()
         self._since = time.perf_counter()
         self.meter_seconds += self._since - now
 
-    def energy(self) -> Any:
+    def _start_counters(self) -> None:
+        self._energy.start()
+        self._others.start()
+
+    def energy(self) -> Energy:
         """Joules over the timed steps."""
         return self._energy.stop()
+
+    def foreign_cpu_share(self) -> float | None:
+        """What other processes took of the processors over the timed steps."""
+        return self._others.share()
 
 
 class MemorySteps(Observer):
@@ -81,7 +97,7 @@ class MemorySteps(Observer):
         self._open: str | None = None
         self._hooks: list[Any] = []
         self.ledger = memory.Ledger(device.training_device().type, vocabulary)
-        self.flops = FlopCounterMode(display=False, custom_mapping=_cpu_attention())
+        self.operations = Operations()
         self.readings: dict[str, PhaseMemory] = {}
         self.steps = 0
 
@@ -89,13 +105,13 @@ class MemorySteps(Observer):
         memory.tag_model(self.ledger, self._model)
         self._hooks = memory.tag_gradients(self.ledger, self._model)
         self._hooks += memory.name_modules(self.ledger, self._model)
-        self.flops.__enter__()
+        self.operations.__enter__()
         self.ledger.__enter__()
         return self
 
     def __exit__(self, *exception: Any) -> None:
         self.ledger.__exit__(*exception)
-        self.flops.__exit__(*exception)
+        self.operations.__exit__(*exception)
         for hook in self._hooks:
             hook.remove()
         self._close_phase()
@@ -128,7 +144,7 @@ class MemorySteps(Observer):
 
     @property
     def flops_per_step(self) -> int | None:
-        return self.flops.get_total_flops() // self.steps if self.steps else None
+        return self.operations.total // self.steps if self.steps else None
 
 
 def read_phase() -> PhaseMemory:
@@ -153,17 +169,48 @@ def highest(one: PhaseMemory, other: PhaseMemory) -> PhaseMemory:
     return PhaseMemory(**merged)
 
 
-def _cpu_attention() -> dict[Any, Any]:
-    """torch counts the CUDA attention kernels; the CPU one does the same products."""
+class Operations(TorchDispatchMode):
+    """Counts executed floating point operations by torch's own formulas, as its `FlopCounterMode`
+    does, but leaves every op whole. That one takes apart what it has no formula for
+    (`silu_backward` becomes five ops with temporaries), and the memory of other steps than a
+    real run's would be measured under it.
+    """
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+        self._formulas = flop_registry | _missing_formulas()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        formula = self._formulas.get(func.overloadpacket)
+        if formula is not None:
+            self.total += int(formula(*args, **kwargs, out_val=out))
+        return out
+
+
+def _missing_formulas() -> dict[Any, Any]:
+    """What torch has no formula for: the CPU attention kernel, which does the same products as the
+    CUDA ones, and `linear`, which arrives whole from inside another op (bitsandbytes' product)."""
+
+    @shape_wrapper
+    def linear(left: Any, weight: Any, *_: Any, **__: Any) -> int:
+        return 2 * math.prod(left) * int(weight[0])
+
+    @shape_wrapper
     def forward(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
         return int(sdpa_flop_count(query, key, value))
 
+    @shape_wrapper
     def backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
         return int(sdpa_backward_flop_count(grad, query, key, value))
 
     aten = torch.ops.aten
     return {
+        aten.linear: linear,
         aten._scaled_dot_product_flash_attention_for_cpu: forward,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
     }

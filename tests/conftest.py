@@ -1,0 +1,37 @@
+"""What all tests share: skips that count as failures where they must, and one model cache."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quiet_and_offline() -> Iterator[None]:
+    """No hub look-ups: everything the tests need is packaged or made by them."""
+    before = dict(os.environ)
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """With TUNEBENCH_NO_SKIPS set, a test that is skipped without a `gpu` mark has failed."""
+    outcome = yield
+    report = outcome.get_result()  # type: ignore[attr-defined]
+    strict = os.environ.get("TUNEBENCH_NO_SKIPS") and item.get_closest_marker("gpu") is None
+    if strict and report.skipped and not hasattr(report, "wasxfail"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+        report.outcome = "failed"
+        report.longrepr = f"skipped where nothing may be skipped: {reason}"
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    return Path(__file__).resolve().parents[1]

@@ -1,0 +1,189 @@
+"""Real cells on a tiny model, run once by the real command line, looked at by many tests."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from harness.record import Record, read_record
+
+ROOT = Path(__file__).resolve().parents[2]
+# One sweep through every axis that changes a run. Each included cell is named by its
+# max_samples, a setting that changes nothing at these sizes.
+SWEEP = """\
+name: axes
+question: Does every axis really change the run?
+model: tiny-llama
+data: {source: python-reference, max_length: 64, packing: true}
+train: {steps: 6, warmup_steps: 2, micro_batch_size: 2, learning_rate: 2.0e-3}
+evaluate: {tasks: [python_reference_bpb, python_reference_topic], limit: 8}
+method: lora
+rank: 4
+max_samples: 402
+include:
+  - method: full
+    max_samples: 401
+  - method: qlora
+    quant_type: nf4
+    double_quant: true
+    target_modules: attention
+    max_samples: 403
+  - method: qlora
+    quant_type: nf4
+    max_samples: 404
+  - method: qlora
+    quant_type: fp4
+    max_samples: 405
+  - method: qlora
+    quant_type: fp4
+    double_quant: true
+    kbit_preparation: false
+    max_samples: 406
+  - method: lora
+    rank: 2
+    alpha: 3
+    dropout: 0.1
+    target_modules: qv
+    max_samples: 407
+  - method: lora
+    target_modules: mlp
+    gradient_checkpointing: true
+    max_samples: 408
+  - method: lora
+    target_modules: all-linear
+    gradient_accumulation_steps: 2
+    max_samples: 409
+  - method: full
+    optimizer: adamw_8bit
+    max_samples: 410
+  - method: full
+    optimizer: paged_adamw_8bit
+    max_samples: 411
+  - method: full
+    optimizer: adafactor
+    max_samples: 412
+  - method: full
+    weight_dtype: fp32
+    compute_dtype: fp32
+    attn_implementation: eager
+    max_samples: 413
+  - method: lora
+    packing: false
+    data.source: pairs.jsonl
+    completion_only_loss: true
+    max_samples: 11
+  - method: lora
+    packing: false
+    data.source: chats.jsonl
+    completion_only_loss: true
+    max_samples: 12
+  - method: lora
+    packing_strategy: bfd
+    target_modules: [q_proj, down_proj]
+    max_samples: 416
+  - method: full
+    optimizer: sgd
+    learning_rate: 1.0e+38
+    max_grad_norm: 0.0
+    max_samples: 417
+  - method: lora
+    compute_dtype: fp16
+    max_samples: 418
+"""
+
+
+class Ran(NamedTuple):
+    """A finished command."""
+
+    code: int
+    out: str
+    err: str
+
+
+Command = Callable[..., Ran]
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def environment(cache: Path) -> dict[str, str]:
+    return os.environ | {
+        "TUNEBENCH_CACHE": str(cache),
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(cache / "huggingface"),
+        "OMP_NUM_THREADS": "2",
+    }
+
+
+@pytest.fixture(scope="session")
+def tunebench(environment: dict[str, str]) -> Command:
+    """Run the command line in a directory, to its end."""
+
+    def run(*arguments: str, cwd: Path, timeout: float = 600) -> Ran:
+        done = subprocess.run(
+            [sys.executable, "-m", "launch.cli", *arguments],
+            cwd=cwd,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+        return Ran(done.returncode, done.stdout, done.stderr)
+
+    return run
+
+
+class Sweep(NamedTuple):
+    """The sweep's directory, how the command ended, and its records by the cell's `max_samples`
+    (base cells by `base` and their 4-bit format)."""
+
+    directory: Path
+    ran: Ran
+    records: dict[object, Record]
+
+    def path(self, name: object) -> Path:
+        wanted = self.records[name]
+        results = self.directory / "results"
+        return next(results.rglob(f"{wanted.cell_id[:12]}-*/record.json")).parent
+
+
+@pytest.fixture(scope="session")
+def sweep(tunebench: Command, tmp_path_factory: pytest.TempPathFactory) -> Sweep:
+    directory = tmp_path_factory.mktemp("sweep")
+    (directory / "axes.yaml").write_text(SWEEP)
+    pairs = [{"prompt": f"{i} plus {i} is", "completion": f" {2 * i}."} for i in range(30)]
+    (directory / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    chats = [
+        {
+            "messages": [
+                {"role": "user", "content": f"what follows {i}?"},
+                {"role": "assistant", "content": f"{i + 1} follows {i}."},
+            ]
+        }
+        for i in range(30)
+    ]
+    (directory / "chats.jsonl").write_text("\n".join(map(json.dumps, chats)))
+    ran = tunebench("run", "axes.yaml", cwd=directory)
+    assert ran.code == 0, ran.err[-3000:]
+    records = [read_record(path) for path in (directory / "results/axes").glob("*/record.json")]
+    return Sweep(directory, ran, {_name(record): record for record in records})
+
+
+def _name(record: Record) -> object:
+    if record.cell.data is not None:
+        return record.cell.data.max_samples
+    quantization = record.cell.quantization
+    if quantization is None:
+        return "base"
+    return f"base {quantization.quant_type} {quantization.double_quant}"

@@ -1,0 +1,298 @@
+"""The spine end to end: real processes, a real (tiny) model, TRL, bitsandbytes and lm-eval."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from conftest import ROOT, Command, Sweep
+
+from harness.record import Record, read_record
+from matrices.cell import flatten
+
+FAILING = {417: "diverged", 418: "invalid"}
+TRAINED = [401, 402, 403, 404, 405, 406, 407, 408, 409, 410, 411, 412, 413, 11, 12, 416]
+# Parameters of tiny-llama, from its config: embeddings and head 2*259*128; a layer's attention
+# 2*128*128 + 2*128*64, its mlp 3*128*320, its norms 2*128; one last norm.
+LINEAR = 3 * (2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 320)
+TOTAL = 2 * 259 * 128 + LINEAR + 3 * 2 * 128 + 128
+
+
+def lora_parameters(rank: int, shapes: list[tuple[int, int]]) -> int:
+    """r (in + out) for each adapted matrix of each of the three layers."""
+    return 3 * sum(rank * (rows + columns) for rows, columns in shapes)
+
+
+QV = [(128, 128), (64, 128)]
+ATTENTION = [*QV, (64, 128), (128, 128)]
+MLP = [(320, 128), (320, 128), (128, 320)]
+
+
+def test_the_sweep_ends_with_the_status_each_cell_deserves(sweep: Sweep) -> None:
+    assert sweep.ran.code == 0, sweep.ran.err[-2000:]
+    found = {name: record.status for name, record in sweep.records.items()}
+    bases = ["base", *(f"base {q} {d}" for q in ("nf4", "fp4") for d in (False, True))]
+    assert found == dict.fromkeys([*TRAINED, *bases], "ok") | FAILING, sweep.ran.err[-2000:]
+
+
+def test_an_impossible_cell_says_why(sweep: Sweep) -> None:
+    assert "fp16" in (sweep.records[418].reason or "")
+    assert sweep.records[418].memory.peak_bytes is None
+
+
+def test_a_diverged_cell_keeps_the_losses_until_then(sweep: Sweep) -> None:
+    record = sweep.records[417]
+    assert record.failure is not None
+    assert record.failure.phase == "train"
+    assert 0 < len(record.quality.train_loss) <= 6
+    assert not math.isfinite(record.quality.train_loss[-1])
+    assert record.memory.peak_bytes is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "trainable"),
+    [
+        (401, TOTAL),
+        (402, lora_parameters(4, ATTENTION)),
+        (403, lora_parameters(4, ATTENTION)),
+        (407, lora_parameters(2, QV)),
+        (408, lora_parameters(4, MLP)),
+        (409, lora_parameters(4, ATTENTION + MLP)),
+        (416, lora_parameters(4, [(128, 128), (128, 320)])),
+    ],
+)
+def test_trainable_parameters_are_the_closed_form(sweep: Sweep, name: int, trainable: int) -> None:
+    assert sweep.records[name].artifacts.trainable_parameters == trainable
+
+
+@pytest.mark.parametrize(("name", "double"), [(403, True), (404, False), (405, False), (406, True)])
+def test_4bit_bytes_are_the_closed_form(sweep: Sweep, name: int, double: bool) -> None:
+    record = sweep.records[name]
+    assert record.memory.resident["quantized_weights"] == LINEAR // 2
+    layers, blocks = 21, LINEAR // 64
+    plain = 4 * blocks
+    # Every matrix here has fewer than 256 blocks of 64 x 256 weights left over: ceil per matrix.
+    sizes = [rows * columns // 64 for rows, columns in ATTENTION + MLP]
+    nested = blocks + 3 * sum(4 * math.ceil(size / 256) for size in sizes) + layers * (4 + 1024)
+    held = record.memory.resident["quantization_state"]
+    assert held - (nested if double else plain) in (64, layers * 64), "one code table, or one each"
+    assert record.verified.quantized_modules == layers
+
+
+def test_each_axis_is_what_ran(sweep: Sweep) -> None:
+    verified = {name: record.verified for name, record in sweep.records.items()}
+    assert verified[405].quant_types == ["fp4"]
+    assert verified[404].quant_types == ["nf4"]
+    assert verified[416].adapter_modules == ["down_proj", "q_proj"]
+    assert verified[413].attn_implementation == "eager"
+    assert list(verified[413].weight_dtypes) == ["float32"]
+    assert (verified[410].optimizer or "").startswith("bitsandbytes")
+    assert (verified[412].optimizer or "").endswith("Adafactor")
+    assert any("not paged" in said for said in verified[411].substitutions)
+    assert "bfloat16" in verified[406].weight_dtypes, "no k-bit preparation: norms stay bf16"
+    assert "float32" in verified[403].weight_dtypes, "k-bit preparation: norms in fp32"
+
+
+def test_memory_moves_the_way_it_must(sweep: Sweep) -> None:
+    memory = {name: record.memory for name, record in sweep.records.items()}
+    states = {name: m.by_category.get("optimizer_states", 0) for name, m in memory.items()}
+    assert states[410] < 0.6 * states[401], "8-bit Adam: one byte a state; bf16 Adam: two"
+    phases = {
+        name: {phase: ranks[0].ledger_peak_bytes for phase, ranks in m.phases.items()}
+        for name, m in memory.items()
+    }
+    # The same adapters with and without recomputation: 408 stores less at the end of forward.
+    live = {name: memory[name].phases["forward"][0].ledger_end_bytes or 0 for name in (408, 409)}
+    assert live[408] < live[409]
+    assert all(phases[n]["forward"] for n in TRAINED)
+    for name in TRAINED:
+        assert memory[name].headline == "ledger"
+        assert memory[name].peak_bytes == max(
+            phases[name][phase] or 0 for phase in ("forward", "backward", "optimizer_step")
+        )
+        assert sum(memory[name].by_category.values()) == memory[name].peak_bytes
+
+
+def test_tokens_are_counted_by_kind(sweep: Sweep) -> None:
+    packed, pairs = sweep.records[402].speed, sweep.records[11].speed
+    assert packed.tokens is not None
+    assert packed.tokens.all == packed.tokens.non_padding == 4 * 2 * 64
+    assert packed.tokens.loss == 4 * 2 * 63, "the first token of a row predicts nothing"
+    assert sum(packed.step_seconds[2:]) * packed.tokens_per_second.all == pytest.approx(512)
+    assert pairs.tokens is not None
+    assert pairs.tokens.loss < pairs.tokens.non_padding <= pairs.tokens.all
+    # A completion ' 2i.' and its end of sequence: 4 or 5 bytes, each one token.
+    assert 4 * 2 * 4 <= pairs.tokens.loss <= 4 * 2 * 6
+    assert pairs.tflops_per_second is None
+    assert "shorter" in sweep.records[11].missing["speed.tflops_per_second"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "method"), [(401, "full"), (402, "lora"), (403, "qlora")])
+def test_losses_are_those_of_a_bare_trl_script(
+    sweep: Sweep, cache: Path, environment: dict[str, str], name: int, method: str
+) -> None:
+    """To the last digit: neither the memory steps nor the meters touch the training."""
+    options = {
+        "rank": 4,
+        "learning_rate": 2.0e-3,
+        "warmup_steps": 2,
+        "max_length": 64,
+        "max_samples": name,
+    }
+    done = subprocess.run(
+        [
+            sys.executable,
+            str(ROOT / "tests/integration/bare_trl.py"),
+            str(cache / "models/tiny-llama"),
+            method,
+            "6",
+            json.dumps(options),
+        ],
+        env=environment | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    bare = json.loads(done.stdout.splitlines()[-1])
+    assert sweep.records[name].quality.train_loss == bare["losses"]
+
+
+@pytest.mark.slow
+def test_scores_are_those_of_lm_evals_own_command_line(
+    sweep: Sweep, cache: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    """To the last digit, on the same adapter."""
+    adapter = sweep.path(402) / "adapter"
+    done = subprocess.run(
+        [
+            sys.executable,
+            *("-m", "lm_eval", "run", "--model", "hf"),
+            "--model_args",
+            f"pretrained={cache / 'models/tiny-llama'},peft={adapter},dtype=bfloat16",
+            *("--tasks", "python_reference_bpb,python_reference_topic"),
+            *("--include_path", str(ROOT / "harness/tasks")),
+            *("--batch_size", "8", "--device", "cpu", "--limit", "8"),
+            *("--output_path", str(tmp_path)),
+        ],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    theirs = json.loads(next(tmp_path.rglob("results*.json")).read_text())["results"]
+    ours = sweep.records[402].quality.tasks
+    assert (
+        ours["python_reference_bpb"].metrics["bits_per_byte"].value
+        == (theirs["python_reference_bpb"]["bits_per_byte,none"])
+    )
+    for metric in ("acc", "acc_norm"):
+        score = ours["python_reference_topic"].metrics[metric]
+        assert score.value == theirs["python_reference_topic"][f"{metric},none"]
+        assert score.stderr == theirs["python_reference_topic"][f"{metric}_stderr,none"]
+
+
+def test_samples_give_the_score_again(sweep: Sweep) -> None:
+    for name in (401, 403, "base"):
+        record = sweep.records[name]
+        samples = pd.read_parquet(sweep.path(name) / "samples.parquet")
+        bits = samples[samples.metric == "bits_per_byte"]
+        score = record.quality.tasks["python_reference_bpb"]
+        again = -bits.value.sum() / bits.weight.sum() / math.log(2)
+        assert score.metrics["bits_per_byte"].value == pytest.approx(again, rel=1e-12)
+        assert score.n == len(bits) == 8
+
+
+def test_training_helps_on_topics_never_trained_on(sweep: Sweep) -> None:
+    def bits(name: object) -> float:
+        task = sweep.records[name].quality.tasks["python_reference_bpb"]
+        return task.metrics["bits_per_byte"].value
+
+    assert bits(401) < bits("base")
+
+
+def test_records_are_complete_enough_to_rerun(sweep: Sweep) -> None:
+    for record in sweep.records.values():
+        assert record.stack.packages["transformers"]
+        assert record.hardware.cpu
+        assert record.command[-3] == "harness.worker"
+        assert Path(record.command[-2]).is_file(), "the command names the published cell"
+        assert record.ended is not None
+
+
+def test_the_same_command_again_runs_nothing(sweep: Sweep, tunebench: Command) -> None:
+    before = {p: p.read_bytes() for p in (sweep.directory / "results").rglob("record.json")}
+    plan = json.loads(tunebench("plan", "axes.yaml", "--json", cwd=sweep.directory).out)
+    assert {cell["action"] for cell in plan} == {"keep", "invalid"}
+    assert before == {p: p.read_bytes() for p in (sweep.directory / "results").rglob("record.json")}
+
+
+@pytest.mark.slow
+def test_the_recorded_command_gives_the_same_losses_and_scores(
+    sweep: Sweep, tunebench: Command
+) -> None:
+    """`rerun` goes through the recorded `accelerate launch`; the forked worker and the one started
+    by hand agree to the last digit."""
+    first = sweep.records[403]
+    ran = tunebench("rerun", str(sweep.path(403)), cwd=sweep.directory)
+    assert ran.code == 0, ran.err[-2000:]
+    again = read_record(Path(ran.out.strip().splitlines()[-1]))
+    assert again.attempt == 2
+    assert again.quality.train_loss == first.quality.train_loss
+    assert _scores(again) == _scores(first)
+    assert again.memory.by_category == first.memory.by_category
+
+
+def _scores(record: Record) -> dict[str, float]:
+    return {
+        f"{task}.{metric}": found.value
+        for task, score in record.quality.tasks.items()
+        for metric, found in score.metrics.items()
+    }
+
+
+def test_every_cell_differs_from_every_other_in_what_was_asked(sweep: Sweep) -> None:
+    seen = [
+        json.dumps(flatten(r.cell), default=str, sort_keys=True) for r in sweep.records.values()
+    ]
+    assert len(set(seen)) == len(seen)
+
+
+@pytest.mark.slow
+def test_no_memory_is_a_result(tunebench: Command, tmp_path: Path, cache: Path) -> None:
+    """Under a limit on address space torch's own allocator refuses: status oom, with the phase and
+    the bytes asked for, and everything known until then."""
+    (tmp_path / "oom.yaml").write_text(
+        "model: {name: tiny-llama, attn_implementation: eager}\nmethod: full\n"
+        "data: {max_length: 2048, packing: true}\n"
+        "train: {steps: 1, warmup_steps: 0, micro_batch_size: 128}\n"
+        "evaluate: {tasks: [], sample_prompts: []}\n"
+    )
+    limited = (
+        "import resource, sys; from launch.cli import main;"
+        "resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30)); main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", limited, "run", "oom.yaml"],
+        cwd=tmp_path,
+        env=os.environ | {"TUNEBENCH_CACHE": str(cache), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    records = [read_record(path) for path in tmp_path.rglob("record.json")]
+    assert [r.status for r in records] == ["oom"], done.stderr[-2000:]
+    failure = records[0].failure
+    assert failure is not None
+    assert failure.phase == "memory_steps"
+    # The first eager attention's scores, in bf16: batch x heads x length x length.
+    assert failure.requested_bytes == 128 * 4 * 2048 * 2048 * 2
+    assert records[0].memory.by_category["weights"] > 0, "the ledger until then is kept"

@@ -20,6 +20,15 @@ DTYPES: dict[str, torch.dtype] = {
     "fp32": torch.float32,
     "uint8": torch.uint8,
 }
+# In messages of plain RuntimeErrors: torch's CPU and CUDA allocators, the driver itself (paged
+# optimizers ask it), and cuBLAS when nothing is left for its workspace.
+OUT_OF_MEMORY = (
+    "DefaultCPUAllocator",
+    "not enough memory",
+    "CUDA out of memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
 
 
 class Peaks(NamedTuple):
@@ -110,7 +119,12 @@ def process_bytes() -> int | None:
         return None
     import pynvml
 
-    for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle):
+    try:
+        running = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+    except pynvml.NVMLError:
+        # Not every driver model tells (WSL, virtual GPUs).
+        return None
+    for process in running:
         if process.pid == os.getpid() and process.usedGpuMemory is not None:
             return int(process.usedGpuMemory)
     return None
@@ -123,7 +137,10 @@ def device_bytes() -> int | None:
         return None
     import pynvml
 
-    return int(pynvml.nvmlDeviceGetMemoryInfo(handle).used)
+    try:
+        return int(pynvml.nvmlDeviceGetMemoryInfo(handle).used)
+    except pynvml.NVMLError:
+        return None
 
 
 def energy_joules() -> float | None:
@@ -144,9 +161,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     text = str(error)
-    return isinstance(error, RuntimeError) and (
-        "DefaultCPUAllocator" in text or "CUDA out of memory" in text or "not enough memory" in text
-    )
+    return isinstance(error, RuntimeError) and any(sign in text for sign in OUT_OF_MEMORY)
 
 
 def requested_bytes(error: BaseException) -> int | None:

@@ -79,7 +79,7 @@ class Job:
 
 
 def status_of(error: BaseException) -> Status:
-    if isinstance(error, Interrupted):
+    if isinstance(error, Interrupted | KeyboardInterrupt):
         return "interrupted"
     if isinstance(error, Diverged):
         return "diverged"

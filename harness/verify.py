@@ -12,20 +12,21 @@ from harness.model import alpha, target_modules
 from harness.record import Verified
 from matrices.cell import Adapter, Cell, Quantization
 
-# transformers' optim name -> (class that runs, its attributes that tell the variants apart).
+# transformers' optim name -> (package and class that runs, its attributes that tell the variants
+# apart).
 OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "adamw_torch": ("AdamW", {}),
-    "adamw_torch_fused": ("AdamW", {"fused": True}),
-    "adamw_8bit": ("AdamW", {"optim_bits": 8, "is_paged": False}),
-    "adamw_bnb_8bit": ("AdamW", {"optim_bits": 8, "is_paged": False}),
-    "paged_adamw_8bit": ("AdamW", {"optim_bits": 8, "is_paged": True}),
-    "paged_adamw_32bit": ("AdamW", {"optim_bits": 32, "is_paged": True}),
-    "lion_8bit": ("Lion", {"optim_bits": 8, "is_paged": False}),
-    "lion_32bit": ("Lion", {"optim_bits": 32, "is_paged": False}),
-    "paged_lion_8bit": ("Lion", {"optim_bits": 8, "is_paged": True}),
-    "paged_lion_32bit": ("Lion", {"optim_bits": 32, "is_paged": True}),
-    "adafactor": ("Adafactor", {}),
-    "sgd": ("SGD", {}),
+    "adamw_torch": ("torch.AdamW", {"fused": None}),
+    "adamw_torch_fused": ("torch.AdamW", {"fused": True}),
+    "adamw_8bit": ("bitsandbytes.AdamW", {"optim_bits": 8, "is_paged": False}),
+    "adamw_bnb_8bit": ("bitsandbytes.AdamW", {"optim_bits": 8, "is_paged": False}),
+    "paged_adamw_8bit": ("bitsandbytes.AdamW", {"optim_bits": 8, "is_paged": True}),
+    "paged_adamw_32bit": ("bitsandbytes.AdamW", {"optim_bits": 32, "is_paged": True}),
+    "lion_8bit": ("bitsandbytes.Lion", {"optim_bits": 8, "is_paged": False}),
+    "lion_32bit": ("bitsandbytes.Lion", {"optim_bits": 32, "is_paged": False}),
+    "paged_lion_8bit": ("bitsandbytes.Lion", {"optim_bits": 8, "is_paged": True}),
+    "paged_lion_32bit": ("bitsandbytes.Lion", {"optim_bits": 32, "is_paged": True}),
+    "adafactor": ("transformers.Adafactor", {}),
+    "sgd": ("torch.SGD", {}),
 }
 
 
@@ -111,6 +112,8 @@ def _is_head(name: str, model: Any) -> bool:
 
 
 def _verify_adapters(adapters: dict[str, Any], model: Any, wanted: Adapter) -> None:
+    if not adapters:
+        raise VerificationError("the cell says LoRA, but no module is adapted")
     base = model.get_base_model()
     endings = target_modules(wanted.target_modules, _Unadapted(base))
     for name, layer in adapters.items():
@@ -197,7 +200,7 @@ def verify_optimizer(optimizer: Any, name: str) -> tuple[str, list[str]]:
     inner = getattr(optimizer, "optimizer", optimizer)
     wanted, attributes = OPTIMIZERS[name]
     found = f"{type(inner).__module__.split('.')[0]}.{type(inner).__name__}"
-    demand(type(inner).__name__, wanted, "optimizer class")
+    demand(found, wanted, "optimizer class")
     for attribute, value in attributes.items():
         demand(_attribute(inner, attribute), value, f"optimizer {attribute}")
     substitutions = []

@@ -21,6 +21,9 @@ from typing import IO
 from harness import provenance
 
 
+GROUP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
 @dataclass(frozen=True)
 class Server:
     """The process that workers are forked from, and what it has written: libraries greet and warn
@@ -52,10 +55,11 @@ def start_server(preload: list[str]) -> Server:
 
 @contextlib.contextmanager
 def _inherited(output: int) -> Iterator[None]:
-    """What a process started in the block inherits: an output, deafness to Ctrl-C, a safe path."""
-    # Ctrl-C reaches every process of the terminal: the server must live on to report how the
-    # worker ended. And a `harness.py` of the user's must not be imported.
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """What a process started in the block inherits: an output, deafness to stop signals, a safe
+    path."""
+    # Ctrl-C, `timeout` and a closed terminal signal a whole process group: the server must live on
+    # to report how the worker ended. And a `harness.py` of the user's must not be imported.
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in GROUP_SIGNALS}
     safe_path = os.environ.get("PYTHONSAFEPATH")
     os.environ["PYTHONSAFEPATH"] = "1"
     own = os.dup(1), os.dup(2)
@@ -68,7 +72,8 @@ def _inherited(output: int) -> Iterator[None]:
         os.dup2(own[1], 2)
         os.close(own[0])
         os.close(own[1])
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         if safe_path is None:
             del os.environ["PYTHONSAFEPATH"]
 

@@ -73,7 +73,10 @@ class Ledger(TorchDispatchMode):
     def __init__(self, device_type: str, vocabulary: int | None = None) -> None:
         super().__init__()
         self.device_type = device_type
-        self.vocabulary = vocabulary
+        # Widths of logits: the vocabulary's, and those of the tiles a fused head cuts it into.
+        self.logit_widths: set[int] = set() if vocabulary is None else {vocabulary}
+        self.head_modules: set[str] = set()
+        self.hidden_width: int | None = None
         self.events: list[Event] = []
         self.phase = "load"
         self.visit = 0
@@ -151,10 +154,21 @@ class Ledger(TorchDispatchMode):
         checkpoint's recomputation with gradients enabled."""
         if self.phase not in ("forward", "backward"):
             return "temporaries"
-        if tensor.dim() > 1 and tensor.shape[-1] == self.vocabulary:
+        if self._is_logits(tensor):
             return "logits_and_loss"
         recorded = self.phase == "forward" or torch.is_grad_enabled()
         return "activations" if recorded else "temporaries"
+
+    def _is_logits(self, tensor: torch.Tensor) -> bool:
+        """By width; a forward at or around the output head, outside of the backbone, teaches the
+        widths that its backward is told by."""
+        if tensor.dim() < 2:
+            return False
+        width = tensor.shape[-1]
+        at_head = self.phase == "forward" and self.module in self.head_modules
+        if at_head and width not in (1, self.hidden_width) and tensor.dtype.is_floating_point:
+            self.logit_widths.add(width)
+        return width in self.logit_widths
 
 
 def _composite(func: Any) -> Callable[..., Any] | None:
@@ -297,10 +311,16 @@ def tag_optimizer(ledger: Ledger, optimizer: torch.optim.Optimizer) -> None:
             ledger.tag(value, "optimizer_states")
 
 
-def name_modules(ledger: Ledger, model: nn.Module) -> list[Any]:
+def name_modules(ledger: Ledger, model: Any) -> list[Any]:
     """Have the ledger know which module's forward is running; returns the hooks."""
     stack: list[str] = []
     names = {module: name for name, module in model.named_modules()}
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is not None:
+        # The head and every module around it; the backbone stands beside it.
+        parts = names[head].split(".")
+        ledger.head_modules = {".".join(parts[:length]) for length in range(len(parts) + 1)}
+        ledger.hidden_width = head.weight.shape[-1]
 
     def enter(module: nn.Module, _: Any) -> None:
         stack.append(ledger.module)

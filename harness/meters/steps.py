@@ -198,7 +198,7 @@ def _missing_formulas() -> dict[Any, Any]:
 
     @shape_wrapper
     def linear(left: Any, weight: Any, *_: Any, **__: Any) -> int:
-        return 2 * math.prod(left) * int(weight[0])
+        return int(2 * math.prod(left) * weight[0])
 
     @shape_wrapper
     def forward(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:

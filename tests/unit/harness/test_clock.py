@@ -1,0 +1,47 @@
+"""Arithmetic of time: hand-computed cases, and quartiles against numpy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from harness.meters import clock
+from harness.meters.clock import Count
+
+ONE, TWO, THREE = Count(8, 6, 5, 1), Count(10, 10, 9, 2), Count(4, 1, 0, 1)
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 5, 8, 37])
+def test_quartiles_are_numpys(n: int) -> None:
+    seconds = list(np.random.default_rng(n).exponential(size=n))
+    found = clock.quartiles(seconds)
+    assert found == pytest.approx(np.percentile(seconds, [25, 50, 75]), rel=1e-12)
+
+
+def test_quartiles_of_few() -> None:
+    assert clock.quartiles([]) is None
+    assert clock.quartiles([0.5]) == (0.5, 0.5, 0.5)
+    assert clock.quartiles([3.0, 1.0]) == (1.5, 2.0, 2.5)
+
+
+def test_counts_per_step() -> None:
+    batches = [ONE, TWO, THREE, ONE, TWO]
+    assert clock.counts_per_step(batches, 1) == batches
+    # The fifth was fetched ahead and never trained on.
+    assert clock.counts_per_step(batches, 2) == [Count(18, 16, 14, 3), Count(12, 7, 5, 2)]
+    assert clock.counts_per_step(batches, 3) == [Count(22, 17, 14, 4)]
+    assert clock.counts_per_step(batches, 6) == []
+    assert clock.counts_per_step([], 1) == []
+
+
+def test_total() -> None:
+    assert clock.total([ONE, TWO, THREE]) == Count(22, 17, 14, 4)
+    assert clock.total([]) == Count(0, 0, 0, 0)
+
+
+def test_rates() -> None:
+    assert clock.rate(30, 4.0) == 7.5
+    assert clock.rate(30, 0.0) is None
+    # 5 steps of 3e12 operations in 2 seconds: 7.5e12 a second.
+    assert clock.tflops_per_second(3 * 10**12, 5, 2.0) == 7.5
+    assert clock.tflops_per_second(3 * 10**12, 0, 0.0) is None

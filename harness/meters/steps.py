@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -88,20 +88,47 @@ class StepClock(Observer):
         return self._others.share()
 
 
-class MemorySteps(Observer):
-    """Runs the ledger, torch's counters and the operation counter over a few untimed steps."""
+class CounterSteps(Observer):
+    """Reads torch's, NVML's and the host's peaks phase by phase over a few untimed steps."""
 
-    def __init__(self, model: nn.Module, vocabulary: int) -> None:
-        self._model = model
-        self._optimizer: Any = None
+    def __init__(self) -> None:
         self._open: str | None = None
-        self._hooks: list[Any] = []
-        self.ledger = memory.Ledger(device.training_device().type, vocabulary)
-        self.operations = Operations()
         self.readings: dict[str, PhaseMemory] = {}
         self.steps = 0
 
-    def __enter__(self) -> MemorySteps:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._close_phase()
+
+    def phase(self, name: str) -> None:
+        self._close_phase()
+        device.reset_peaks()
+        self._open = name
+
+    def step_end(self, step: int) -> None:
+        self.steps = step
+
+    def _close_phase(self) -> None:
+        if self._open is not None:
+            old = self.readings.get(self._open, PhaseMemory())
+            self.readings[self._open] = highest(old, read_phase())
+            self._open = None
+
+
+class MemorySteps(CounterSteps):
+    """Runs the ledger and the operation counter as well."""
+
+    def __init__(self, model: nn.Module, vocabulary: int) -> None:
+        super().__init__()
+        self._model = model
+        self._optimizer: Any = None
+        self._hooks: list[Any] = []
+        self.ledger = memory.Ledger(device.training_device().type, vocabulary)
+        self.operations = Operations()
+
+    def __enter__(self) -> Self:
         memory.tag_model(self.ledger, self._model)
         self._hooks = memory.tag_gradients(self.ledger, self._model)
         self._hooks += memory.name_modules(self.ledger, self._model)
@@ -114,7 +141,7 @@ class MemorySteps(Observer):
         self.operations.__exit__(*exception)
         for hook in self._hooks:
             hook.remove()
-        self._close_phase()
+        super().__exit__(*exception)
         self._tag_optimizer()
         self.ledger.close()
 
@@ -122,25 +149,17 @@ class MemorySteps(Observer):
         self._optimizer = optimizer
 
     def phase(self, name: str) -> None:
-        self._close_phase()
-        device.reset_peaks()
-        self._open = name
+        super().phase(name)
         self.ledger.enter_phase(name)
 
     def step_end(self, step: int) -> None:
+        super().step_end(step)
         self._tag_optimizer()
-        self.steps = step
 
     def _tag_optimizer(self) -> None:
         if self._optimizer is not None:
             inner = getattr(self._optimizer, "optimizer", self._optimizer)
             memory.tag_optimizer(self.ledger, inner)
-
-    def _close_phase(self) -> None:
-        if self._open is not None:
-            old = self.readings.get(self._open, PhaseMemory())
-            self.readings[self._open] = highest(old, read_phase())
-            self._open = None
 
     @property
     def flops_per_step(self) -> int | None:

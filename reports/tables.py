@@ -47,6 +47,7 @@ TABLES: dict[str, Spec] = {
         ("full", "lora", "qlora"),
         ("full", "lora", "qlora"),
         first_of({"method": "full"}, {"method": "lora"}),
+        ("untouched", "quantized"),
     ),
     "quantization": Spec(
         "Quantization comparison",

@@ -40,6 +40,7 @@ CATEGORIES = (
     "activations",
     "logits_and_loss",
     "temporaries",
+    "workspaces",
 )
 
 
@@ -198,6 +199,32 @@ class Verified(Part):
     )
 
 
+class RecordedPrediction(Part):
+    """What was predicted for this cell on this device before it ran, and how far off it was.
+
+    `stack` names the versions the prediction executed; `margin` is the relative error it allowed
+    for. Seconds are of one optimizer step.
+    """
+
+    peak_allocated_bytes: int | None = None
+    peak_reserved_bytes: int | None = None
+    steady_allocated_bytes: int | None = None
+    peak_phase: str | None = None
+    by_phase: dict[str, int] = Field(default_factory=dict)
+    engine: str | None = None
+    device: str | None = None
+    margin: float | None = None
+    stack: dict[str, str] = Field(default_factory=dict)
+    floor_seconds: float | None = None
+    expected_seconds: float | None = None
+    error: float | None = Field(
+        None, description="predicted / measured - 1 of the training peak (memory.peak_bytes)"
+    )
+    expected_seconds_error: float | None = Field(
+        None, description="predicted / measured - 1 of the median step time"
+    )
+
+
 class Failure(Part):
     """Why the status is not ok. For oom: the phase, and the bytes asked for where known."""
 
@@ -258,6 +285,7 @@ class Record(Part):
     quality: Quality = Field(default_factory=Quality)
     artifacts: Artifacts = Field(default_factory=Artifacts)
     verified: Verified = Field(default_factory=Verified)
+    prediction: RecordedPrediction | None = None
     failure: Failure | None = None
     provenance: Provenance = Field(default_factory=Provenance)
     missing: dict[str, str] = Field(

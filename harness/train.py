@@ -6,19 +6,35 @@ code can run on a simulated one.
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import transformers
 from datasets import Dataset
 from transformers import TrainerCallback
-from trl import SFTConfig, SFTTrainer
 
 from harness import device
 from harness.data import CountingCollator, loss_arguments
 from matrices.cell import Cell, Train
+
+try:
+    from trl import SFTConfig, SFTTrainer
+except ImportError:
+    # A prediction's stack may have no TRL that goes with its transformers; SFTTrainer derives
+    # from this one.
+    from transformers import Trainer as SFTTrainer
+    from transformers import TrainingArguments as SFTConfig
+
+# TRL's own arguments, or newer than some stacks that are predicted. Rows that are prepared need
+# none of them.
+NOT_EVERYWHERE = frozenset(
+    {"max_length", "packing", "packing_strategy", "padding_free", "dataset_kwargs", "use_cpu"}
+)
 
 
 class Observer:
@@ -87,13 +103,16 @@ def build_trainer(
 ) -> ObservedTrainer:
     """A trainer for `rows`; `where` gives `output_dir: Path` and `observer: Observer`."""
     config = sft_config(cell, rows, course, where["output_dir"])
-    return ObservedTrainer(
-        model=model,
-        args=config,
-        train_dataset=rows,
-        processing_class=tokenizer,
-        observer=where["observer"],
-    )
+    arguments: dict[str, Any] = {"model": model, "args": config, "train_dataset": rows}
+    accepted = inspect.signature(SFTTrainer.__init__).parameters
+    # transformers 4.46 gave the tokenizer its new name.
+    arguments["processing_class" if "processing_class" in accepted else "tokenizer"] = tokenizer
+    if SFTTrainer is transformers.Trainer:
+        # What TRL gave packed rows before it had a collator of its own.
+        arguments["data_collator"] = transformers.DataCollatorForLanguageModeling(
+            tokenizer, mlm=False
+        )
+    return ObservedTrainer(**arguments, observer=where["observer"])
 
 
 def sft_config(cell: Cell, rows: Dataset, course: Course, output_dir: Path) -> SFTConfig:
@@ -120,7 +139,6 @@ def sft_config(cell: Cell, rows: Dataset, course: Course, output_dir: Path) -> S
         "packing_strategy": data.packing_strategy,
         "padding_free": data.packing and data.packing_strategy != "wrapped",
         "seed": cell.seed,
-        "data_seed": cell.seed,
         "report_to": [],
         "logging_strategy": "no",
         "save_strategy": "no",
@@ -134,7 +152,13 @@ def sft_config(cell: Cell, rows: Dataset, course: Course, output_dir: Path) -> S
         arguments["dataset_kwargs"] = {"skip_prepare_dataset": True}
         arguments["max_length"] = None
     else:
-        arguments |= loss_arguments(data, rows.column_names)
+        arguments |= loss_arguments(data, rows.column_names) | {"data_seed": cell.seed}
+    known = {field.name for field in dataclasses.fields(SFTConfig)}
+    arguments = {
+        name: value
+        for name, value in arguments.items()
+        if name in known or name not in NOT_EVERYWHERE
+    }
     return SFTConfig(**(arguments | train.sft_config))
 
 

@@ -33,6 +33,17 @@ Optimizer = Literal[
     "adafactor",
     "sgd",
 ]
+# How one cell is spread over devices. `fsdp` is FSDP2 (fully_shard), `fsdp1` the older wrapper.
+Parallelism = Literal[
+    "single",
+    "ddp",
+    "fsdp",
+    "fsdp1",
+    "zero1",
+    "zero2",
+    "zero3",
+    "zero3-offload",
+]
 Scheduler = Literal[
     "linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"
 ]
@@ -46,11 +57,26 @@ class Model(Section):
     """The base model and the dtypes it is held and computed in."""
 
     name: str = Field(
-        "smollm2-135m", description="packaged model, local directory, or hub id", min_length=1
+        "smollm2-135m",
+        description="packaged model, local directory, hub id, or for predictions the name of an "
+        "architecture",
+        min_length=1,
     )
     revision: str | None = Field(None, description="hub branch, tag or commit; none means main")
+    config: str | None = Field(
+        None,
+        description="a local config.json: an architecture without weights, which can be predicted "
+        "and not run",
+    )
+    config_overrides: dict[str, Any] = Field(
+        default_factory=dict,
+        description="entries of the model's config.json to replace (vocab_size: 32001), for "
+        "predictions",
+    )
     fingerprint: str | None = Field(
-        None, description="content hash of a local directory, filled in when the matrix is read"
+        None,
+        description="content hash of a local directory or config.json, filled in when the matrix "
+        "is read",
     )
     weight_dtype: Dtype = Field("bf16", description="dtype the weights are loaded in")
     compute_dtype: Dtype = Field(
@@ -182,6 +208,8 @@ class Cell(Section):
     data: Data | None = None
     train: Train | None = None
     evaluate: Evaluate = Field(default_factory=Evaluate)
+    parallelism: Parallelism = Field("single", description="how a cell is spread over devices")
+    devices: int = Field(1, ge=1, description="devices (ranks) of one cell")
     seed: int = Field(0, ge=0, description="seed of data order, dropout and adapter init")
 
     @property
@@ -199,6 +227,9 @@ SECTIONS: dict[str, type[Section]] = {
     "evaluate": Evaluate,
 }
 
+# Settings that stand in no section.
+TOP_LEVEL = tuple(name for name in Cell.model_fields if name not in SECTIONS)
+
 
 def canonical_json(cell: Cell) -> str:
     """Sorted JSON of what differs from the defaults; where a local path has a fingerprint, the
@@ -208,15 +239,16 @@ def canonical_json(cell: Cell) -> str:
     for name in ("quantization", "adapter", "data", "train"):
         if getattr(cell, name) is not None:
             plain.setdefault(name, {})
-    for name, path_key in (("model", "name"), ("data", "source")):
+    for name, path_keys in (("model", ("name", "config")), ("data", ("source",))):
         if plain.get(name, {}).get("fingerprint"):
-            plain[name].pop(path_key, None)
+            for key in path_keys:
+                plain[name].pop(key, None)
     return json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 
 
 def flatten(cell: Cell) -> dict[str, Any]:
     """Dotted setting name to value, in declaration order; absent sections give no entry."""
-    flat: dict[str, Any] = {"method": cell.method, "seed": cell.seed}
+    flat: dict[str, Any] = {name: getattr(cell, name) for name in TOP_LEVEL}
     for name in SECTIONS:
         section = getattr(cell, name)
         if section is not None:

@@ -279,9 +279,10 @@ def resident_bytes(model: nn.Module) -> dict[str, int]:
     total: dict[str, int] = {}
     seen: set[int] = set()
     for tensor, name in tensors_by_category(model):
+        # Not by address: fake tensors have none.
         raw = tensor.untyped_storage()
-        if raw.data_ptr() not in seen:
-            seen.add(raw.data_ptr())
+        if raw._cdata not in seen:
+            seen.add(raw._cdata)
             total[name] = total.get(name, 0) + raw.nbytes()
     return total
 

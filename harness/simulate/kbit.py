@@ -1,0 +1,116 @@
+"""bitsandbytes on fake tensors: 4-bit weights with its own shapes, its optimizers' true states.
+
+What is replaced is what reads values (code tables are computed, then carried over), calls the
+driver (managed memory, synchronization), or refuses tensors without data (`Params4bit`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import bitsandbytes as bnb
+import bitsandbytes.functional
+import bitsandbytes.nn.modules
+import bitsandbytes.optim.optimizer
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+
+class Params4bit(FakeTensor, bnb.nn.Params4bit):
+    """A 4-bit weight without data. Libraries ask for the class by its name and by isinstance."""
+
+    def to(self, *_: Any, **__: Any) -> Params4bit:
+        # Already where it belongs; the original would build the parameter anew.
+        return self
+
+    cuda = cpu = to
+
+
+def quantize(module: Any, weight: torch.Tensor) -> None:
+    """Give a `Linear4bit` its weight as bitsandbytes quantizes `weight` (out, in) on its device."""
+    blank = module.weight
+    packed, state = bnb.functional.quantize_4bit(
+        weight,
+        blocksize=blank.blocksize,
+        compress_statistics=blank.compress_statistics,
+        quant_type=blank.quant_type,
+        quant_storage=blank.quant_storage,
+    )
+    parameter: Any = torch.nn.Parameter(packed, requires_grad=False)
+    parameter.__class__ = Params4bit
+    for name in ("blocksize", "compress_statistics", "quant_type", "quant_storage"):
+        setattr(parameter, name, getattr(blank, name))
+    parameter.quant_state = state
+    parameter.bnb_quantized = True
+    parameter.module = module
+    module.weight = parameter
+    module.quant_state = state
+
+
+class Paged:
+    """Managed memory handed out so far, bytes: outside of torch's pool."""
+
+    def __init__(self) -> None:
+        self.nbytes = 0
+
+    def get(self, *shape: int, dtype: torch.dtype = torch.float32, device: Any = None) -> Any:
+        tensor: Any = torch.empty(shape, dtype=dtype, device="cpu")
+        tensor.is_paged = True
+        tensor.page_deviceid = getattr(device, "index", 0)
+        self.nbytes += tensor.numel() * tensor.element_size()
+        return tensor
+
+
+def pretend() -> Paged:
+    """Let bitsandbytes run without its driver calls; returns the account of managed memory."""
+    functional, optimizer = bnb.functional, bnb.optim.optimizer
+    functional.create_dynamic_map = _computed(functional.create_dynamic_map)
+    paged = Paged()
+    functional.get_paged = paged.get
+    functional.prefetch_tensor = _none
+    functional.fill = _none
+    optimizer.sync_gpu = _none
+    bnb.nn.modules.fix_4bit_weight_quant_state_from_module = _state_from_module
+    return paged
+
+
+def _computed(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def outside(*args: Any, **kwargs: Any) -> torch.Tensor:
+        with _disable_current_modes():
+            return make(*args, **kwargs)
+
+    return outside
+
+
+def _none(*_: Any, **__: Any) -> None:
+    return None
+
+
+def _state_from_module(module: Any) -> None:
+    """FSDP's flat parameters lose the state; the original would rebuild the parameter too."""
+    if getattr(module.weight, "quant_state", None) is None:
+        module.weight.quant_state = module.quant_state
+
+
+def gemm_4bit(
+    a: Any,
+    b: Any,
+    shape: Any,
+    absmax: Any,
+    blocksize: int,
+    quant_type: str,
+    bias: Any = None,
+    absmax_8bit: Any = None,
+    absmax_code: Any = None,
+    absmax_offset: Any = None,
+) -> Any:
+    """The fused product as the CUDA backend computes it for many rows: the whole weight is
+    dequantized first (`_dequant_linear_fallback` in bitsandbytes' backends/cuda/ops.py)."""
+    if absmax_8bit is not None:
+        plain = torch.empty_like(absmax_8bit, dtype=torch.float32)
+        absmax = plain + absmax_offset
+        del plain
+    weight = torch.empty(shape, dtype=a.dtype, device=a.device)
+    return torch.ops.aten.linear(a, weight, bias)

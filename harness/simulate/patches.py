@@ -1,0 +1,75 @@
+"""Everything this process pretends, switched on once: each patch is named and says why."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+from harness.simulate import attention, fake_cuda, host
+from harness.simulate.ledger import follow_resizes
+from matrices.gpus import Gpu
+
+if TYPE_CHECKING:
+    from harness.simulate import kbit
+
+
+def before_imports(gpu: Gpu | None, count: int = 1) -> None:
+    """Pretend to have `count` devices like `gpu`, before transformers looks for them.
+
+    bitsandbytes loads its library for the device there really is, so it is imported first. Raises
+    fake_cuda.Unavailable.
+    """
+    importlib.import_module("bitsandbytes")
+    if gpu is not None:
+        fake_cuda.enable()
+        host.pretend(gpu, count)
+        attention.stand_in_for_flash_attn()
+        attention.choose_sdpa_kernel(gpu.compute_capability)
+
+
+def after_imports() -> kbit.Paged:
+    """What the imported stack needs to run on fake tensors; returns the account of managed memory."""
+    from harness.simulate import kbit
+
+    foreach_takes_fake_tensors()
+    swap_forgets_conversions()
+    masks_are_not_traced()
+    follow_resizes()
+    return kbit.pretend()
+
+
+def foreach_takes_fake_tensors() -> None:
+    """Optimizers choose their multi-tensor path for plain tensors and parameters only."""
+    for name in ("torch.utils._foreach_utils", "torch.optim.optimizer"):
+        kinds: Any = vars(importlib.import_module(name))["_foreach_supported_types"]
+        if FakeTensor not in kinds:
+            kinds.append(FakeTensor)
+
+
+def swap_forgets_conversions() -> None:
+    """`Module.to` exchanges parameters in place and refuses those with weak references to them;
+    the fake mode's memory of conversions holds such, and a `.to` that changes nothing is a no-op."""
+    swap = torch.utils.swap_tensors
+
+    def forgetting(left: Any, right: Any) -> None:
+        mode = getattr(left, "fake_mode", None) or getattr(right, "fake_mode", None)
+        if mode is not None:
+            same = left.untyped_storage()._cdata == right.untyped_storage()._cdata
+            if same and (left.dtype, left.device) == (right.dtype, right.device):
+                return
+            mode.fake_tensor_converter.meta_converter.tensor_memo.clear()
+        swap(left, right)
+
+    torch.utils.swap_tensors = forgetting
+
+
+def masks_are_not_traced() -> None:
+    """transformers takes fake tensors for a compiler's tracing: it would build masks and expand
+    grouped heads, which an eager step does not."""
+    from transformers.utils import import_utils
+
+    if hasattr(import_utils, "is_fake_tensor"):
+        import_utils.is_fake_tensor = lambda tensor: False

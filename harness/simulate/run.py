@@ -1,0 +1,146 @@
+"""One cell, simulated: the harness's own training code on fake tensors, then the figures."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from harness import model
+from harness.meters import memory
+from harness.model import count_parameters
+from harness.simulate import attention, kbit, older, weights
+from harness.simulate.ledger import SimulatedLedger
+from harness.train import Course, Observer, build_trainer, worst_case_rows
+from matrices.cell import Cell
+from matrices.gpus import Gpu
+
+STEPS = 2
+# torch's default cuBLAS workspaces: `:4096:2:16:8`, and 32 MiB on Hopper (getChosenWorkspaceSize
+# in aten/src/ATen/cuda/CublasHandlePool.cpp).
+CUBLAS_BYTES = (2 * 4096 + 8 * 16) * 1024
+CUBLAS_HOPPER_BYTES = 32 * 2**20
+
+
+@dataclass
+class Simulated:
+    """What a simulation leaves: events, and what was seen on the model."""
+
+    events: list[memory.Event]
+    steady_at: int
+    resident: dict[str, int]
+    trainable_parameters: int
+    total_parameters: int
+    paged_bytes: int
+    workspace_bytes: int
+    assumed: set[str]
+    seconds: float
+    host_bytes: int = 0
+    modelled: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+class _Steps(Observer):
+    """Tells the ledger about phases, gradients and optimizer states."""
+
+    def __init__(self, ledger: SimulatedLedger, trained: Any) -> None:
+        self._ledger = ledger
+        self._optimizer: Any = None
+        self.hooks = memory.tag_gradients(ledger, trained) + memory.name_modules(ledger, trained)
+        self.steady_at = 0
+
+    def train_begin(self, optimizer: Any) -> None:
+        self._optimizer = optimizer
+
+    def phase(self, name: str) -> None:
+        self._ledger.enter_phase(name)
+
+    def step_end(self, step: int) -> None:
+        inner = getattr(self._optimizer, "optimizer", self._optimizer)
+        memory.tag_optimizer(self._ledger, inner)
+        self.steady_at = len(self._ledger.events)
+
+
+def cublas_bytes(gpu: Gpu) -> int:
+    return CUBLAS_HOPPER_BYTES if gpu.compute_capability[0] == 9 else CUBLAS_BYTES
+
+
+def simulate(cell: Cell, gpu: Gpu | None, on_cuda: bool, paged: kbit.Paged) -> Simulated:
+    """Two full-length steps of `cell`: as on `gpu`, or as on this machine's CPU without one.
+
+    `on_cuda` says that the process pretends to have that GPU; without it, fake CPU tensors stand
+    in. Raises UserError for a cell that cannot be built.
+    """
+    began = time.perf_counter()
+    notes: list[str] = []
+    if gpu is not None and not on_cuda and cell.model.attn_implementation == "flash_attention_2":
+        cell = cell.model_copy(
+            update={"model": cell.model.model_copy(update={"attn_implementation": "sdpa"})}
+        )
+        notes.append("flash_attention_2 exists on GPUs only: sdpa's CPU kernel stood in")
+    config = weights.model_config(cell.model)
+    blank = weights.skeleton(cell, config)
+    workspace = cublas_bytes(gpu) if gpu is not None else 0
+    ledger = SimulatedLedger("cuda" if on_cuda else "cpu", workspace)
+    ledger.experts = weights.experts(config)
+    ledger.scratch = dict(attention.SCRATCH)
+    # Pinned host memory is not the device's.
+    ledger.composites["aten::_pin_memory"] = lambda tensor, device=None: tensor
+    if on_cuda:
+        ledger.composites["bitsandbytes::gemm_4bit"] = kbit.gemm_4bit
+    else:
+        ledger.composites["bitsandbytes::gemm_4bit"] = kbit.gemm_4bit
+    with FakeTensorMode(allow_non_fake_inputs=True), ledger:
+        loaded = _load(ledger, blank, cell)
+        counted = count_parameters(loaded)
+        with tempfile.TemporaryDirectory() as scratch:
+            steps, resident = _train(ledger, loaded, cell, Path(scratch))
+        ledger.close()
+    return Simulated(
+        events=ledger.events,
+        steady_at=steps.steady_at,
+        resident=resident,
+        trainable_parameters=counted[0],
+        total_parameters=counted[1],
+        paged_bytes=paged.nbytes,
+        workspace_bytes=workspace,
+        assumed=ledger.assumed,
+        seconds=time.perf_counter() - began,
+        notes=notes,
+    )
+
+
+def _load(ledger: SimulatedLedger, blank: Any, cell: Cell) -> Any:
+    loaded = weights.materialize(blank)
+    memory.tag_model(ledger, loaded)
+    if cell.quantization is not None and cell.quantization.kbit_preparation:
+        ledger.enter_phase("kbit_preparation")
+        loaded = model.prepare_kbit(loaded, cell)
+    loaded = model.add_adapter(loaded, cell)
+    return older.prepare(loaded, cell)
+
+
+def _train(
+    ledger: SimulatedLedger, loaded: Any, cell: Cell, scratch: Path
+) -> tuple[_Steps, dict[str, int]]:
+    vocabulary = loaded.config.get_text_config().vocab_size
+    ledger.logit_widths.add(vocabulary)
+    memory.tag_model(ledger, loaded)
+    rows = worst_case_rows(cell, vocabulary, STEPS)
+    observer = _Steps(ledger, loaded)
+    trainer = build_trainer(
+        cell,
+        loaded,
+        older.tokenizer(),
+        rows,
+        Course(STEPS, 0.0, prepared=True),
+        output_dir=scratch,
+        observer=observer,
+    )
+    resident = memory.resident_bytes(loaded)
+    trainer.train()
+    return observer, resident

@@ -1,0 +1,207 @@
+"""Answer a request: prepare the process once, fork a child per distinct simulation."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import selectors
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from harness.prediction import Engine, Prediction, Request
+from harness.simulate import check, fake_cuda, patches, stack
+from matrices.cell import Cell, canonical_json
+from matrices.errors import UserError
+from matrices.gpus import Gpu
+from matrices.gpus import gpu as gpu_named
+
+DEFAULT_GPU = "a100-80gb"
+
+
+@dataclass
+class Setting:
+    """What this process pretends to be, and what was noticed while preparing it."""
+
+    engine: Engine
+    gpu: Gpu | None
+    judge: list[Gpu]
+    notes: list[str] = field(default_factory=list)
+    paged: Any = None
+
+
+def serve(request_path: str, answers: IO[str]) -> None:
+    warnings.filterwarnings("ignore")
+    request = Request.model_validate_json(Path(request_path).read_text())
+    setting = prepare(request)
+    gc.collect()
+    gc.freeze()
+    groups: dict[str, list[int]] = {}
+    for index, cell in enumerate(request.cells):
+        groups.setdefault(simulation_key(cell), []).append(index)
+    for indices, made in _simulate_all(request, setting, list(groups.values())):
+        for index in indices:
+            cell = request.cells[index]
+            mine = made.model_copy(update={"cell": cell, "cell_id": cell.cell_id})
+            line = {"index": index, "prediction": mine.model_dump(mode="json")}
+            answers.write(json.dumps(line) + "\n")
+        answers.flush()
+
+
+def prepare(request: Request) -> Setting:
+    """Choose the engine, import the stack, switch the patches on."""
+    setting = _choose(request)
+    on_cuda = setting.engine == "fake-cuda"
+    count = max((cell.devices for cell in request.cells), default=1)
+    patches.before_imports(setting.gpu if on_cuda else None, count)
+    setting.notes += stack.settle()
+    import harness.simulate.run  # noqa: F401 - everything heavy, once for all children
+
+    setting.paged = patches.after_imports()
+    return setting
+
+
+def _choose(request: Request) -> Setting:
+    """Fake cuda if it can be had. Raises UserError when it was asked for and cannot."""
+    gpu = request.gpu or next(iter(request.judge), None)
+    if request.engine == "fake-cpu":
+        return Setting("fake-cpu", gpu, request.judge)
+    gpu = gpu or gpu_named(DEFAULT_GPU)
+    reason = _unavailable(gpu, request.self_check)
+    if reason is None:
+        return Setting("fake-cuda", gpu, request.judge)
+    if request.engine == "fake-cuda":
+        raise UserError(f"the fake cuda device cannot be had here: {reason}")
+    note = f"the fake cuda device cannot be had here ({reason}): simulated on fake CPU tensors"
+    print(f"tunebench: note: {note}", file=sys.stderr)
+    return Setting("fake-cpu", gpu, request.judge, [note])
+
+
+def _unavailable(gpu: Gpu, self_check: bool) -> str | None:
+    if self_check:
+        return check.problem(gpu)
+    try:
+        fake_cuda.look()
+    except fake_cuda.Unavailable as error:
+        return str(error)
+    return None
+
+
+def simulation_key(cell: Cell) -> str:
+    """Cells with equal keys allocate alike: what only changes values or scores is put aside."""
+    plain = cell.model_copy(update={"evaluate": type(cell.evaluate)(), "seed": 0})
+    if plain.train is not None:
+        still = {
+            name: type(plain.train).model_fields[name].get_default()
+            for name in (
+                "steps",
+                "warmup_steps",
+                "timing_warmup_steps",
+                "learning_rate",
+                "lr_scheduler_type",
+            )
+        }
+        plain = plain.model_copy(update={"train": plain.train.model_copy(update=still)})
+    if plain.data is not None:
+        kept = ("max_length", "packing", "packing_strategy")
+        data = type(plain.data)(**{name: getattr(plain.data, name) for name in kept})
+        plain = plain.model_copy(update={"data": data})
+    if plain.adapter is not None and plain.adapter.alpha is not None:
+        plain = plain.model_copy(update={"adapter": plain.adapter.model_copy(update={"alpha": 1})})
+    return canonical_json(plain)
+
+
+def _simulate_all(
+    request: Request, setting: Setting, groups: list[list[int]]
+) -> Iterator[tuple[list[int], Prediction]]:
+    """One fork per group, `request.workers` at a time; answers as they come."""
+    waiting = list(reversed(groups))
+    with selectors.DefaultSelector() as running:
+        active: dict[int, _Child] = {}
+        while waiting or active:
+            while waiting and len(active) < max(1, request.workers):
+                child = _Child.start(request.cells[waiting[-1][0]], setting, waiting.pop())
+                active[child.pipe] = child
+                running.register(child.pipe, selectors.EVENT_READ)
+            for key, _ in running.select():
+                child = active[key.fd]
+                if child.read():
+                    continue
+                running.unregister(key.fd)
+                del active[key.fd]
+                yield child.indices, child.answer(request.cells[child.indices[0]])
+
+
+@dataclass
+class _Child:
+    """A forked simulation and what it has written so far."""
+
+    pid: int
+    pipe: int
+    indices: list[int]
+    said: bytes = b""
+
+    @classmethod
+    def start(cls, cell: Cell, setting: Setting, indices: list[int]) -> _Child:
+        reading, writing = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            os.close(reading)
+            # Trainers print their last metrics, which are no figures here.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            code = 1
+            try:
+                made = _answer(cell, setting).model_dump_json().encode()
+                with os.fdopen(writing, "wb") as pipe:
+                    pipe.write(made)
+                code = 0
+            finally:
+                sys.stderr.flush()
+                os._exit(code)
+        os.close(writing)
+        return cls(pid, reading, indices)
+
+    def read(self) -> bool:
+        """Take what is there; False at the end."""
+        part = os.read(self.pipe, 1 << 20)
+        self.said += part
+        return bool(part)
+
+    def answer(self, cell: Cell) -> Prediction:
+        from harness.simulate.answer import refused
+
+        os.close(self.pipe)
+        _, status = os.waitpid(self.pid, 0)
+        if os.WIFSIGNALED(status):
+            name = signal.Signals(os.WTERMSIG(status)).name
+            return refused(cell, "failed", f"the simulating process died of {name}")
+        if not self.said:
+            return refused(cell, "failed", "the simulating process ended without an answer")
+        return Prediction.model_validate_json(self.said)
+
+
+def _answer(cell: Cell, setting: Setting) -> Prediction:
+    """Simulate in this (forked) process. Mistakes of the user's and failures become answers."""
+    from harness.simulate import answer
+    from harness.simulate.run import simulate
+
+    on_cuda = setting.engine == "fake-cuda"
+    try:
+        found = simulate(cell, setting.gpu, on_cuda, setting.paged)
+        made = answer.prediction(cell, found, setting.engine, setting.gpu, stack.versions())
+        made.verdicts = answer.verdicts(found, setting.judge)
+    except UserError as error:
+        return answer.refused(cell, "invalid", str(error), stack.versions())
+    except Exception as error:
+        # A library that cannot do it on fake tensors: the answer says so, the log has the rest.
+        traceback.print_exc()
+        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        return answer.refused(cell, "failed", reason, stack.versions())
+    made.assumptions += setting.notes
+    return made

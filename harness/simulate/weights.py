@@ -1,0 +1,166 @@
+"""A model without weights, built and placed the way `from_pretrained` does it: a skeleton without
+storage first, then tensor by tensor onto the device, quantized one at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from harness import device, packaged
+from harness.model import quantization_config
+from harness.simulate import kbit
+from matrices.cell import Cell, Model
+from matrices.errors import UserError
+
+TRANSFORMERS = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+# transformers renamed the argument in 4.56.
+DTYPE_ARGUMENT = "dtype" if TRANSFORMERS >= (4, 56) else "torch_dtype"
+
+
+def model_config(model: Model) -> Any:
+    """The architecture of a cell's model. Raises UserError when there is none to be had."""
+    path = _config_path(model)
+    if path is None:
+        return _hub_config(model)
+    from matrices.models import read_config
+
+    plain = read_config(path, model.config_overrides)
+    kind = plain["model_type"]
+    try:
+        made = transformers.AutoConfig.for_model(kind)
+        return type(made).from_dict(plain)
+    except (ValueError, KeyError) as error:
+        raise UserError(
+            f"transformers {transformers.__version__} does not know the architecture {kind!r}",
+            key="model_type",
+            where=str(path),
+        ) from error
+    except (TypeError, AttributeError) as error:
+        raise UserError(
+            f"transformers {transformers.__version__} cannot make a {kind} of it: {error}",
+            where=str(path),
+        ) from error
+
+
+def _config_path(model: Model) -> Path | None:
+    from matrices.models import config_of
+
+    path = config_of(model)
+    if path is None and model.name in packaged.NAMES:
+        return packaged.ensure_model(model.name) / "config.json"
+    return path
+
+
+def _hub_config(model: Model) -> Any:
+    try:
+        return transformers.AutoConfig.from_pretrained(
+            model.name,
+            revision=model.revision or "main",
+            trust_remote_code=model.trust_remote_code,
+            **model.config_overrides,
+        )
+    except Exception as error:
+        # From a misspelt name to no network; the first line of the hub's own message tells which.
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{model.name!r} is no shipped architecture and no local directory, and the hub does "
+            f"not give its config.json: {said}; give model: {{config: path/to/config.json}}",
+            key="model.name",
+        ) from error
+
+
+def skeleton(cell: Cell, config: Any) -> Any:
+    """The model on the meta device, 4-bit layers in place, as before its weights are read."""
+    config.use_cache = getattr(config, "use_cache", True)
+    arguments = {
+        DTYPE_ARGUMENT: device.DTYPES[cell.model.weight_dtype],
+        "attn_implementation": cell.model.attn_implementation,
+        "trust_remote_code": cell.model.trust_remote_code,
+    }
+    try:
+        with torch.device("meta"), _uninitialized():
+            model = transformers.AutoModelForCausalLM.from_config(config, **arguments)
+    except (ValueError, ImportError, TypeError) as error:
+        raise UserError(
+            f"transformers {transformers.__version__} cannot build this model: "
+            + " ".join(str(error).split())[:300],
+            key="model",
+        ) from error
+    model.tie_weights()
+    if cell.quantization is not None:
+        _replace_linears(model, cell)
+    return model.eval()
+
+
+@contextlib.contextmanager
+def _uninitialized() -> Iterator[None]:
+    """Skip the random initial values, which nobody reads; transformers 5 moved the switch."""
+    try:
+        from transformers.initialization import no_init_weights
+    except ImportError:
+        from transformers.modeling_utils import no_init_weights
+    with no_init_weights():
+        yield
+
+
+def _replace_linears(model: Any, cell: Cell) -> None:
+    """transformers' own quantizer chooses and replaces the layers."""
+    from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+
+    assert cell.quantization is not None
+    config = quantization_config(cell.quantization, cell.model.compute_dtype)
+    quantizer = Bnb4BitHfQuantizer(config, pre_quantized=False)
+    place = device.training_device()
+    extra = {"keep_in_fp32_modules": []} if TRANSFORMERS < (5, 0) else {}
+    with torch.device("meta"):
+        quantizer.preprocess_model(model=model, device_map={"": place}, **extra)
+    model.hf_quantizer = quantizer
+    model.config.quantization_config = config
+    model.config._pre_quantization_dtype = device.DTYPES[cell.model.weight_dtype]
+
+
+def materialize(model: Any) -> Any:
+    """Put every parameter and buffer on the training device; shared ones stay shared."""
+    place = device.training_device()
+    moved: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit" and module.weight.is_meta:
+            shape = (module.out_features, module.in_features)
+            dtype = getattr(model.config, "_pre_quantization_dtype", torch.bfloat16)
+            kbit.quantize(module, torch.empty(shape, dtype=dtype, device=place))
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                if id(parameter) not in moved:
+                    blank = torch.empty(parameter.shape, dtype=parameter.dtype, device=place)
+                    moved[id(parameter)] = nn.Parameter(blank, parameter.requires_grad)
+                module._parameters[name] = moved[id(parameter)]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(
+                    buffer.shape, dtype=buffer.dtype, device=place
+                )
+        if hasattr(module, "original_inv_freq"):
+            # transformers keeps the same tensor under two names.
+            module.original_inv_freq = module.inv_freq
+    model.hf_device_map = {"": place}
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        quantizer.postprocess_model(model)
+    return model
+
+
+def experts(config: Any) -> int | None:
+    """Experts that a token's router chooses from, none in a dense model."""
+    for name in ("num_local_experts", "num_experts", "n_routed_experts"):
+        value = getattr(config.get_text_config(), name, None)
+        if isinstance(value, int) and value > 1:
+            return value
+    return None
+

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from launch.cli_claims import claims
+from launch.cli_predict import fit, predict
+from launch.cli_results import calibration, report, show
+from launch.console import print_error, print_json
 from launch.options import (
+    GpuOption,
+    GpusFileOption,
     JsonOption,
     MatrixArgument,
+    NoPredictOption,
     ResultsOption,
     RetryOption,
     SeedsOption,
     SetOption,
+    SkipOption,
     TimeoutOption,
 )
 from matrices.errors import UserError
@@ -59,6 +66,7 @@ def tunebench(
 
     \b
     tunebench doctor                    what can run on this machine
+    tunebench predict quickstart        the memory each cell needs, on any GPU, without one
     tunebench plan quickstart           what would run, and why
     tunebench run quickstart            run it; Ctrl-C any time, run again to go on
     tunebench report results/quickstart tables
@@ -98,27 +106,38 @@ def plan(
     set_: SetOption = None,
     seeds: SeedsOption = None,
     retry: RetryOption = None,
+    gpu: GpuOption = None,
+    gpus_file: GpusFileOption = None,
+    no_predict: NoPredictOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show the cells of a matrix and what would run.
+    """Show the cells of a matrix, what each is predicted to need, and what would run.
 
-    Each with its identity, and why it would run, be kept or be refused. Nothing is started or
-    written.
+    Each with its identity, and why it would run, be kept or be refused. Peak memory is predicted
+    for this machine, or for the GPUs that are named, and remembered, so the next look is quick.
+    Nothing is run or written to the results.
 
     \b
     tunebench plan quickstart
+    tunebench plan my-sweep.yaml --gpu rtx-4090 --gpu a100-80gb
+    tunebench plan my-sweep.yaml --no-predict
     tunebench plan my-sweep.yaml --set rank=[8,64] --seeds 3
     tunebench plan my-sweep.yaml --json | jq '.[] | select(.action == "invalid")'
     """
+    from launch.cli_predict import predictions_of
     from launch.listing import plan_text
+    from launch.prediction_listing import footer
 
     found, _, jobs, combinations = _jobs(matrix, results, set_, seeds, retry)
+    predictions = {} if no_predict else predictions_of(jobs, gpu, gpus_file)
     if as_json:
-        _print_json([job.as_json() for job in jobs])
+        print_json([job.as_json(predictions.get(job.cell.cell_id)) for job in jobs])
         return
     if found.question:
         print(f"{found.name}: {found.question}\n")
-    print(plan_text(jobs, combinations))
+    print(plan_text(jobs, combinations, predictions))
+    if predictions:
+        print(footer(predictions.values()))
 
 
 @app.command()
@@ -129,11 +148,14 @@ def run(
     seeds: SeedsOption = None,
     retry: RetryOption = None,
     timeout: TimeoutOption = None,
+    skip_predicted_oom: SkipOption = False,
+    no_predict: NoPredictOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Run the cells of a matrix that are not measured yet.
 
-    Finished cells are kept, so the same command goes on where the last one stopped. Ctrl-C lets
+    What runs is predicted first, and every record tells how far off the prediction was. Finished
+    cells are kept, so the same command goes on where the last one stopped. Ctrl-C lets
     the running cell write down what it has measured; a second one ends it at once.
 
     \b
@@ -141,21 +163,32 @@ def run(
     tunebench run method-comparison --set model=Qwen/Qwen3-1.7B --seeds 3
     tunebench run my-sweep.yaml --results /shared/sweep --timeout 3600
     tunebench run my-sweep.yaml --retry oom
+    tunebench run my-sweep.yaml --skip-predicted-oom
     """
+    from functools import partial
+
     from harness.store import Store
+    from launch.foretelling import foretell
     from launch.listing import outcome_json, outcome_text
     from launch.local import ProblemsFound, Runner, Stopped
+    from launch.prediction_progress import show_for_stderr
     from launch.progress import display_for_stderr
 
+    if no_predict and skip_predicted_oom:
+        raise UserError("--skip-predicted-oom needs the predictions that --no-predict leaves out")
     found, directory, jobs, _ = _jobs(matrix, results, set_, seeds, retry)
     display = display_for_stderr()
     runner = Runner(Store(directory), display, timeout or found.timeout_seconds)
+    if not no_predict:
+        past = [job.entry.record for job in jobs if job.entry is not None]
+        show = show_for_stderr()
+        runner.foretell = partial(foretell, show=show, skip=skip_predicted_oom, past=past)
     try:
         finished = runner.run(jobs)
     except ProblemsFound as error:
         # Cells share models, data and tasks, so they share problems.
         for problem in {str(each): each for each in error.problems}.values():
-            _print_error(_located(problem, found))
+            print_error(_located(problem, found))
         raise typer.Exit(2) from None
     except Stopped as stopped:
         print("tunebench: stopped before the first cell", file=sys.stderr)
@@ -163,7 +196,7 @@ def run(
     finally:
         display.close()
     if as_json:
-        _print_json([outcome_json(job, finished.entries.get(job.key)) for job in jobs])
+        print_json([outcome_json(job, finished.entries.get(job.key)) for job in jobs])
     else:
         print(outcome_text(jobs, finished.entries, directory))
     if finished.stopped_by is not None:
@@ -179,82 +212,10 @@ def _exit_code(entries: dict[str, Entry], stopped_by: int | None) -> int:
 
 
 @app.command()
-def report(
-    results: Annotated[Path, typer.Argument(help="A results directory.")],
-    table: Annotated[
-        str | None, typer.Option("--table", help="Print this table only, and write nothing.")
-    ] = None,
-    format_: Annotated[
-        str, typer.Option("--format", help="Of the printed table: text, md, csv, html or latex.")
-    ] = "text",
-    page: Annotated[
-        Path | None, typer.Option("--page", metavar="FILE", help="Write the HTML page only.")
-    ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", metavar="DIR", help="Where to write.  [default: RESULTS/report]"),
-    ] = None,
-    baseline: Annotated[
-        str | None,
-        typer.Option(
-            "--baseline", metavar="KEY=VALUE,...", help="The row that differences are against."
-        ),
-    ] = None,
-) -> None:
-    """Write and print the tables of a results directory.
-
-    With units, intervals and differences to a baseline. Without options the frame (parquet, CSV),
-    all tables (Markdown) and a page (HTML) are written, and the method comparison is printed.
-
-    \b
-    tunebench report results/quickstart
-    tunebench report results/ --table quantization --format md
-    tunebench report results/ --table rank-targets --baseline rank=8,target_modules=qv
-    tunebench report results/ --page report.html
-    """
-    from launch.reporting import print_table, write_all, write_page
-
-    if table is not None:
-        print_table(results, table, format_, baseline)
-        return
-    if page is not None:
-        paths = [write_page(results, page, baseline)]
-    else:
-        paths = write_all(results, output or results / "report", baseline, format_)
-    for path in paths:
-        print(f"tunebench: wrote {path}", file=sys.stderr)
-
-
-@app.command()
-def show(
-    cell: Annotated[
-        str,
-        typer.Argument(
-            metavar="CELL", help="A record's directory, its record.json, or the start of a cell id."
-        ),
-    ],
-    results: Annotated[Path, typer.Option("--results", help="Where to look for a cell id.")] = Path(
-        "results"
-    ),
-    as_json: JsonOption = False,
-) -> None:
-    """Print one record readably.
-
-    What ran, memory by phase, speed, scores beside the base model's, and the command.
-
-    \b
-    tunebench show 4f0c22
-    tunebench show results/quickstart/4f0c22d9a1b3-494adca8
-    """
-    from launch.reporting import record_text
-
-    print(record_text(cell, results, as_json))
-
-
-@app.command()
 def rerun(
     record: Annotated[Path, typer.Argument(help="A record's directory or its record.json.")],
     timeout: TimeoutOption = None,
+    no_predict: NoPredictOption = False,
 ) -> None:
     """Repeat one recorded cell by its recorded command.
 
@@ -264,14 +225,19 @@ def rerun(
     \b
     tunebench rerun results/quickstart/4f0c22d9a1b3-494adca8
     """
+    from functools import partial
+
+    from launch.foretelling import foretell
     from launch.local import Stopped
+    from launch.prediction_progress import show_for_stderr
     from launch.progress import display_for_stderr
     from launch.rerun import record_path
     from launch.rerun import rerun as repeat
 
     display = display_for_stderr()
+    predicting = None if no_predict else partial(foretell, show=show_for_stderr())
     try:
-        entry, stopped_by = repeat(record_path(record), display, timeout)
+        entry, stopped_by = repeat(record_path(record), display, timeout, predicting)
     except Stopped as stopped:
         raise typer.Exit(128 + stopped.number) from None
     finally:
@@ -298,7 +264,7 @@ def doctor(
 
     found = findings(network)
     if as_json:
-        _print_json([finding.as_json() for finding in found])
+        print_json([finding.as_json() for finding in found])
     else:
         print(findings_text(found))
 
@@ -316,13 +282,9 @@ def matrices(as_json: JsonOption = False) -> None:
 
     found = [load(name) for name in shipped()]
     if as_json:
-        _print_json([{"name": m.name, "question": m.question, "path": str(m.path)} for m in found])
+        print_json([{"name": m.name, "question": m.question, "path": str(m.path)} for m in found])
     else:
         print(aligned(("matrix", "question"), [(m.name, m.question) for m in found]))
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=1))
 
 
 def _located(error: UserError, matrix: Matrix) -> UserError:
@@ -331,8 +293,8 @@ def _located(error: UserError, matrix: Matrix) -> UserError:
     return error
 
 
-def _print_error(error: UserError) -> None:
-    print(f"tunebench: error: {' '.join(str(error).split())}", file=sys.stderr)
+for command in (predict, fit, report, show, calibration, claims):
+    app.command()(command)
 
 
 def main() -> None:
@@ -340,7 +302,7 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        _print_error(error)
+        print_error(error)
         sys.exit(2)
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from harness.prediction import Prediction, Verdict
 from harness.record import Record
 from harness.store import Entry
 from launch.doctor import Finding
@@ -36,17 +37,49 @@ def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
-def plan_text(jobs: Sequence[Job], combinations: int) -> str:
-    """Every cell with its identity, what happens to it, and why."""
-    rows = [(job.cell.cell_id[:12], job.action, job.label, job.why) for job in jobs]
+def plan_text(
+    jobs: Sequence[Job], combinations: int, predictions: Mapping[str, Prediction] | None = None
+) -> str:
+    """Every cell with its identity, what happens to it, what it is predicted to need and where
+    that fits, and why."""
+    headers = ["cell", "action", "configuration", "why"]
+    rows = [[job.cell.cell_id[:12], job.action, job.label, job.why] for job in jobs]
+    found = predictions or {}
+    gpus = list(dict.fromkeys(v.gpu for p in found.values() for v in p.verdicts))
+    if found:
+        headers[2:2] = ["predicted peak", *gpus]
+        for job, row in zip(jobs, rows, strict=True):
+            row[2:2] = _predicted(found.get(job.cell.cell_id), gpus)
     bases = sum(job.cell.method == "base" for job in jobs)
     counts = [
         plural(combinations, "combination"),
         plural(len(jobs) - bases, "distinct cell"),
         plural(bases, "base cell"),
     ]
-    table = aligned(("cell", "action", "configuration", "why"), rows)
+    table = aligned(headers, rows)
     return f"{table}\n\n{', '.join(counts)}: {counted(job.action for job in jobs)}"
+
+
+def _predicted(prediction: Prediction | None, gpus: Sequence[str]) -> list[str]:
+    if prediction is None:
+        return [DASH] * (1 + len(gpus))
+    if prediction.status != "predicted":
+        return [prediction.status, *[DASH] * len(gpus)]
+    verdicts = {verdict.gpu: verdict_text(verdict) for verdict in prediction.verdicts}
+    peak = bytes_text(prediction.memory.peak_allocated_bytes)
+    return [peak, *(verdicts.get(gpu, DASH) for gpu in gpus)]
+
+
+def verdict_text(verdict: Verdict) -> str:
+    """`fits`, `fits, 2 retries`, or where it runs out of memory."""
+    if verdict.outcome == "fits":
+        return "fits"
+    if verdict.outcome == "fits-after-retries":
+        noun = "retry" if verdict.retries == 1 else "retries"
+        return f"fits, {verdict.retries} {noun}"
+    if verdict.oom is None:
+        return "OOM"
+    return f"OOM in {verdict.oom.phase.replace('_', ' ')}"
 
 
 def seconds_taken(record: Record) -> float | None:

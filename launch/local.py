@@ -6,17 +6,18 @@ import contextlib
 import signal
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import FrameType
 
 from harness import provenance
-from harness.record import Record, read_record
+from harness.record import Record, Status, read_record
 from harness.store import Entry, Store
 from launch import preflight
 from launch.finish import finish_abandoned, finish_record
+from launch.foretelling import Foretold, with_prediction
 from launch.plan import Job
 from launch.process import POLL_SECONDS, start_worker, watch
 from launch.progress import Display
@@ -79,13 +80,16 @@ class Finished:
 
 @dataclass
 class Runner:
-    """Runs the jobs of one plan. `worker` and `preflight` are module names."""
+    """Runs the jobs of one plan. `worker` and `preflight` are module names; `foretell` predicts
+    the cells that are about to run."""
 
     store: Store
     display: Display
     limit_seconds: float | None = None
     worker: str = "harness.worker"
     preflight: str | None = "harness.preflight"
+    foretell: Callable[[Sequence[Cell]], Foretold] | None = None
+    foretold: Foretold = field(default_factory=Foretold)
 
     def run(self, jobs: Sequence[Job]) -> Finished:
         """Run what is to be run. Raises UserError, ProblemsFound before anything has started, and
@@ -95,6 +99,8 @@ class Runner:
         with stop_signals() as signals:
             if to_run:
                 self._start_server([job.cell for job in to_run])
+                if self.foretell is not None:
+                    self.foretold = self.foretell([job.cell for job in to_run])
             self.store.prepare()
             self._recover_all()
             signals.raising = False
@@ -159,19 +165,25 @@ class Runner:
                 self.display.done_elsewhere(job, last.record)
                 return last
             if job.action == "invalid":
-                return self._refuse(job, last)
+                return self._refuse(job, last, "invalid", job.why)
+            skipped = self.foretold.skipped.get(job.cell.cell_id)
+            if skipped:
+                return self._refuse(job, last, "skipped", skipped)
             return self._measure(job, signals)
 
-    def _refuse(self, job: Job, last: Entry | None) -> Entry:
-        """Record that a cell is invalid here; once, however often it is looked at again."""
-        self.display.message(f"{job.cell.cell_id[:12]} {job.label}: invalid, {job.why}")
-        if last and (last.record.status, last.record.reason) == ("invalid", job.why):
+    def _refuse(self, job: Job, last: Entry | None, status: Status, why: str) -> Entry:
+        """Record that a cell is not started here; once, however often it is looked at again."""
+        self.display.message(f"{job.cell.cell_id[:12]} {job.label}: {status}, {why}")
+        if last and (last.record.status, last.record.reason) == (status, why):
             return last
         working = self.store.start(partial(first_record, job.cell), job.key)
         refused = read_record(working / "record.json").model_copy(
-            update={"status": "invalid", "reason": job.why, "ended": provenance.now()}
+            update={"status": status, "reason": why, "ended": provenance.now()}
         )
-        return self.store.publish(working, refused)
+        return self.store.publish(working, self._with_prediction(refused))
+
+    def _with_prediction(self, record: Record) -> Record:
+        return with_prediction(record, self.foretold.predictions.get(record.cell_id))
 
     def _measure(self, job: Job, signals: Signals) -> Entry:
         working = self.store.start(partial(first_record, job.cell), job.key)
@@ -180,7 +192,8 @@ class Runner:
         process = start_worker(self.server, self.worker, working, self.store.worker_lock(job.key))
         show = partial(self.display.update, job)
         outcome = watch(process, working, self.limit_seconds, lambda: signals.received, show)
-        entry = self.store.publish(working, finish_record(working, outcome))
+        finished = self._with_prediction(finish_record(working, outcome))
+        entry = self.store.publish(working, finished)
         self.display.cell_finished(job, entry.record, time.monotonic() - began)
         return entry
 

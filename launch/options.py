@@ -42,3 +42,55 @@ TimeoutOption = Annotated[
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+GpuOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--gpu",
+        metavar="NAME",
+        help="Give a verdict for this GPU, e.g. rtx-4090. Repeatable; the libraries are told they "
+        "run on the first.",
+    ),
+]
+GpusFileOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--gpus-file",
+        metavar="FILE",
+        help="YAML with further GPUs, or other figures for known ones.",
+    ),
+]
+StackOption = Annotated[
+    str | None,
+    typer.Option(
+        "--stack",
+        metavar="STACK",
+        help="Predict under other versions: a directory of packages (pip install --no-deps "
+        "--target), an interpreter, a requirements file, or pins NAME==VERSION,...",
+    ),
+]
+NoSelfCheckOption = Annotated[
+    bool, typer.Option("--no-self-check", help="Leave out the check of the fake device at start.")
+]
+EngineOption = Annotated[
+    str | None,
+    typer.Option(
+        "--engine",
+        metavar="ENGINE",
+        help="fake-cuda or fake-cpu.  [default: fake-cuda where it can be had]",
+    ),
+]
+WorkersOption = Annotated[
+    int | None,
+    typer.Option("--workers", metavar="N", min=1, help="Cells at once.  [default: processors]"),
+]
+NoPredictOption = Annotated[
+    bool, typer.Option("--no-predict", help="Leave the predictions out: the quick look.")
+]
+SkipOption = Annotated[
+    bool,
+    typer.Option(
+        "--skip-predicted-oom",
+        help="Do not start cells that are predicted to run out of memory here; they are recorded "
+        "as skipped, with the predicted figures.",
+    ),
+]

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, get_args
 
 from harness import provenance
+from harness.prediction import Prediction
 from harness.record import Record, Status
 from harness.store import Entry, record_key
 from matrices.cell import Cell, base_cells, flatten, label
@@ -36,7 +37,8 @@ class Job:
     seen_attempt: int
     entry: Entry | None
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self, prediction: Prediction | None = None) -> dict[str, Any]:
+        """For machines; the prediction, if there is one, in short."""
         return {
             "cell_id": self.cell.cell_id,
             "key": self.key,
@@ -44,8 +46,24 @@ class Job:
             "action": self.action,
             "why": self.why,
             "record": str(self.entry.directory) if self.entry else None,
+            "prediction": in_short(prediction) if prediction else None,
             "cell": self.cell.model_dump(mode="json"),
         }
+
+
+def in_short(prediction: Prediction) -> dict[str, Any]:
+    """What a plan tells of a prediction; `tunebench predict --json` has all of it."""
+    memory = prediction.memory
+    return {
+        "status": prediction.status,
+        "reason": prediction.reason,
+        "engine": prediction.engine,
+        "device": prediction.device,
+        "peak_allocated_bytes": memory.peak_allocated_bytes,
+        "peak_reserved_bytes": memory.peak_reserved_bytes,
+        "peak_phase": memory.peak_phase,
+        "verdicts": {verdict.gpu: verdict.outcome for verdict in prediction.verdicts},
+    }
 
 
 def this_machine() -> Machine:

@@ -6,6 +6,7 @@ import fcntl
 import os
 import shutil
 import time
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -13,11 +14,12 @@ from harness import provenance
 from harness.record import Record, read_record
 from harness.store import Entry, Store, disk_errors, record_key
 from launch.finish import finish_abandoned, finish_record
+from launch.foretelling import Foretold, with_prediction
 from launch.local import first_record, stop_signals
 from launch.plan import Job
 from launch.process import Launched, watch
 from launch.progress import Display
-from matrices.cell import label
+from matrices.cell import Cell, label
 from matrices.errors import UserError
 
 
@@ -53,11 +55,17 @@ def _commit(commit: str | None, dirty: bool | None) -> str:
     return f"{commit[:12]}{' (dirty)' if dirty else ''}" if commit else "–"
 
 
-def rerun(path: Path, display: Display, limit_seconds: float | None) -> tuple[Entry, int | None]:
+def rerun(
+    path: Path,
+    display: Display,
+    limit_seconds: float | None,
+    foretell: Callable[[Sequence[Cell]], Foretold] | None = None,
+) -> tuple[Entry, int | None]:
     """Run the cell of a record again; gives the new record and the signal that stopped it.
 
-    It is published beside the old one, on the stack that is installed now. Raises UserError when
-    the cell is running elsewhere or the directory cannot be written.
+    `foretell` predicts it first. It is published beside the old one, on the stack that is
+    installed now. Raises UserError when the cell is running elsewhere or the directory cannot be
+    written.
     """
     # Forked workers have it set too: see launch.server.start_server.
     os.environ.setdefault("OMP_NUM_THREADS", str(provenance.cpu_threads()))
@@ -72,6 +80,7 @@ def rerun(path: Path, display: Display, limit_seconds: float | None) -> tuple[En
         if not claimed:
             raise UserError(f"{key} is running at this moment, started by another runner")
         store.recover(key, finish_abandoned)
+        foretold = foretell([record.cell]) if foretell is not None else Foretold()
         signals.raising = False
         working = store.start(partial(_first_record, record), key)
         job = Job(record.cell, key, label(record.cell), "run", "rerun", 0, None)
@@ -88,7 +97,9 @@ def rerun(path: Path, display: Display, limit_seconds: float | None) -> tuple[En
             os.close(hold)
         show = partial(display.update, job)
         outcome = watch(process, working, limit_seconds, lambda: signals.received, show)
-        entry = store.publish(working, finish_record(working, outcome))
+        predicted = foretold.predictions.get(record.cell_id)
+        finished = with_prediction(finish_record(working, outcome), predicted)
+        entry = store.publish(working, finished)
         display.cell_finished(job, entry.record, time.monotonic() - began)
     return entry, next(iter(signals.received), None)
 

@@ -288,4 +288,6 @@ def label(cell: Cell) -> str:
     if cell.adapter is not None:
         target = cell.adapter.target_modules
         words += [f"r{cell.adapter.rank}", target if isinstance(target, str) else ",".join(target)]
+    if cell.parallelism != "single":
+        words.append(f"{cell.parallelism} x{cell.devices}")
     return " ".join(words)

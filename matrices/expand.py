@@ -20,11 +20,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 from operator import itemgetter
+from pathlib import Path
 from typing import Any
 
-from matrices.cell import SECTIONS, Cell
+from matrices.cell import SECTIONS, TOP_LEVEL, Cell
 from matrices.errors import UserError
 from matrices.load import Entry, Matrix
+from matrices.models import config_name
 from matrices.presets import PRESETS
 from matrices.settings import DEFAULTS, PRESET, show, validate
 
@@ -94,7 +96,15 @@ def _combinations(matrix: Matrix, entry: Entry | None) -> Iterator[Combination]:
         preset = chosen.get(PRESET, matrix.constants.get(PRESET))
         if preset not in bases:
             bases[preset] = DEFAULTS | _preset(preset) | dict(matrix.constants) | {PRESET: preset}
-        yield bases[preset] | chosen
+        yield _named(bases[preset] | chosen, matrix, chosen)
+
+
+def _named(combination: Combination, matrix: Matrix, chosen: Combination) -> Combination:
+    """A config without a name is called after its file."""
+    config = combination["model.config"]
+    if config is not None and not {"model.name"} & (chosen.keys() | matrix.constants.keys()):
+        combination["model.name"] = config_name(Path(config))
+    return combination
 
 
 def _preset(name: str | None) -> Combination:
@@ -157,21 +167,22 @@ class _Builder:
         method = combination["method"]
         self.methods.add(method)
         collapsed = collapse(combination)
-        for key in ("model.name", "data.source"):
-            section = key.partition(".")[0]
-            collapsed[f"{section}.fingerprint"] = self.matrix.fingerprints.get(combination[key])
+        model_path = combination["model.config"] or combination["model.name"]
+        for section, path in (("model", model_path), ("data", combination["data.source"])):
+            collapsed[f"{section}.fingerprint"] = self.matrix.fingerprints.get(path)
         keys = {
             # Mappings cannot be hashed; within one expansion the object stands for its content.
             section: tuple(id(v) if type(v) is dict else v for v in pick(collapsed))
             for section, pick in self.pick.items()
             if section not in UNUSED[method]
         }
-        identity = (method, collapsed["seed"], *keys.items())
+        top = {name: collapsed[name] for name in TOP_LEVEL}
+        identity = (*top.values(), *keys.items())
         if identity in self.seen:
             return
         self.seen.add(identity)
         parts = {section: self.section(section, key, collapsed) for section, key in keys.items()}
-        cell = Cell(method=method, seed=collapsed["seed"], **parts)
+        cell = Cell(**top, **parts)
         self.cells.setdefault(cell.cell_id, cell)
 
     def section(self, section: str, key: tuple[Any, ...], collapsed: Combination) -> Any:
@@ -194,7 +205,7 @@ def collapse(combination: Mapping[str, Any]) -> Combination:
 
     if found["method"] == "base":
         # Nothing is trained, and without quantization nothing is scored under autocast.
-        default("seed", "model.compute_dtype")
+        default("seed", "parallelism", "devices", "model.compute_dtype")
     if found["adapter.alpha"] is None:
         found["adapter.alpha"] = 2 * found["adapter.rank"]
     targets = found["adapter.target_modules"]

@@ -18,7 +18,7 @@ WHOLE_LIMIT_BYTES = 64 * MIB
 BLOCKS = 64
 BLOCK_BYTES = MIB
 
-FINGERPRINTED = ("model.name", "data.source")
+FINGERPRINTED = ("model.name", "model.config", "data.source")
 DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 
 
@@ -31,7 +31,10 @@ def local_path(key: str, value: Any, base: Path, where: str) -> Path | None:
     if value is None or key not in (*FINGERPRINTED, "evaluate.include_path"):
         return None
     path = Path(os.path.abspath(base / Path(value).expanduser()))
-    only_path = value.startswith(("./", "../", "/", "~")) or key == "evaluate.include_path"
+    only_path = value.startswith(("./", "../", "/", "~")) or key in (
+        "evaluate.include_path",
+        "model.config",
+    )
     if key == "data.source":
         only_path = only_path or value.endswith(DATA_SUFFIXES)
     problem = None
@@ -42,8 +45,13 @@ def local_path(key: str, value: Any, base: Path, where: str) -> Path | None:
     elif key == "data.source":
         if not path.is_file() or path.suffix not in DATA_SUFFIXES:
             problem = f"is not a file ending in {', '.join(DATA_SUFFIXES)}"
+    elif key == "model.config":
+        if not path.is_file():
+            problem = "is not a file; name the config.json in it"
     elif not path.is_dir():
         problem = "is not a directory"
+        if path.suffix == ".json":
+            problem += "; a config.json alone goes under model: {config: ...}"
     if problem:
         shown = f"{value!r}" if value == str(path) else f"{value!r} ({path})"
         raise UserError(f"{shown} {problem}; correct the path", key=key, where=where)

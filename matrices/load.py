@@ -13,6 +13,7 @@ from matrices.cell import SECTIONS
 from matrices.document import Spot
 from matrices.errors import UserError, nearest
 from matrices.fingerprint import FINGERPRINTED, fingerprint, local_path
+from matrices.models import plain_config
 from matrices.settings import (
     MATRIX_KEYS,
     SHORT,
@@ -146,9 +147,13 @@ class _Reader:
             return value
         if key in FINGERPRINTED and str(local) not in self.fingerprints:
             try:
+                if key == "model.config":
+                    plain_config(local)
                 self.fingerprints[str(local)] = fingerprint(local)
             except UserError as error:
-                raise UserError(error.message, key=key, where=spot.where) from error
+                # The file and the key in it, for a config; then where the matrix names it.
+                inner = ": ".join(part for part in (error.where, error.key, error.message) if part)
+                raise UserError(inner, key=key, where=spot.where) from error
         return str(local)
 
     def axes(self, spot: Spot | None) -> dict[str, Spot]:

@@ -90,4 +90,7 @@ LIBRARY_NAMES = {
     "dataset_name": "data.source",
     "max_seq_length": "data.max_length",
     "seeds": "seed",
+    "num_processes": "devices",
+    "nproc_per_node": "devices",
+    "world_size": "devices",
 }

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from matrices.expand import expand
+from matrices.gpus import gpus
 from matrices.load import load, shipped
+from matrices.models import architectures
 from matrices.presets import PRESETS
-from matrices.rules import RULES
+from matrices.rules import PREDICTION_RULES, RULES, Rule
 from matrices.settings import BARE, DEFAULTS, LEAVES, MISLEADING, SCHEMAS, describe, flow
 
 INTRODUCTION = """\
@@ -20,6 +22,10 @@ dotted name (`train.steps: 40`) or, where a bare name is listed, under that (`st
 `model: x` is short for `model.name`, `data: x` for `data.source`. The same names work in `axes`,
 `exclude`, `include` and `--set KEY=VALUE`. YAML is read as YAML 1.2: `1e-4` is a number, `no` is
 text. Relative paths start at the file's directory, those of `--set` at the current one.
+
+`model: {config: path/to/config.json}` is an architecture without weights: it can be predicted and
+not run, its content hash takes the place of the path in the cell's identity, and it is called after
+its file (or directory, if the file is config.json) unless `model.name` says otherwise.
 
 * `name` names the results directory; the file's name if not given.
 * `question`: what the matrix is to answer; printed in reports.
@@ -38,10 +44,10 @@ axis. In `--set` a list is an axis (`--set rank=[8,64]`); for a setting that is 
 lists is.
 
 What means nothing for a combination is dropped and equal cells merge: `full` has no adapter and no
-quantization, `lora` no quantization, `base` neither, nor data, training or a seed; `alpha: null` is
-2 x rank; `use_reentrant` without `gradient_checkpointing`, `packing_strategy` without `packing`,
-`autocast` with `compute_dtype: fp32`, `compute_dtype` without `autocast` (but for `qlora`) and the
-lm-eval recipe without `tasks` go to their defaults.
+quantization, `lora` no quantization, `base` neither, nor data, training, a seed or several devices;
+`alpha: null` is 2 x rank; `use_reentrant` without `gradient_checkpointing`, `packing_strategy`
+without `packing`, `autocast` with `compute_dtype: fp32`, `compute_dtype` without `autocast` (but
+for `qlora`) and the lm-eval recipe without `tasks` go to their defaults.
 
 A method with its own learning rate goes into `include`:
 
@@ -53,10 +59,41 @@ include:
 ```
 """
 
+ARCHITECTURES = """\
+What a prediction knows without a network. `model:` takes the name or one of the hub ids, in any
+case; a run needs the hub id. Parameters are the published total, tied weights counted once.
+"""
+
+GPUS = """\
+What a prediction knows of a GPU. Names take vendor words and the driver's spelling too (`NVIDIA
+GeForce RTX 4090`). Memory is what the driver reports, the context is an assumption, the rate is
+dense with fp32 accumulation. A file of your own adds a GPU or replaces single values:
+
+```yaml
+rtx-4090: {price_usd_per_hour: 0.45, price_date: 2026-11-01}
+my-card:
+  memory_bytes: 25769803776
+  context_bytes: 402653184
+  bandwidth_bytes_per_second: 9.0e11
+  bf16_flops_per_second: 9.0e13
+  compute_capability: [8, 9]
+  multiprocessors: 80
+```
+"""
+
 
 def reference() -> str:
     """The whole page, as Markdown."""
-    parts = [INTRODUCTION, _settings(), _presets(), _rules(), _matrices()]
+    parts = [
+        INTRODUCTION,
+        _settings(),
+        _presets(),
+        _rules("Cells that are refused", RULES),
+        _rules("Cells that are not predicted", PREDICTION_RULES),
+        _architectures(),
+        _gpus(),
+        _matrices(),
+    ]
     return "\n".join(parts)
 
 
@@ -94,12 +131,57 @@ def _presets() -> str:
     return f"## Presets\n\n{table(('Setting', *(f'`{name}`' for name in PRESETS)), rows)}"
 
 
-def _rules() -> str:
+def _rules(title: str, rules: Sequence[Rule]) -> str:
     rows = [
         (f"`{rule.__name__.replace('_', '-')}`", " ".join((rule.__doc__ or "").split()))
-        for rule in RULES
+        for rule in rules
     ]
-    return f"## Cells that are refused\n\n{table(('Rule', 'Refuses'), rows)}"
+    return f"## {title}\n\n{table(('Rule', 'Refuses'), rows)}"
+
+
+def _architectures() -> str:
+    rows = [
+        (
+            ", ".join(f"`{name}`" for name in (found.name, *found.aliases)),
+            f"{found.parameters:,}",
+            ", ".join(found.hub_ids) or found.note,
+            found.source,
+        )
+        for found in architectures().values()
+    ]
+    header = ("Name", "Parameters", "Hub ids", "Source")
+    return f"## Architectures\n\n{ARCHITECTURES}\n{table(header, rows)}"
+
+
+def _gpus() -> str:
+    rows = []
+    for found in gpus().values():
+        price = "–"
+        if found.price_usd_per_hour is not None:
+            price = f"{found.price_usd_per_hour:.2f} ({found.price_date})"
+        rows.append(
+            (
+                f"`{found.name}`",
+                f"{found.memory_bytes / 2**30:.2f}",
+                f"{found.context_bytes / 2**20:.0f}",
+                f"{found.bandwidth_bytes_per_second / 1e9:.0f}",
+                f"{found.bf16_flops_per_second / 1e12:.1f}",
+                ".".join(map(str, found.compute_capability)),
+                price,
+                found.source,
+            )
+        )
+    header = (
+        "Name",
+        "Memory, GiB",
+        "Context, MiB",
+        "Bandwidth, GB/s",
+        "bf16, TFLOP/s",
+        "Capability",
+        "USD per hour",
+        "Source",
+    )
+    return f"## GPUs\n\n{GPUS}\n{table(header, rows)}"
 
 
 def _matrices() -> str:

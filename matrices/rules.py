@@ -1,16 +1,27 @@
-"""Cells that cannot run as asked, and why: one function per rule, named after it.
+"""Cells that cannot run or be predicted as asked, and why: one function per rule, named after it.
 
 A rule stands for something a library refuses, or silently does differently, so that the record
 would be about another configuration. What a library runs is never refused here. Each reason names
 its source, as read in torch 2.13, transformers 5.23, accelerate 1.15, TRL 1.16 and PEFT 0.21.
+
+`RULES` hold for a run on a machine. `PREDICTION_RULES` hold for a prediction, which is asked about
+an imagined GPU with everything installed: what this machine lacks is no reason there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from matrices.cell import Cell
+from matrices.gpus import Gpu
+from matrices.model_rules import (
+    config_must_be_complete,
+    model_needs_weights,
+    sequence_needs_positions,
+    sharding_needs_quant_storage,
+    shards_must_not_be_empty,
+)
 from matrices.owned import LORA_RESERVED, LORA_SETTINGS, SFT_RESERVED, SFT_SETTINGS
 
 
@@ -31,14 +42,25 @@ class Refusal:
     reason: str
 
 
+Rule = Callable[[Cell, Machine], str | None]
+
+
 def refusals(cell: Cell, machine: Machine) -> list[Refusal]:
     """Every rule that refuses the cell on the machine; empty when it can run."""
-    found = []
-    for rule in RULES:
-        reason = rule(cell, machine)
-        if reason:
-            found.append(Refusal(rule.__name__.replace("_", "-"), reason))
-    return found
+    return _asked(RULES, cell, machine)
+
+
+def prediction_refusals(cell: Cell, gpu: Gpu | None = None) -> list[Refusal]:
+    """Every rule that refuses a prediction of the cell, on `gpu` if one is meant; empty when it
+    can be predicted. Reads the model's config.json where that is local."""
+    capability = float(f"{gpu.compute_capability[0]}.{gpu.compute_capability[1]}") if gpu else None
+    imagined = Machine(has_gpu=True, compute_capability=capability)
+    return _asked(PREDICTION_RULES, cell, imagined)
+
+
+def _asked(rules: Sequence[Rule], cell: Cell, machine: Machine) -> list[Refusal]:
+    reasons = {rule.__name__.replace("_", "-"): rule(cell, machine) for rule in rules}
+    return [Refusal(name, reason) for name, reason in reasons.items() if reason]
 
 
 def fp16_needs_gpu(cell: Cell, machine: Machine) -> str | None:
@@ -207,7 +229,27 @@ def _contradiction(
     return f"{mapping} may not give {', '.join(said)}" if said else None
 
 
-RULES: tuple[Callable[[Cell, Machine], str | None], ...] = (
+def single_is_one_device(cell: Cell, machine: Machine) -> str | None:
+    """More than one device with parallelism single."""
+    if cell.parallelism != "single" or cell.devices == 1:
+        return None
+    return (
+        f"parallelism single is one device and devices is {cell.devices}; set parallelism to ddp, "
+        "fsdp or zero3, or devices to 1"
+    )
+
+
+def several_devices_are_predicted_only(cell: Cell, machine: Machine) -> str | None:
+    """Any parallelism but single, which can be predicted and not run."""
+    if cell.parallelism == "single":
+        return None
+    return (
+        f"parallelism {cell.parallelism} is only predicted so far: this version trains on one "
+        "device; set parallelism to single and devices to 1 to run it"
+    )
+
+
+RULES: tuple[Rule, ...] = (
     fp16_needs_gpu,
     fp16_gradient_scaling,
     flash_attention_needs_gpu,
@@ -219,4 +261,22 @@ RULES: tuple[Callable[[Cell, Machine], str | None], ...] = (
     head_takes_no_adapter,
     sft_config_contradicts,
     lora_config_contradicts,
+    single_is_one_device,
+    several_devices_are_predicted_only,
+    model_needs_weights,
+)
+# About this machine, or about a run's timing and weights.
+_OF_A_RUN = {
+    fp16_needs_gpu,
+    flash_attention_needs_package,
+    steps_left_to_time,
+    several_devices_are_predicted_only,
+    model_needs_weights,
+}
+PREDICTION_RULES: tuple[Rule, ...] = (
+    *(rule for rule in RULES if rule not in _OF_A_RUN),
+    config_must_be_complete,
+    sequence_needs_positions,
+    sharding_needs_quant_storage,
+    shards_must_not_be_empty,
 )

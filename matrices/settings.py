@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from matrices.cell import SECTIONS, Cell
+from matrices.cell import SECTIONS, TOP_LEVEL, Cell
 from matrices.errors import UserError, nearest
 from matrices.owned import LIBRARY_NAMES
 from matrices.presets import PRESETS
@@ -23,15 +23,16 @@ MATRIX_KEYS = ("name", "question", "axes", "exclude", "include", "score_base", "
 SHORT = {"model": "model.name", "data": "data.source"}
 # Filled in by tunebench, never written by hand.
 COMPUTED = {"model.fingerprint", "data.fingerprint"}
-# Unique among the leaves, but would be taken for something else.
-MISLEADING = {"batch_size": "evaluate.batch_size (lm-eval's) or train.micro_batch_size"}
+# Would be taken for something else, or stand for two things.
+MISLEADING = {
+    "batch_size": "evaluate.batch_size (lm-eval's) or train.micro_batch_size",
+    "config": "data.config (of a hub dataset) or model.config (a config.json)",
+}
 
 
 def _leaves() -> dict[str, tuple[type[BaseModel], str]]:
     """Dotted name to the model and field that check it."""
-    found: dict[str, tuple[type[BaseModel], str]] = {
-        name: (Cell, name) for name in ("method", "seed")
-    }
+    found: dict[str, tuple[type[BaseModel], str]] = {name: (Cell, name) for name in TOP_LEVEL}
     for section, model in SECTIONS.items():
         found |= {f"{section}.{leaf}": (model, leaf) for leaf in model.model_fields}
     return {name: place for name, place in found.items() if name not in COMPUTED}
@@ -47,7 +48,7 @@ SCHEMAS: dict[str, dict[str, Any]] = {
 
 def _bare() -> dict[str, str]:
     """Names that need no section: those only one section has."""
-    bare = {"method": "method", "seed": "seed", PRESET: PRESET}
+    bare = {name: name for name in (*TOP_LEVEL, PRESET)}
     leaves = [leaf for model in SECTIONS.values() for leaf in model.model_fields]
     for dotted, (_, leaf) in LEAVES.items():
         taken = leaf in MATRIX_KEYS or leaf in SECTIONS or leaf in MISLEADING

@@ -36,7 +36,7 @@ DEFAULTS = {
     f"{section}.{leaf}": field.get_default(call_default_factory=True)
     for section, model in SECTIONS.items()
     for leaf, field in model.model_fields.items()
-} | {"adapter.alpha_per_rank": 2.0}
+} | {"adapter.alpha_per_rank": 2.0, "parallelism": "single", "devices": 1}
 # Said in sentences of their own, or part of the heading.
 ELSEWHERE = ("method", "model.name", "model.fingerprint", "evaluate.tasks", "evaluate.limit")
 
@@ -119,6 +119,20 @@ def memory_text(records: Sequence[Record]) -> str:
     return text + "."
 
 
+def prediction_text(records: Sequence[Record]) -> str:
+    """What the predicted peaks rest on."""
+    told = [record.prediction for record in records if record.prediction is not None]
+    engines = sorted({each.engine for each in told if each.engine})
+    if not told or not engines:
+        return ""
+    devices = sorted({each.device for each in told if each.device})
+    of = f" of {' or '.join(devices)}" if devices else ""
+    return (
+        "Predicted peak: predicted before the run, not measured, by simulating the training step "
+        f"on {' or '.join(engines)} tensors{of}; predicted vs measured is predicted / measured - 1."
+    )
+
+
 def speed_text(records: Sequence[Record]) -> str:
     """How speed was timed."""
     warmups = sorted({r.speed.warmup_steps for r in records if r.speed.step_seconds})
@@ -172,6 +186,7 @@ def caption(
         constants_text(groups, shown),
         f"Measured on {hardware_text(records[0])}; {software_text(records)}.",
         memory_text(records),
+        prediction_text(records),
         speed_text(records),
         quality_text(records, hidden_tasks),
         "Brackets: 95 % interval over what n counts (documents, timed steps or seeds; for memory "

@@ -75,6 +75,10 @@ def _settings() -> list[Column]:
     columns = [
         Column("method", "cell.method", "string", "method", "full, lora, qlora, or base"),
         Column("seed", "cell.seed", "Int64", "seed", "seed of data order, dropout, adapter init"),
+        Column(
+            "parallelism", "cell.parallelism", "string", "parallelism", "single, ddp, fsdp, ..."
+        ),
+        Column("devices", "cell.devices", "Int64", "devices", "devices (ranks) of one cell"),
     ]
     for section, model in SECTIONS.items():
         for leaf, field in model.model_fields.items():
@@ -184,6 +188,24 @@ def _memory() -> list[Column]:
     ]  # fmt: skip
 
 
+def _prediction() -> list[Column]:
+    return [
+        Column(
+            "predicted_peak_bytes", "prediction.peak_allocated_bytes", "Int64", "predicted peak",
+            "peak of the training phases as predicted before the run; not measured", "bytes",
+            "lower",
+        ),
+        Column(
+            "prediction_error", "prediction.error", "Float64", "prediction error",
+            "predicted / measured peak, minus 1", "ratio",
+        ),
+        Column(
+            "prediction_engine", "prediction.engine", "string", "predicted on",
+            "fake-cuda or fake-cpu tensors",
+        ),
+    ]  # fmt: skip
+
+
 def _seconds(name: str, source: str, display: str, description: str) -> Column:
     return Column(name, source, "Float64", display, description, "seconds", "lower")
 
@@ -251,5 +273,5 @@ def _other() -> list[Column]:
 
 
 COLUMNS: tuple[Column, ...] = (
-    *_settings(), *_provenance(), *_memory(), *_speed(), *_other()
+    *_settings(), *_provenance(), *_memory(), *_prediction(), *_speed(), *_other()
 )  # fmt: skip

@@ -57,6 +57,16 @@ def mean_interval(values: Sequence[float], over: str) -> Estimate:
     return Estimate(mean, mean - half, mean + half, n, over)
 
 
+def next_value_interval(values: Sequence[float], over: str) -> Estimate:
+    """Mean, and the interval that holds one more value from the same normal distribution:
+    mean ± t(n-1) s sqrt(1 + 1/n) (Hahn and Meeker, Statistical Intervals, 1991, section 4.6)."""
+    mean = mean_interval(values, over)
+    if mean.high is None:
+        return mean
+    half = (mean.high - mean.value) * math.sqrt(mean.n + 1)
+    return Estimate(mean.value, mean.value - half, mean.value + half, mean.n, over)
+
+
 def geometric_mean_interval(ratios: Sequence[float], over: str) -> Estimate:
     """Mean of ratios on the log scale, so that a / b and b / a give reciprocal intervals."""
     logs = mean_interval([math.log(ratio) for ratio in ratios], over)

@@ -25,6 +25,7 @@ from reports.results import Result
 from reports.samples import check_same_questions, difference, score
 
 SEEDS = "seeds"
+PREDICTIONS = "predictions"
 
 
 def exact(group: Group, source: Callable[[Record], int | None]) -> Estimate | None:
@@ -37,6 +38,20 @@ def exact(group: Group, source: Callable[[Record], int | None]) -> Estimate | No
 def peak_bytes(group: Group) -> Estimate | None:
     """Headline peak memory."""
     return exact(group, lambda record: record.memory.peak_bytes)
+
+
+def predicted_peak_bytes(group: Group) -> Estimate | None:
+    """The peak as it was predicted, for runs that failed too; n counts predictions."""
+    told = [result.record.prediction for result in group.results]
+    known = [p.peak_allocated_bytes for p in told if p and p.peak_allocated_bytes is not None]
+    return spread(known, PREDICTIONS) if known else None
+
+
+def prediction_error(group: Group) -> Estimate | None:
+    """predicted / measured - 1 of the peak; the range where runs of a group differ."""
+    told = [result.record.prediction for result in group.measured]
+    known = [p.error for p in told if p and p.error is not None]
+    return spread(known) if known else None
 
 
 def step_seconds(group: Group) -> Estimate | None:

@@ -42,13 +42,29 @@ def cost_columns(table: Table, baselines: Baselines) -> list[TableColumn]:
     phase = _column(table, "peak_phase", "Peak in", "cost", _peak_phase)
     if len(set(phase.values) - {None}) == 1:  # The caption says it.
         phase.values = [None] * len(phase.values)
-    sizes = _sizes(table)
-    for column in (peak, change, phase, *sizes):
+    sizes, predicted = _sizes(table), _predicted(table)
+    for column in (peak, change, phase, *predicted, *sizes):
         column.part = "memory"
     for column in (step, ratio, rate):
         column.part = "speed"
-    columns = [peak, change, phase, step, ratio, rate, *sizes]
+    columns = [peak, *predicted, change, phase, step, ratio, rate, *sizes]
     return [column for column in columns if any(value is not None for value in column.values)]
+
+
+def _predicted(table: Table) -> list[TableColumn]:
+    """What was predicted before the run, also where the run failed, and how far off it was."""
+    peak = TableColumn("predicted_peak_bytes", "Predicted peak", "cost", [])
+    for row in table.rows:
+        peak.values.append(None if row.reference else estimates.predicted_peak_bytes(row.group))
+        peak.marks.append(())
+    peak.unit, peak.style = bytes_style(peak.estimates)
+    error = _column(
+        table, "prediction_error", "Predicted vs measured", "cost", estimates.prediction_error
+    )
+    error.style = Style(scale=100, decimals=2, suffix=" %", signed=True)
+    # A prediction repeats exactly: an n would say nothing.
+    peak.show_n = error.show_n = False
+    return [peak, error]
 
 
 def _sizes(table: Table) -> list[TableColumn]:

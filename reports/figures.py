@@ -24,7 +24,7 @@ CATEGORY_COLOURS = dict(
     zip(
         CATEGORIES,
         ("#0072b2", "#56b4e9", "#8fd3ff", "#009e73", "#e69f00", "#d55e00", "#cc79a7", "#a07fc9",
-         "#999999"),
+         "#999999", "#c9c9c9"),
         strict=True,
     )
 )  # fmt: skip

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from harness.record import Record
-from matrices.cell import SECTIONS, Cell, flatten, label
+from matrices.cell import SECTIONS, TOP_LEVEL, Cell, flatten, label
 from reports.display import setting_text, short_name
 from reports.results import Result
 
-SETTINGS = ["method", "seed"] + [
+SETTINGS = list(TOP_LEVEL) + [
     f"{name}.{leaf}" for name, section in SECTIONS.items() for leaf in section.model_fields
 ]
 
@@ -50,6 +50,7 @@ def settings(cell: Cell) -> dict[str, Any]:
         flat["adapter.alpha_per_rank"] = 2.0 if alpha is None else alpha / cell.adapter.rank
     for path, fingerprint in (
         ("model.name", "model.fingerprint"),
+        ("model.config", "model.fingerprint"),
         ("data.source", "data.fingerprint"),
     ):
         if flat.get(fingerprint):

@@ -101,6 +101,8 @@ def _status(record: Record) -> str:
 def _settings(record: Record) -> str:
     flat = flatten(record.cell)
     lines = _wrapped("method", record.cell.method)
+    if record.cell.parallelism != "single":
+        lines += _wrapped("spread", f"{record.cell.parallelism} over {record.cell.devices} devices")
     for section in SECTIONS:
         own = {name: value for name, value in flat.items() if name.startswith(f"{section}.")}
         told = [
@@ -155,6 +157,18 @@ def _bars(figures: Mapping[str, int | None], mark: str = "") -> list[str]:
     return _aligned(rows, right=(1,))
 
 
+def _predicted(record: Record) -> list[str]:
+    """The peak as it was predicted before the run, and how far off it was."""
+    told = record.prediction
+    if told is None or told.peak_allocated_bytes is None:
+        return []
+    text = f"{bytes_text(told.peak_allocated_bytes)}, simulated on {told.engine} tensors"
+    text += f" of {told.device}" if told.device else ""
+    if told.error is not None:
+        text += f"; {signed(100 * told.error, 2)} % from what was measured"
+    return _wrapped("predicted", text)
+
+
 def _memory(record: Record) -> str:
     memory = record.memory
     lines = []
@@ -162,6 +176,7 @@ def _memory(record: Record) -> str:
         where = f" in {memory.peak_phase.replace('_', ' ')}" if memory.peak_phase else ""
         lines += _wrapped("peak", f"{bytes_text(memory.peak_bytes)}{where}")
         lines += _wrapped("meter", METERS[memory.headline])
+    lines += _predicted(record)
     if memory.host_peak_rss_bytes is not None:
         lines += _wrapped("host peak RSS", bytes_text(memory.host_peak_rss_bytes))
     phases: dict[str, int | None] = {

@@ -198,7 +198,7 @@ class Operations(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.total = 0
-        self._formulas = flop_registry | _missing_formulas()
+        self._formulas = flop_formulas()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -211,9 +211,15 @@ class Operations(TorchDispatchMode):
         return out
 
 
+def flop_formulas() -> dict[Any, Any]:
+    """torch's formulas by op, each called as `formula(*args, **kwargs, out_val=out)`."""
+    return flop_registry | _missing_formulas()
+
+
 def _missing_formulas() -> dict[Any, Any]:
     """What torch has no formula for: the CPU attention kernel, which does the same products as the
-    CUDA ones, and `linear`, which arrives whole from inside another op (bitsandbytes' product)."""
+    CUDA ones, `linear`, which arrives whole from inside another op (bitsandbytes' product), and the
+    grouped product of experts."""
 
     @shape_wrapper
     def linear(left: Any, weight: Any, *_: Any, **__: Any) -> int:
@@ -227,9 +233,16 @@ def _missing_formulas() -> dict[Any, Any]:
     def backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
         return int(sdpa_backward_flop_count(grad, query, key, value))
 
+    @shape_wrapper
+    def grouped(left: Any, right: Any, *_: Any, **__: Any) -> int:
+        # Where only one side has a dimension of groups, these share out the other side's rows.
+        groups = left[0] if len(left) == len(right) == 3 else 1
+        return int(2 * groups * left[-2] * left[-1] * right[-1])
+
     aten = torch.ops.aten
     return {
         aten.linear: linear,
+        aten._grouped_mm: grouped,
         aten._scaled_dot_product_flash_attention_for_cpu: forward,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
     }

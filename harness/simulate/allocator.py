@@ -35,6 +35,7 @@ class Block:
     size: int
     address: int
     small: bool
+    stream: int = 0
     free: bool = False
     before: Block | None = None
     after: Block | None = None
@@ -73,15 +74,16 @@ class Allocator:
         self.capacity_bytes = capacity_bytes
         self.allocated = self.reserved = self.peak_allocated = self.peak_reserved = 0
         self.retries = 0
-        self._small, self._large = _Pool(), _Pool()
+        # Blocks are only handed out again on the stream they were made for.
+        self._pools: dict[tuple[int, bool], _Pool] = {}
         self._next_address = MIB
 
-    def malloc(self, nbytes: int) -> Block:
-        """A block of at least `nbytes` (> 0). Raises OutOfMemory."""
+    def malloc(self, nbytes: int, stream: int = 0) -> Block:
+        """A block of at least `nbytes` (> 0) for work on `stream`. Raises OutOfMemory."""
         size = round_size(nbytes)
         small = size <= SMALL
-        pool = self._small if small else self._large
-        block = pool.best_fit(size) or self._new_segment(size, small)
+        pool = self._pools.setdefault((stream, small), _Pool())
+        block = pool.best_fit(size) or self._new_segment(size, small, stream)
         self._split(block, size, pool)
         self.allocated += block.size
         self.peak_allocated = max(self.peak_allocated, self.allocated)
@@ -89,7 +91,7 @@ class Allocator:
 
     def free(self, block: Block) -> None:
         self.allocated -= block.size
-        pool = self._small if block.small else self._large
+        pool = self._pools[block.stream, block.small]
         if block.before is not None and block.before.free:
             pool.take(block.before)
             _swallow(block.before, block)
@@ -101,13 +103,13 @@ class Allocator:
 
     def release_cached(self) -> None:
         """Give wholly free segments back to the device, as `torch.cuda.empty_cache` does."""
-        for pool in (self._small, self._large):
+        for pool in self._pools.values():
             for block in list(pool.blocks.values()):
                 if block.before is None and block.after is None:
                     pool.take(block)
                     self.reserved -= block.size
 
-    def _new_segment(self, size: int, small: bool) -> Block:
+    def _new_segment(self, size: int, small: bool, stream: int) -> Block:
         segment = segment_size(size)
         if not self._has_room(segment):
             self.release_cached()
@@ -116,7 +118,7 @@ class Allocator:
                 raise OutOfMemory(segment, self.allocated, self.reserved)
         self.reserved += segment
         self.peak_reserved = max(self.peak_reserved, self.reserved)
-        block = Block(segment, self._next_address, small)
+        block = Block(segment, self._next_address, small, stream)
         self._next_address += segment + ROUND_LARGE
         return block
 
@@ -127,7 +129,8 @@ class Allocator:
         rest = block.size - size
         if rest < MIN_BLOCK if block.small else rest <= SMALL:
             return
-        remainder = Block(rest, block.address + size, block.small, False, block, block.after)
+        address = block.address + size
+        remainder = Block(rest, address, block.small, block.stream, False, block, block.after)
         if block.after is not None:
             block.after.before = remainder
         block.after = remainder

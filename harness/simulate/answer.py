@@ -19,6 +19,7 @@ from harness.record import LiveTensor
 from harness.simulate import attention, replay
 from harness.simulate.allocator import Allocator
 from harness.simulate.run import Simulated
+from harness.simulate.traffic import FLOOR_LEAVES_OUT, predicted_speed
 from matrices.cell import Cell
 from matrices.gpus import Gpu
 
@@ -47,6 +48,7 @@ def prediction(
     made.engine = engine
     made.device = gpu.name if gpu is not None else None
     made.memory = _memory(found, gpu is not None)
+    made.speed = predicted_speed(found.works, gpu)
     made.trainable_parameters = found.trainable_parameters
     made.total_parameters = found.total_parameters
     made.simulation_seconds = found.seconds
@@ -142,6 +144,7 @@ def _assumptions(cell: Cell, found: Simulated, gpu: Gpu | None) -> list[str]:
             f"the CUDA context and libraries take {context} beside torch's pool (not in the peak)",
             f"cuBLAS workspaces of {found.workspace_bytes} bytes for each of two threads",
             "scratch inside kernels is counted for attention only",
+            FLOOR_LEAVES_OUT,
         ]
         if cell.model.attn_implementation == "flash_attention_2":
             said.append(f"attention allocates as flash-attn {attention.FLASH_VERSION} does")

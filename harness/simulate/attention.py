@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from harness.simulate import padding
+
 FLASH_VERSION = "2.7.4"
 MAX_HEAD = 256
 _original_sdpa = F.scaled_dot_product_attention
@@ -163,7 +165,7 @@ def _check_half(q: torch.Tensor) -> None:
 
 
 def _unused(*_: Any, **__: Any) -> Any:
-    raise RuntimeError("padded batches and paged caches are not simulated")
+    raise RuntimeError("paged caches are not simulated")
 
 
 class _FlashMetadata(importlib.metadata.Distribution):
@@ -200,10 +202,10 @@ def stand_in_for_flash_attn() -> bool:
     package.flash_attn_func = flash_attn_func  # type: ignore[attr-defined]
     package.flash_attn_varlen_func = flash_attn_varlen_func  # type: ignore[attr-defined]
     package.flash_attn_with_kvcache = _unused  # type: ignore[attr-defined]
-    padding = _module("flash_attn.bert_padding")
-    for name in ("index_first_axis", "pad_input", "unpad_input"):
-        setattr(padding, name, _unused)
-    package.bert_padding = padding  # type: ignore[attr-defined]
+    bert_padding = _module("flash_attn.bert_padding")
+    for function in (padding.index_first_axis, padding.pad_input, padding.unpad_input):
+        setattr(bert_padding, function.__name__, function)
+    package.bert_padding = bert_padding  # type: ignore[attr-defined]
     layers, rotary = _module("flash_attn.layers"), _module("flash_attn.layers.rotary")
     rotary.apply_rotary_emb = _unused  # type: ignore[attr-defined]
     del layers, rotary
@@ -231,6 +233,9 @@ def choose_sdpa_kernel(compute_capability: tuple[int, int]) -> None:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Any:
+        if torch.is_autocast_enabled("cuda"):
+            # sdpa is on autocast's list (ATen/autocast_mode.h), which comes before the choice.
+            query, key, value, attn_mask = map(_autocast, (query, key, value, attn_mask))
         kernel = _kernel(query, key, attn_mask, compute_capability)
         if kernel == "flash":
             return _sdpa_flash(query, key, value, dropout_p, is_causal, scale)
@@ -241,6 +246,13 @@ def choose_sdpa_kernel(compute_capability: tuple[int, int]) -> None:
         )
 
     F.scaled_dot_product_attention = chosen
+
+
+def _autocast(tensor: Any) -> Any:
+    """What autocast makes of an argument: fp32 on the device becomes the autocast dtype."""
+    if tensor is None or tensor.device.type != "cuda" or tensor.dtype is not torch.float32:
+        return tensor
+    return tensor.to(torch.get_autocast_dtype("cuda"))
 
 
 def _kernel(query: Any, key: Any, mask: Any, capability: tuple[int, int]) -> str:

@@ -29,6 +29,7 @@ class Cost(NamedTuple):
 
 
 NOTHING = Cost()
+GEMM_4BIT = "bitsandbytes::gemm_4bit"
 
 
 def cost(func: Any, args: Any, kwargs: dict[str, Any], out: Any, device_type: str) -> Cost:
@@ -139,6 +140,9 @@ def _moved(func: Any, args: Any, kwargs: dict[str, Any], out: Any, device_type: 
             moved += size if _overwrites(name, argument) else 2 * size
         else:
             moved += size
+    if func._schema.name == GEMM_4BIT:
+        # For more than a few rows the weight is dequantized first: written once and read once.
+        moved += 2 * math.prod(args[2]) * args[0].element_size()
     return moved + sum(moved_bytes(value, device_type) for value in _made(func, out))
 
 
@@ -201,8 +205,7 @@ def _flops(func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> int:
     formula = _formulas().get(func.overloadpacket)
     if formula is not None:
         return int(formula(*args, **kwargs, out_val=out))
-    if func._schema.name == "bitsandbytes::gemm_4bit":
-        # Seen whole only where nobody took it apart: the product with the dequantized weight.
+    if func._schema.name == GEMM_4BIT:
         left, _, shape = args[:3]
         return int(2 * left.numel() // left.shape[-1] * math.prod(shape))
     return 0

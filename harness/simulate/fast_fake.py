@@ -2,9 +2,9 @@
 layout gives tensors of the same layout.
 
 The first call of each kind goes through FakeTensorMode; what it returned is written down as a
-recipe (a new storage, another view of an argument's storage, the argument itself, a plain value) and
-later calls are answered from the recipe. Whatever is not of that simple form, or depends on values
-or on anything but its arguments' layout, always takes the long way.
+recipe (a new storage, a view of an argument's storage, the argument itself, a plain value), and
+later calls are answered from the recipe. Whatever is not of that simple form, or depends on
+anything but its arguments' layouts and plain values, always takes the long way.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _With = torch._C._IncludeDispatchKeyGuard
 _FAKE = torch._C._TorchDispatchModeKey.FAKE
 _META = torch.device("meta")
 
-_make_subclass = torch.Tensor._make_subclass
+_make_subclass: Any = torch.Tensor._make_subclass
 _empty_strided = torch.empty_strided
 _no_data = torch._C._set_throw_on_mutable_data_ptr
 _active_mode = torch._C._get_dispatch_mode
@@ -37,8 +37,17 @@ _default_dtype = torch.get_default_dtype
 
 # Types whose values compare by what they mean to an op.
 _PLAIN = frozenset(
-    (int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout)
-    + (torch.memory_format,)
+    (
+        int,
+        float,
+        bool,
+        str,
+        type(None),
+        torch.dtype,
+        torch.device,
+        torch.layout,
+        torch.memory_format,
+    )
 )
 # Their fake kernels are functions of layouts, and return no views of anything hidden.
 _NAMESPACES = frozenset(("aten", "prims", "bitsandbytes"))
@@ -46,12 +55,12 @@ _LIFTS = frozenset((torch.ops.aten.lift_fresh.default, torch.ops.aten.lift_fresh
 _ELEMENTWISE = ("aten::_foreach_", "aten::_fused_adam", "aten::_fused_sgd", "aten::_fused_adagrad")
 
 _LONG_WAY, _BY_LAYOUT, _IN_PLACE, _LISTS = range(4)
-_VALUE, _SAME, _VIEW, _NEW = range(4)
+_VALUE, _SAME, _ALIAS, _VIEW, _NEW = range(5)
 
 
-class _Output(NamedTuple):
-    """One result. `source` counts the tensors among the arguments; `state` is what a FakeTensor of
-    this kind carries beside its layout."""
+class Layout(NamedTuple):
+    """One result. `source` counts the tensors among the arguments; `nbytes` is what the layout
+    spans of its storage; `state` is what a FakeTensor carries beside its layout."""
 
     kind: int
     value: Any = None
@@ -59,16 +68,20 @@ class _Output(NamedTuple):
     shape: tuple[int, ...] = ()
     stride: tuple[int, ...] = ()
     offset: int = 0
+    nbytes: int = 0
     dtype: torch.dtype | None = None
     device: torch.device | None = None
-    state: dict[str, Any] = {}
+    state: dict[str, Any] | None = None
+
+
+_NOT_BUILT = object()
 
 
 class _Recipe(NamedTuple):
     """`container` is the type of the results' list, None for a result on its own."""
 
     container: type | None
-    outputs: tuple[_Output, ...]
+    outputs: tuple[Layout, ...]
 
 
 class FastFake:
@@ -100,11 +113,12 @@ class FastFake:
         key = self._key(func, args, kwargs, scalars)
         recipe = self._recipes.get(key) if key is not None else None
         if recipe is not None:
-            self.answered += 1
             out = _build(recipe, args, kwargs)
-            if self.checked:
-                _check(func, out, func(*args, **kwargs))
-            return out
+            if out is not _NOT_BUILT:
+                self.answered += 1
+                if self.checked:
+                    _check(func, out, func(*args, **kwargs))
+                return out
         self.asked += 1
         out = func(*args, **kwargs)
         if key is not None and key not in self._recipes:
@@ -116,15 +130,17 @@ class FastFake:
     def _elementwise(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """An op over lists does the same to every entry, so each kind of entry is asked once."""
         length = len(args[0])
-        returns = len(func._schema.returns)
-        made: list[Any] = []
+        scalars = len(func._schema.returns) > 0
+        calls = []
         for at in range(length):
             one_args = [_entry(value, at, length) for value in args]
             one_kwargs = {name: _entry(value, at, length) for name, value in kwargs.items()}
-            out = self._one(func, one_args, one_kwargs, scalars=returns > 0)
-            if returns:
-                made.append(out[0])
-        return made if returns else None
+            calls.append((one_args, one_kwargs))
+        if not calls or any(self._key(func, *call, scalars) is None for call in calls):
+            self.asked += 1
+            return func(*args, **kwargs)
+        made = [self._one(func, *call, scalars) for call in calls]
+        return [out[0] for out in made] if scalars else None
 
     def _key(
         self, func: Any, args: Any, kwargs: dict[str, Any], scalars: bool
@@ -180,34 +196,30 @@ class FastFake:
         recipe = _Recipe(container, tuple(outputs))
         return recipe if _agree(_build(recipe, args, kwargs), out) else None
 
-    def _output(self, value: Any, tensors: list[torch.Tensor]) -> _Output | None:
+    def _output(self, value: Any, tensors: list[torch.Tensor]) -> Layout | None:
         if value is None or type(value) in (bool, int, float):
-            return _Output(_VALUE, value)
+            return Layout(_VALUE, value)
         for at, tensor in enumerate(tensors):
             if tensor is value:
-                return _Output(_SAME, source=at)
+                return Layout(_SAME, source=at)
         if type(value) is not FakeTensor or value.fake_mode is not self._mode:
             return None
         if value.constant is not None or value.layout is not torch.strided:
             return None
-        layout: dict[str, Any] = {
-            "shape": tuple(value.shape),
-            "stride": value.stride(),
-            "offset": value.storage_offset(),
-            "dtype": value.dtype,
-            "device": value._fake_device,
-            "state": dict(vars(value)),
-        }
+        layout = _layout_arguments(value)
         storage = value.untyped_storage()._cdata
         for at, tensor in enumerate(tensors):
             if tensor.untyped_storage()._cdata == storage:
                 if tensor.dtype is not value.dtype:
                     return None
-                return _Output(_VIEW, source=at, **layout)
-        return _Output(_NEW, **layout)
+                same = all(
+                    getattr(tensor, name)() == getattr(value, name)()
+                    for name in ("size", "stride", "storage_offset")
+                )
+                return Layout(_ALIAS if same else _VIEW, source=at, **layout)
+        return Layout(_NEW, **layout)
 
 
-@functools.cache
 def without_torch_function() -> None:
     """FakeTensor inherits a `__torch_function__` that only turns results into its own class, which
     they are; without it every attribute of a fake tensor costs a tenth."""
@@ -221,7 +233,9 @@ def _kind(func: Any) -> int:
         return _LONG_WAY
     if torch.Tag.inplace_view in func.tags or torch.Tag.dynamic_output_shape in func.tags:
         return _LONG_WAY
-    written = [each.alias_info is not None and each.alias_info.is_write for each in _arguments(func)]
+    written = [
+        each.alias_info is not None and each.alias_info.is_write for each in _arguments(func)
+    ]
     returned = [each.alias_info is not None and each.alias_info.is_write for each in _returns(func)]
     if func._schema.name.startswith(_ELEMENTWISE) and len(returned) < 2:
         return _LISTS
@@ -263,18 +277,43 @@ def _build(recipe: _Recipe, args: Any, kwargs: dict[str, Any]) -> Any:
     made: list[Any] = []
     for output in recipe.outputs:
         if output.kind == _NEW:
-            made.append(_new(output))
+            made.append(make(output))
         elif output.kind == _VALUE:
             made.append(output.value)
         else:
             if tensors is None:
                 tensors = _tensors(args, kwargs)
             source = tensors[output.source]
+            if output.kind == _VIEW and source.untyped_storage().nbytes() < output.nbytes:
+                # FSDP has freed it for now; pointing a tensor at it would make it grow.
+                return _NOT_BUILT
             made.append(source if output.kind == _SAME else _view(output, source))
     return made[0] if recipe.container is None else recipe.container(made)
 
 
-def _new(output: _Output) -> Any:
+def layout_of(tensor: torch.Tensor) -> Layout | None:
+    """How to make a tensor like this one, in a storage of its own; None if it shares one."""
+    if type(tensor) is not FakeTensor or tensor.layout is not torch.strided:
+        return None
+    layout = Layout(_NEW, **_layout_arguments(tensor))
+    whole = tensor.untyped_storage().nbytes() == layout.nbytes and not layout.offset
+    return layout if whole and tensor.constant is None else None
+
+
+def _layout_arguments(tensor: FakeTensor) -> dict[str, Any]:
+    return {
+        "shape": tuple(tensor.shape),
+        "stride": tensor.stride(),
+        "offset": tensor.storage_offset(),
+        "nbytes": _span(tensor),
+        "dtype": tensor.dtype,
+        "device": tensor._fake_device,
+        "state": dict(vars(tensor)),
+    }
+
+
+def make(output: Layout) -> Any:
+    """A fake tensor of this layout, in a new storage."""
     with _Without(_ABOVE_KERNELS):
         blank = _empty_strided(output.shape, output.stride, dtype=output.dtype, device=_META)
         made = _make_subclass(
@@ -285,14 +324,24 @@ def _new(output: _Output) -> Any:
     return made
 
 
-def _view(output: _Output, source: torch.Tensor) -> Any:
-    with _Without(_ABOVE_KERNELS), _With(_K.Meta):
+def _view(output: Layout, source: torch.Tensor) -> Any:
+    with _Without(_ABOVE_KERNELS):
         made = _make_subclass(
             FakeTensor, source, False, dispatch_device=True, device_for_backend_keys=output.device
         )
-        made.set_(source.untyped_storage(), output.offset, output.shape, output.stride)
+        if output.kind == _VIEW:
+            with _With(_K.Meta):
+                made.set_(source.untyped_storage(), output.offset, output.shape, output.stride)
     vars(made).update(output.state)
     return made
+
+
+def _span(tensor: torch.Tensor) -> int:
+    """Bytes from the start of the storage to the end of the tensor's last element."""
+    if tensor.numel() == 0:
+        return 0
+    last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return int(tensor.storage_offset() + last + 1) * tensor.element_size()
 
 
 def _layout(value: torch.Tensor) -> tuple[Any, ...]:

@@ -6,6 +6,8 @@ Everything is replaced for the whole process, which is a simulator and nothing e
 from __future__ import annotations
 
 import contextlib
+import itertools
+import threading
 import types
 from collections.abc import Callable, Iterator
 from typing import Any, Self
@@ -18,15 +20,20 @@ from matrices.gpus import Gpu
 CUDA_VERSION = "12.8"
 
 
+class _Current(threading.local):
+    stream: Stream | None = None
+
+
 class Stream:
-    """Work on a fake device is done when it is asked for, so streams order nothing."""
+    """Work on a fake device is done when it is asked for, so streams order nothing; but blocks of
+    memory belong to the stream they were allocated on."""
 
     def __init__(self, device: Any = None, priority: int = 0, **_: Any) -> None:
         self.device = torch.device("cuda", 0)
         self.device_index = 0
         self.device_type = 1
         self.priority = priority
-        self.stream_id = id(self)
+        self.stream_id = next(_stream_ids)
         self.cuda_stream = 0
 
     def wait_stream(self, other: Any) -> None:
@@ -48,10 +55,40 @@ class Stream:
         return False
 
     def __enter__(self) -> Self:
+        self._outside = _current.stream
+        _current.stream = self
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        pass
+        _current.stream = self._outside
+
+
+_stream_ids = itertools.count()
+_current = _Current()
+_default = Stream()
+
+
+def current_stream_id() -> int:
+    """Of the calling thread; 0 is the default stream."""
+    return _current.stream.stream_id if _current.stream is not None else 0
+
+
+def current_stream(device: Any = None) -> Stream:
+    return _current.stream or _default
+
+
+@contextlib.contextmanager
+def use_stream(stream: Stream | None) -> Iterator[None]:
+    outside = _current.stream
+    _current.stream = stream or outside
+    try:
+        yield
+    finally:
+        _current.stream = outside
+
+
+def set_stream(stream: Stream) -> None:
+    _current.stream = stream
 
 
 class Event:
@@ -96,11 +133,10 @@ def _block() -> Callable[..., Any]:
 def pretend(gpu: Gpu, count: int = 1) -> None:
     """Have `torch.cuda` tell of `count` devices like `gpu`."""
     _fake_tensors_know_the_device()
-    stream = Stream()
-    for name, answer in (_properties(gpu, count) | _queues(stream) | _counters(gpu)).items():
+    for name, answer in (_properties(gpu, count) | _queues() | _counters(gpu)).items():
         setattr(torch.cuda, name, answer)
     torch.Tensor.record_stream = _silent()  # type: ignore[method-assign,assignment]
-    torch.accelerator.current_stream = lambda device=None: stream  # type: ignore[assignment]
+    torch.accelerator.current_stream = lambda device=None: current_stream(device)  # type: ignore[assignment]
     torch.cuda.nvtx.range_push = lambda message: 0
     torch.cuda.nvtx.range_pop = lambda: 0
     # Autocast for cuda turns itself off, without a word, where this says so.
@@ -146,14 +182,14 @@ def _properties(gpu: Gpu, count: int) -> dict[str, Any]:
     }
 
 
-def _queues(stream: Stream) -> dict[str, Any]:
+def _queues() -> dict[str, Any]:
     return {
         "Stream": Stream,
         "Event": Event,
-        "stream": _block(),
-        "set_stream": _silent(),
-        "current_stream": lambda device=None: stream,
-        "default_stream": lambda device=None: stream,
+        "stream": use_stream,
+        "set_stream": set_stream,
+        "current_stream": current_stream,
+        "default_stream": lambda device=None: _default,
         "synchronize": _silent(),
         "ipc_collect": _silent(),
     }

@@ -18,14 +18,38 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 
+_CARRIED = (
+    "blocksize",
+    "compress_statistics",
+    "quant_type",
+    "quant_storage",
+    "quant_state",
+    "bnb_quantized",
+    "module",
+)
+
+
 class Params4bit(FakeTensor, bnb.nn.Params4bit):
     """A 4-bit weight without data. Libraries ask for the class by its name and by isinstance."""
 
-    def to(self, *_: Any, **__: Any) -> Params4bit:
-        # Already where it belongs; the original would build the parameter anew.
-        return self
+    def to(self, *args: Any, **kwargs: Any) -> Params4bit:
+        """Moved together with its quantization state, as the original does it; the original would
+        build the parameter anew. Already where it belongs, it is left alone."""
+        place = torch._C._nn._parse_to(*args, **kwargs)[0]
+        if place is None or place.type == self.device.type:
+            return self
+        self.quant_state.to(place)
+        moved: Any = torch.nn.Parameter(torch.Tensor.to(self, place), requires_grad=False)
+        moved.__class__ = Params4bit
+        for name in _CARRIED:
+            setattr(moved, name, getattr(self, name))
+        return moved
 
-    cuda = cpu = to
+    def cuda(self, *_: Any, **__: Any) -> Params4bit:
+        return self.to("cuda")
+
+    def cpu(self, *_: Any, **__: Any) -> Params4bit:
+        return self.to("cpu")
 
 
 def quantize(module: Any, weight: torch.Tensor) -> None:

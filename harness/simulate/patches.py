@@ -9,6 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from harness.simulate import attention, fake_cuda, host
+from harness.simulate.fast_fake import without_torch_function
 from harness.simulate.ledger import follow_resizes
 from matrices.gpus import Gpu
 
@@ -37,7 +38,10 @@ def after_imports() -> kbit.Paged:
     foreach_takes_fake_tensors()
     swap_forgets_conversions()
     masks_are_not_traced()
+    lists_index_fake_tensors()
+    values_go_over_from_the_host()
     follow_resizes()
+    without_torch_function()
     return kbit.pretend()
 
 
@@ -73,3 +77,36 @@ def masks_are_not_traced() -> None:
 
     if hasattr(import_utils, "is_fake_tensor"):
         import_utils.is_fake_tensor = lambda tensor: False
+
+
+def lists_index_fake_tensors() -> None:
+    """`x[..., [0]]` makes its index on the device from C++, past every mode: make it here."""
+    plain_get, plain_set = torch.Tensor.__getitem__, torch.Tensor.__setitem__
+
+    def indices(tensor: Any, key: Any) -> Any:
+        if isinstance(key, list):
+            return torch.tensor(key).to(tensor.device)
+        if isinstance(key, tuple) and any(isinstance(part, list) for part in key):
+            return tuple(indices(tensor, part) for part in key)
+        return key
+
+    FakeTensor.__getitem__ = lambda tensor, key: plain_get(tensor, indices(tensor, key))  # type: ignore[method-assign]
+    FakeTensor.__setitem__ = lambda tensor, key, value: plain_set(  # type: ignore[method-assign]
+        tensor, indices(tensor, key), value
+    )
+
+
+def values_go_over_from_the_host() -> None:
+    """`torch.tensor(values, device="cuda")` fills the device from C++, past every mode: make it on
+    the host and copy it, which is what it does."""
+    make = torch.tensor
+    # `with torch.device(...)` knows constructors by identity, from its first use on.
+    torch.utils._device._device_constructors()
+
+    def made(data: Any, *, device: Any = None, **kwargs: Any) -> Any:
+        if device is None or torch.device(device).type != "cuda":
+            return make(data, device=device, **kwargs)
+        requires_grad = kwargs.pop("requires_grad", False)
+        return make(data, **kwargs).to(device).requires_grad_(requires_grad)
+
+    torch.tensor = made

@@ -80,7 +80,7 @@ class _Live:
         storage, delta = event.storage, event.delta
         if delta > 0:
             if self._allocator is not None:
-                block = self._blocks[storage] = self._allocator.malloc(delta)
+                block = self._blocks[storage] = self._allocator.malloc(delta, storage.stream)
                 delta = block.size
             self._sizes[storage] = delta
             self.total += delta

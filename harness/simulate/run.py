@@ -13,8 +13,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from harness import model
 from harness.meters import memory
 from harness.model import count_parameters
-from harness.simulate import attention, kbit, older, weights
+from harness.simulate import attention, kbit, kernels, older, weights
+from harness.simulate.batches import FakeBatches
 from harness.simulate.ledger import SimulatedLedger
+from harness.simulate.traffic import Traffic, Work
 from harness.train import Course, Observer, build_trainer, worst_case_rows
 from matrices.cell import Cell
 from matrices.gpus import Gpu
@@ -39,6 +41,7 @@ class Simulated:
     workspace_bytes: int
     assumed: set[str]
     seconds: float
+    works: list[Work]
     host_bytes: int = 0
     modelled: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -52,6 +55,9 @@ class _Steps(Observer):
         self._optimizer: Any = None
         self.hooks = memory.tag_gradients(ledger, trained) + memory.name_modules(ledger, trained)
         self.steady_at = 0
+        # Of the last step, which is a whole one: optimizer states are made in the first.
+        self.traffic = ledger.traffic = Traffic(ledger.device_type)
+        attention.kernel_ran = self.traffic.note_kernel
 
     def train_begin(self, optimizer: Any) -> None:
         self._optimizer = optimizer
@@ -63,6 +69,8 @@ class _Steps(Observer):
         inner = getattr(self._optimizer, "optimizer", self._optimizer)
         memory.tag_optimizer(self._ledger, inner)
         self.steady_at = len(self._ledger.events)
+        if step < STEPS:
+            self.traffic.clear()
 
 
 def cublas_bytes(gpu: Gpu) -> int:
@@ -88,12 +96,7 @@ def simulate(cell: Cell, gpu: Gpu | None, on_cuda: bool, paged: kbit.Paged) -> S
     ledger = SimulatedLedger("cuda" if on_cuda else "cpu", workspace)
     ledger.experts = weights.experts(config)
     ledger.scratch = dict(attention.SCRATCH)
-    # Pinned host memory is not the device's.
-    ledger.composites["aten::_pin_memory"] = lambda tensor, device=None: tensor
-    if on_cuda:
-        ledger.composites["bitsandbytes::gemm_4bit"] = kbit.gemm_4bit
-    else:
-        ledger.composites["bitsandbytes::gemm_4bit"] = kbit.gemm_4bit
+    ledger.composites = kernels.composites()
     with FakeTensorMode(allow_non_fake_inputs=True), ledger:
         loaded = _load(ledger, blank, cell)
         counted = count_parameters(loaded)
@@ -110,6 +113,7 @@ def simulate(cell: Cell, gpu: Gpu | None, on_cuda: bool, paged: kbit.Paged) -> S
         workspace_bytes=workspace,
         assumed=ledger.assumed,
         seconds=time.perf_counter() - began,
+        works=steps.traffic.works(),
         notes=notes,
     )
 
@@ -120,6 +124,7 @@ def _load(ledger: SimulatedLedger, blank: Any, cell: Cell) -> Any:
     if cell.quantization is not None and cell.quantization.kbit_preparation:
         ledger.enter_phase("kbit_preparation")
         loaded = model.prepare_kbit(loaded, cell)
+        ledger.enter_phase("load")
     loaded = model.add_adapter(loaded, cell)
     return older.prepare(loaded, cell)
 
@@ -129,7 +134,6 @@ def _train(
 ) -> tuple[_Steps, dict[str, int]]:
     vocabulary = loaded.config.get_text_config().vocab_size
     ledger.logit_widths.add(vocabulary)
-    memory.tag_model(ledger, loaded)
     rows = worst_case_rows(cell, vocabulary, STEPS)
     observer = _Steps(ledger, loaded)
     trainer = build_trainer(
@@ -141,6 +145,9 @@ def _train(
         output_dir=scratch,
         observer=observer,
     )
+    trainer.data_collator = FakeBatches(trainer.data_collator, ledger)
+    # Building the trainer may have exchanged parameters for others of its dtype.
+    memory.tag_model(ledger, loaded)
     resident = memory.resident_bytes(loaded)
     trainer.train()
     return observer, resident

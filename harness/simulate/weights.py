@@ -126,19 +126,25 @@ def _replace_linears(model: Any, cell: Cell) -> None:
     model.config._pre_quantization_dtype = device.DTYPES[cell.model.weight_dtype]
 
 
-def materialize(model: Any) -> Any:
-    """Put every parameter and buffer on the training device; shared ones stay shared."""
-    place = device.training_device()
+def materialize(model: Any, place: torch.device | None = None) -> Any:
+    """Put every parameter and buffer on the training device, or on `place`, from where a library
+    that shards takes them; shared ones stay shared."""
+    on_device = place is None
+    place = place or device.training_device()
+    loaded_in = getattr(model.config, "_pre_quantization_dtype", None)
     moved: dict[int, nn.Parameter] = {}
     for module in model.modules():
         if type(module).__name__ == "Linear4bit" and module.weight.is_meta:
             shape = (module.out_features, module.in_features)
-            dtype = getattr(model.config, "_pre_quantization_dtype", torch.bfloat16)
-            kbit.quantize(module, torch.empty(shape, dtype=dtype, device=place))
+            kbit.quantize(module, torch.empty(shape, dtype=loaded_in, device=place))
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.is_meta:
                 if id(parameter) not in moved:
-                    blank = torch.empty(parameter.shape, dtype=parameter.dtype, device=place)
+                    dtype = parameter.dtype
+                    if type(module).__name__ == "Linear4bit":
+                        # Made in fp32, its bias takes the dtype it is read in.
+                        dtype = loaded_in or dtype
+                    blank = torch.empty(parameter.shape, dtype=dtype, device=place)
                     moved[id(parameter)] = nn.Parameter(blank, parameter.requires_grad)
                 module._parameters[name] = moved[id(parameter)]
         for name, buffer in module._buffers.items():
@@ -146,10 +152,11 @@ def materialize(model: Any) -> Any:
                 module._buffers[name] = torch.empty(
                     buffer.shape, dtype=buffer.dtype, device=place
                 )
-        if hasattr(module, "original_inv_freq"):
-            # transformers keeps the same tensor under two names.
+        if hasattr(module, "original_inv_freq") and "original_inv_freq" not in module._buffers:
+            # Before transformers 5 it was the same tensor under a second name.
             module.original_inv_freq = module.inv_freq
-    model.hf_device_map = {"": place}
+    if on_device:
+        model.hf_device_map = {"": place}
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
         quantizer.postprocess_model(model)

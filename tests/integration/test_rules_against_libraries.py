@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 
+from matrices.models import REQUIRED, SAME
 from matrices.owned import LORA_RESERVED, LORA_SETTINGS, SFT_RESERVED, SFT_SETTINGS
 
 
@@ -85,3 +86,47 @@ def test_owned_arguments_exist() -> None:
     assert (SFT_SETTINGS.keys() | SFT_RESERVED) - sft == retired
     lora = {field.name for field in dataclasses.fields(LoraConfig)}
     assert (LORA_SETTINGS.keys() | LORA_RESERVED) <= lora
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "gpt_bigcode", "opt"])
+def test_learned_positions_end(model_type: str) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"vocab_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = AutoConfig.for_model(
+        model_type, **sizes, hidden_size=8, ffn_dim=8, word_embed_proj_dim=8, pad_token_id=None
+    )
+    config.max_position_embeddings = 4
+    model = AutoModelForCausalLM.from_config(config)
+    model(input_ids=torch.zeros(1, 4, dtype=torch.long))
+    with pytest.raises(IndexError, match="out of range"):
+        model(input_ids=torch.zeros(1, 5, dtype=torch.long))
+
+
+@pytest.mark.parametrize("model_type", [*REQUIRED])
+def test_a_config_without_its_sizes_is_silently_another_model(model_type: str) -> None:
+    from transformers import AutoConfig
+
+    config = type(AutoConfig.for_model(model_type)).from_dict({"model_type": model_type})
+    for key in REQUIRED[model_type]:
+        names = next((group for group in SAME if key in group), (key,))
+        assert any(getattr(config, name, None) or name == "n_inner" for name in names), key
+
+
+def test_fsdp1_flattens_one_floating_dtype_only() -> None:
+    from types import SimpleNamespace
+
+    from torch.distributed.fsdp._flat_param import FlatParamHandle
+
+    def frozen(dtype: torch.dtype) -> torch.nn.Parameter:
+        return torch.nn.Parameter(torch.zeros(2, dtype=dtype), requires_grad=False)
+
+    def flatten(*dtypes: torch.dtype) -> None:
+        handle = SimpleNamespace(_use_orig_params=True)
+        FlatParamHandle._validate_tensors_to_flatten(handle, [frozen(d) for d in dtypes])
+
+    flatten(torch.bfloat16, torch.bfloat16)
+    with pytest.raises(ValueError, match="integer"):
+        flatten(torch.uint8)
+    with pytest.raises(ValueError, match="uniform dtype"):
+        flatten(torch.bfloat16, torch.float16)

@@ -322,3 +322,21 @@ def test_quiet_lines_carry_the_cell(start: Callable[..., Run]) -> None:
     lines = [line for line in run.err.splitlines() if line.startswith(cell_id)]
     assert lines[0] == f"{cell_id} [1/2] base seed=0: starting, ETA sweep –"
     assert lines[-1].startswith(f"{cell_id} [1/2] base seed=0: ok, ")
+
+
+def test_a_cell_predicted_to_run_out_of_memory_is_recorded_and_not_started(
+    start: Callable[..., Run],
+) -> None:
+    first = start("--predicted-oom", HANGS, HANGS, OK)
+    assert first.wait() == 3
+    found = records(first)
+    assert (found[HANGS, 1].status, found[HANGS, 1].reason) == ("skipped", "predicted OOM")
+    assert found[HANGS, 1].speed.step_seconds == []
+    assert found[OK, 1].status == "ok"
+    again = start("--predicted-oom", HANGS, HANGS, OK)
+    assert again.wait() == 3
+    assert records(again) == found, "nothing new to say"
+    later = start(HANGS, OK)
+    os.kill(later.worker(), signal.SIGKILL)
+    assert later.wait() == 3
+    assert records(later)[HANGS, 2].status == "failed", "without the prediction it runs"

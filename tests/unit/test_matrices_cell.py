@@ -14,6 +14,7 @@ from matrices.cell import (
     Train,
     base_cells,
     canonical_json,
+    flatten,
 )
 
 LORA = Cell(adapter=Adapter(alpha=32), data=Data(), train=Train())
@@ -80,3 +81,20 @@ def test_base_cells_depend_on_model_storage_and_recipe_alone() -> None:
     assert base_cells(LORA.model_copy(update={"evaluate": recipe})) != base_cells(LORA)
     nothing = Evaluate(tasks=(), sample_prompts=())
     assert base_cells(LORA.model_copy(update={"evaluate": nothing})) == {}
+
+
+def test_a_spread_over_devices_is_part_of_the_identity() -> None:
+    spread = LORA.model_copy(update={"parallelism": "fsdp", "devices": 2})
+    assert canonical_json(spread) == (
+        '{"adapter":{"alpha":32},"data":{},"devices":2,"parallelism":"fsdp","train":{}}'
+    )
+    assert flatten(spread)["parallelism"] == "fsdp"
+    assert flatten(spread)["devices"] == 2
+
+
+def test_a_config_is_known_by_its_content() -> None:
+    here = Cell(model=Model(name="a", config="/a/config.json", fingerprint="f"))
+    there = Cell(model=Model(name="b", config="/b/config.json", fingerprint="f"))
+    assert here.cell_id == there.cell_id
+    unread = Cell(model=Model(config="/a/config.json"))
+    assert canonical_json(unread) == '{"model":{"config":"/a/config.json"}}'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import tempfile
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from matrices.cell import Cell, base_cells
+from matrices.cell import Cell, base_cells, canonical_json, label
 from matrices.errors import UserError
 from matrices.expand import Expansion, expand
 from matrices.load import load, shipped
@@ -112,6 +113,7 @@ def test_sections_are_there_for_the_methods_that_have_them(tmp_path: Path) -> No
         "method: lora\naxes: {quant_type: [nf4, fp4], double_quant: [true, false]}",
         "method: base\naxes: {seed: [0, 1], rank: [1, 2], steps: [1, 2], max_length: [8, 9]}",
         "method: base\naxes: {compute_dtype: [bf16, fp32]}",
+        "method: base\naxes: {parallelism: [single, fsdp], devices: [1, 2]}",
         "rank: 8\naxes: {alpha: [null, 16]}",
         "axes: {target_modules: [[q_proj, v_proj], [v_proj, q_proj, v_proj]]}",
         "warmup_steps: 3\naxes: {timing_warmup_steps: [null, 3]}",
@@ -138,6 +140,9 @@ def test_what_means_nothing_collapses(tmp_path: Path, text: str) -> None:
         "gradient_checkpointing: true\naxes: {use_reentrant: [true, false]}",
         "packing: true\naxes: {packing_strategy: [wrapped, bfd]}",
         "axes: {autocast: [true, false]}",
+        "parallelism: fsdp\naxes: {devices: [1, 2]}",
+        "devices: 2\naxes: {parallelism: [fsdp, zero3]}",
+        "axes: {config_overrides: [{}, {vocab_size: 32001}]}",
         "method: qlora\nautocast: false\naxes: {compute_dtype: [bf16, fp16]}",
         "axes: {limit: [null, 5]}",
         "tasks: []\naxes: {sample_prompts: [[a], [b]]}",
@@ -305,6 +310,53 @@ def test_local_files_are_in_the_cell_by_content(tmp_path: Path) -> None:
     (elsewhere / "z.csv").write_text("text\nother\n")
     (moved,) = expanded(elsewhere, "data: z.csv\n").cells
     assert moved.cell_id == found.cells[1].cell_id
+
+
+def test_a_config_is_in_the_cell_by_content_and_called_after_its_place(tmp_path: Path) -> None:
+    for name, size in (("tiny", 8), ("twin", 8), ("wide", 16)):
+        (tmp_path / name).mkdir()
+        text = json.dumps({"model_type": "llama", "hidden_size": size})
+        (tmp_path / name / "config.json").write_text(text)
+    found = expanded(
+        tmp_path,
+        "axes: {model.config: [tiny/config.json, twin/config.json, wide/config.json]}\n",
+    )
+    assert [cell.model.name for cell in found.cells] == ["tiny", "wide"]
+    assert [cell.model.config for cell in found.cells] == [
+        str(tmp_path / "tiny" / "config.json"),
+        str(tmp_path / "wide" / "config.json"),
+    ]
+    named = one(tmp_path, "model: {name: mine, config: twin/config.json}\n")
+    assert named.model.name == "mine"
+    assert named.cell_id == found.cells[0].cell_id
+    hashed = hashlib.sha256((tmp_path / "twin" / "config.json").read_bytes()).hexdigest()
+    assert canonical_json(named) == (
+        f'{{"adapter":{{"alpha":32}},"data":{{}},"model":{{"fingerprint":"{hashed}"}},"train":{{}}}}'
+    )
+    changed = one(
+        tmp_path, "model: {config: tiny/config.json, config_overrides: {hidden_size: 9}}\n"
+    )
+    assert changed.model.fingerprint == hashed
+    assert changed.cell_id != named.cell_id
+
+
+def test_a_config_in_one_entry_of_several_models(tmp_path: Path) -> None:
+    (tmp_path / "own.json").write_text('{"model_type": "llama"}')
+    found = expanded(
+        tmp_path,
+        "axes: {model: [gpt2, llama-2-7b]}\ninclude:\n  - {model.config: own.json, model: mine}\n",
+    )
+    assert [cell.model.name for cell in found.cells] == ["gpt2", "llama-2-7b", "mine"]
+    assert [bool(cell.model.config) for cell in found.cells] == [False, False, True]
+
+
+def test_spread_cells_share_their_bases_with_single_ones(tmp_path: Path) -> None:
+    single, spread = expanded(
+        tmp_path, "method: qlora\ninclude: [{parallelism: fsdp, devices: 2}]\n"
+    ).cells
+    assert (spread.parallelism, spread.devices) == ("fsdp", 2)
+    assert base_cells(single) == base_cells(spread)
+    assert label(spread) == f"{label(single)} fsdp x2"
 
 
 @pytest.mark.parametrize("name", shipped())

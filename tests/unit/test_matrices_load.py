@@ -234,6 +234,30 @@ MISTAKES = [
     ("data:\n  source: rows.jsonl\n", 2, "data.source: 'rows.jsonl' ({dir}/rows.jsonl) does not"),
     ("data: /no/such/place\n", 1, "data.source: '/no/such/place' does not exist; correct the path"),
     ("model: m.yaml\n", 1, "model.name: 'm.yaml' ({dir}/m.yaml) is not a directory"),
+    (
+        "model: m.json\n",
+        1,
+        "model.name: 'm.json' ({dir}/m.json) is not a directory; a config.json alone goes under "
+        "model: {config: ...}",
+    ),
+    (
+        "rank: 8\nmodel:\n  config: none.json\n",
+        3,
+        "model.config: 'none.json' ({dir}/none.json) does not exist; correct the path",
+    ),
+    ("model: {config: .}\n", 1, "model.config: '.' ({dir}) is not a file; name the config.json"),
+    ("model: {config: m.yaml}\n", 1, "model.config: {dir}/m.yaml: not JSON: "),
+    ("model: {config: m.json}\n", 1, "model.config: {dir}/m.json: model_type: is missing; a conf"),
+    ("model: {config_overrides: 3}\n", 1, "model.config_overrides: 3 is not a mapping"),
+    (
+        "config: m.json\n",
+        1,
+        "config: ambiguous; write data.config (of a hub dataset) or model.config (a config.json)",
+    ),
+    ("parallelism: tensor\n", 1, 'parallelism: "tensor" is not one of single, ddp, fsdp, fsdp1'),
+    ("devices: 0\n", 1, "devices: 0 is not a whole number of at least 1"),
+    ("train: {devices: 2}\n", 1, "train.devices: unknown setting; it belongs to the top level"),
+    ("num_processes: 2\n", 1, "num_processes: unknown setting; tunebench calls it devices"),
     ("data: .\n", 1, "data.source: '.' ({dir}) is not a file ending in .json, .jsonl, .csv, .p"),
     ("data: m.yaml\n", 1, "data.source: 'm.yaml' ({dir}/m.yaml) is not a file ending in"),
     ("include_path: tasks\n", 1, "evaluate.include_path: 'tasks' ({dir}/tasks) does not exist"),
@@ -247,6 +271,7 @@ def test_a_mistake_is_one_line_with_place_key_value_and_fix(
     tmp_path: Path, text: str, line: int, message: str
 ) -> None:
     path = write(tmp_path, text)
+    (tmp_path / "m.json").write_text("{}")
     with pytest.raises(UserError) as caught:
         load(path)
     message = message.replace("{path}", str(path)).replace("{dir}", str(tmp_path))

@@ -8,8 +8,15 @@ import pytest
 
 from matrices.cell import Adapter, Cell, Data, Model, Quantization, Train
 from matrices.expand import expand
+from matrices.gpus import gpu
 from matrices.load import load, shipped
-from matrices.rules import RULES, Machine, refusals
+from matrices.rules import (
+    PREDICTION_RULES,
+    RULES,
+    Machine,
+    prediction_refusals,
+    refusals,
+)
 
 CPU = Machine(has_gpu=False)
 AMPERE = Machine(True, 8.6, {"flash-attn": "2.8.3"})
@@ -21,6 +28,7 @@ KERNELS = Machine(True, 8.6, {"kernels": "0.18.2"})
 def cell(method: str = "lora", **given: Any) -> Cell:
     """A cell from dotted settings, `model__compute_dtype="fp16"`."""
     sections: dict[str, dict[str, Any]] = {}
+    top = {key: value for key, value in given.items() if "__" not in key}
     for key, value in given.items():
         section, _, leaf = key.partition("__")
         sections.setdefault(section, {})[leaf] = value
@@ -34,6 +42,7 @@ def cell(method: str = "lora", **given: Any) -> Cell:
         adapter=Adapter(**sections.get("adapter", {})) if method in ("lora", "qlora") else None,
         data=Data(**sections.get("data", {})) if trained else None,
         train=Train(**sections.get("train", {})) if trained else None,
+        **top,
     )
 
 
@@ -125,6 +134,32 @@ REFUSED = [
         "lora-config-contradicts",
         "r (write adapter.rank), task_type (tunebench sets it)",
     ),
+    (cell("lora", devices=2), CPU, "single-is-one-device", "ddp, fsdp or zero3, or devices to 1"),
+    (
+        cell("lora", parallelism="fsdp", devices=2),
+        AMPERE,
+        "several-devices-are-predicted-only",
+        "set parallelism to single",
+    ),
+    (
+        cell("lora", model__name="llama-3.1-8b"),
+        CPU,
+        "model-needs-weights",
+        "name it meta-llama/Llama-3.1-8B to run it",
+    ),
+    (cell("lora", model__name="gemma-3-4b"), CPU, "model-needs-weights", "only predicted"),
+    (
+        cell("lora", model__name="tiny", model__config="/x/config.json"),
+        CPU,
+        "model-needs-weights",
+        "give model.name a hub id or a local directory",
+    ),
+    (
+        cell("lora", model__config_overrides={"vocab_size": 1}),
+        CPU,
+        "model-needs-weights",
+        "leave them out to run it",
+    ),
 ]
 
 
@@ -169,6 +204,12 @@ def test_every_rule_has_a_cell_it_refuses() -> None:
         (cell("lora", train__sft_config={"neftune_noise_alpha": 5}), CPU),
         (cell("lora", adapter__lora_config={"use_dora": True}), CPU),
         (cell("lora", adapter__target_modules=("q_proj",)), CPU),
+        (cell("lora", model__name="meta-llama/Llama-2-7b-hf"), CPU),
+        (cell("lora", model__name="gpt2"), CPU),  # a hub id as well
+        (cell("lora", model__name="/a/llama-3.1-8b", model__fingerprint="f"), CPU),
+        (cell("lora", model__name="someone/something"), CPU),
+        # Too long for its positions, but the data may be short.
+        (cell("lora", model__name="gpt2", data__max_length=4096), CPU),
     ],
 )
 def test_what_the_libraries_run_is_not_refused(runs: Cell, machine: Machine) -> None:
@@ -181,3 +222,106 @@ def test_no_shipped_cell_is_refused(name: str, machine: Machine) -> None:
     assert [
         names(found, machine) for found in expand(load(name)).cells if names(found, machine)
     ] == []
+
+
+GPT2 = {"model__name": "gpt2"}
+SHARDED = {"parallelism": "fsdp", "devices": 2}
+UNPREDICTABLE = [
+    (
+        cell("lora", **GPT2, model__config_overrides={"hidden_size": 8}),
+        "config-must-be-complete",
+        "calls it 'n_embd'",
+    ),
+    (
+        cell("lora", model__name="x", model__config="/nowhere/config.json"),
+        "config-must-be-complete",
+        "/nowhere/config.json: cannot be read",
+    ),
+    (
+        cell("lora", **GPT2, data__max_length=2048),
+        "sequence-needs-positions",
+        "the model has 1024 positions; shorten the sequences, or extend the model with "
+        "config_overrides: {n_positions: 2048}",
+    ),
+    (
+        cell("full", model__name="llama-2-7b", data__max_length=4097),
+        "sequence-needs-positions",
+        "{max_position_embeddings: 4097}",
+    ),
+    (cell("qlora", **SHARDED), "sharding-needs-quant-storage", "use quant_storage bf16"),
+    (
+        cell("qlora", **SHARDED | {"parallelism": "fsdp1"}, quantization__quant_storage="fp16"),
+        "sharding-needs-quant-storage",
+        "use quant_storage bf16",
+    ),
+    (
+        cell("qlora", **SHARDED | {"parallelism": "zero3"}, model__weight_dtype="fp16"),
+        "sharding-needs-quant-storage",
+        "use quant_storage fp16",
+    ),
+    (
+        cell("full", parallelism="fsdp", devices=577),
+        "shards-must-not-be-empty",
+        "577 devices cannot share a layer whose hidden_size is 576",
+    ),
+    (cell("full", **FP16), "fp16-gradient-scaling", "weight_dtype fp32"),
+    (
+        cell("full", **FLASH, model__weight_dtype="fp32", model__compute_dtype="fp32"),
+        "flash-attention-needs-half",
+        "",
+    ),
+    (cell("lora", devices=2), "single-is-one-device", ""),
+    (cell("lora", adapter__target_modules=("lm_head",)), "head-takes-no-adapter", ""),
+]
+
+
+@pytest.mark.parametrize(("refused", "rule", "reason"), UNPREDICTABLE)
+def test_not_predicted_by_exactly_one_rule(refused: Cell, rule: str, reason: str) -> None:
+    found = prediction_refusals(refused)
+    assert [each.rule for each in found] == [rule]
+    assert reason in found[0].reason
+    assert "\n" not in found[0].reason
+
+
+@pytest.mark.parametrize(
+    "predicted",
+    [
+        cell("lora"),
+        cell("base"),
+        cell("full", **FLASH),  # whatever this machine has
+        cell("lora", model__name="llama-3.1-8b", data__max_length=131072),
+        cell("lora", **GPT2, data__max_length=1024),
+        cell(
+            "lora",
+            **GPT2,
+            data__max_length=2048,
+            model__config_overrides={"n_positions": 2048},
+        ),
+        cell("lora", model__name="someone/something", data__max_length=10**6),
+        cell("lora", train__steps=1, train__warmup_steps=1),  # nothing is timed
+        cell("lora", **SHARDED),
+        cell("qlora", **SHARDED, quantization__quant_storage="bf16"),
+        cell("qlora", **SHARDED, quantization__quant_storage="fp16"),  # FSDP2 keeps them apart
+        cell("qlora", parallelism="ddp", devices=2),
+        cell("qlora", parallelism="zero2", devices=2),
+        cell("full", parallelism="fsdp", devices=576),
+        cell("full", parallelism="ddp", devices=4096),
+        cell("lora", model__config_overrides={"vocab_size": 1}),
+    ],
+)
+def test_what_can_be_predicted_is_not_refused(predicted: Cell) -> None:
+    assert prediction_refusals(predicted) == []
+
+
+def test_a_prediction_asks_about_the_gpu_it_is_for() -> None:
+    flash = cell("lora", **FLASH)
+    assert prediction_refusals(flash, gpu("a100-80gb")) == []
+    assert "this one has 7.5" in prediction_refusals(flash, gpu("t4"))[0].reason
+    assert prediction_refusals(flash, gpu("b200")) == []
+
+
+def test_both_lists_hold_the_rules_of_every_place() -> None:
+    assert len(set(PREDICTION_RULES)) == len(PREDICTION_RULES)
+    shared = {rule.__name__ for rule in PREDICTION_RULES} & {rule.__name__ for rule in RULES}
+    assert {"head_takes_no_adapter", "sft_config_contradicts"} <= shared
+    assert not {"fp16_needs_gpu", "flash_attention_needs_package"} & shared

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import bitsandbytes as bnb
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -141,3 +142,19 @@ def test_a_4bit_product_counts_as_the_product_it_is(rows: int, double: bool) -> 
             layer(x).sum().backward()
         totals.append(operations.total)
     assert totals == [2 * product(rows, 128, 64)] * 2
+
+
+def test_a_grouped_product_counts_every_row_once() -> None:
+    """Rows of 3 experts after each other: forward, gradient of the rows and of the weights each
+    multiply every row with one expert's weight."""
+    rows = torch.ones(24, 16, dtype=torch.bfloat16, requires_grad=True)
+    weights = torch.ones(3, 16, 32, dtype=torch.bfloat16, requires_grad=True)
+    ends = torch.tensor([8, 16, 24], dtype=torch.int32)
+    totals = []
+    operations = Operations()
+    with operations:
+        out = F.grouped_mm(rows, weights, offs=ends)
+        totals.append(operations.total)
+        out.backward(torch.ones_like(out))
+        totals.append(operations.total)
+    assert totals == [product(24, 16, 32), 3 * product(24, 16, 32)]

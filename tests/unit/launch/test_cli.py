@@ -50,21 +50,33 @@ def matrix(tmp_path: Path) -> Path:
     return path
 
 
+def planned(matrix: Path, *extra: str) -> str:
+    return tunebench("plan", matrix, "--no-predict", "--json", *extra, cwd=matrix.parent).stdout
+
+
 def options(command: str) -> set[str]:
     group = typer.main.get_command(app)
     found = group.commands[command].params  # type: ignore[attr-defined]
-    return {name for parameter in found for name in parameter.opts}
+    return {name for each in found for name in (*each.opts, *each.secondary_opts)}
 
 
 def test_the_surface_changes_on_purpose_only() -> None:
     group = typer.main.get_command(app)
-    sweep = {"matrix", "--results", "--set", "--seeds", "--retry", "--json"}
+    sweep = {"matrix", "--results", "--set", "--seeds", "--retry", "--no-predict", "--json"}
+    simulated = {"--gpus-file", "--stack", "--set", "--no-self-check", "--workers", "--json"}
     expected = {
-        "plan": sweep,
-        "run": sweep | {"--timeout"},
+        "plan": sweep | {"--gpu", "--gpus-file"},
+        "run": sweep | {"--timeout", "--skip-predicted-oom"},
+        "predict": simulated | {"matrix", "--gpu", "--seeds", "--records", "--explain", "--engine"},
+        "fit": simulated
+        | {"--model", "--gpu", "--count", "--max-length", "--method", "--parallelism"}
+        | {"--longest", "--no-longest"},
+        "calibration": {"results", "--json"},
+        "claims": {"file", "results", "--format", "--stack", "--no-self-check", "--workers"}
+        | {"--json"},
         "report": {"results", "--table", "--format", "--page", "--output", "--baseline"},
         "show": {"cell", "--results", "--json"},
-        "rerun": {"record", "--timeout"},
+        "rerun": {"record", "--timeout", "--no-predict"},
         "doctor": {"--network", "--json"},
         "matrices": {"--json"},
     }
@@ -72,8 +84,12 @@ def test_the_surface_changes_on_purpose_only() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["", "plan", "run", "report", "show", "rerun", "doctor", "matrices"]
-)
+    "command",
+    [
+        "", "predict", "fit", "plan", "run", "report", "calibration", "claims", "show", "rerun",
+        "doctor", "matrices",
+    ],
+)  # fmt: skip
 def test_help_teaches_by_example(command: str) -> None:
     done = tunebench(*command.split(), "--help")
     assert done.returncode == 0
@@ -112,7 +128,16 @@ def test_version() -> None:
 
 
 def test_plan_shows_cells_and_reasons_and_writes_nothing(matrix: Path) -> None:
-    done = tunebench("plan", matrix, "--seeds", 2, "--set", "compute_dtype=fp16", cwd=matrix.parent)
+    done = tunebench(
+        "plan",
+        matrix,
+        "--no-predict",
+        "--seeds",
+        2,
+        "--set",
+        "compute_dtype=fp16",
+        cwd=matrix.parent,
+    )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0] == "small: Does it plan?"
@@ -123,7 +148,7 @@ def test_plan_shows_cells_and_reasons_and_writes_nothing(matrix: Path) -> None:
 
 
 def test_plan_for_machines(matrix: Path) -> None:
-    done = tunebench("plan", matrix, "--json", cwd=matrix.parent)
+    done = tunebench("plan", matrix, "--no-predict", "--json", cwd=matrix.parent)
     jobs = json.loads(done.stdout)
     assert [job["cell"]["method"] for job in jobs] == ["base", "full", "lora", "lora"]
     assert {job["action"] for job in jobs} == {"run"}
@@ -133,8 +158,7 @@ def test_plan_for_machines(matrix: Path) -> None:
 
 def test_plan_keeps_what_is_there_and_retries_what_failed(matrix: Path) -> None:
     cells = [
-        Cell.model_validate_json(json.dumps(job["cell"]))
-        for job in json.loads(tunebench("plan", matrix, "--json", cwd=matrix.parent).stdout)
+        Cell.model_validate_json(json.dumps(job["cell"])) for job in json.loads(planned(matrix))
     ]
     store = Store(matrix.parent / "results" / "small")
     store.prepare()
@@ -144,8 +168,7 @@ def test_plan_keeps_what_is_there_and_retries_what_failed(matrix: Path) -> None:
         store.publish(store.start(lambda _, __, record=record: record, key), record)
 
     def actions(*extra: str) -> list[str]:
-        done = tunebench("plan", matrix, "--json", *extra, cwd=matrix.parent)
-        return [job["action"] for job in json.loads(done.stdout)]
+        return [job["action"] for job in json.loads(planned(matrix, *extra))]
 
     assert actions() == ["run", "keep", "retry", "keep"]
     assert actions("--retry", "oom") == ["run", "keep", "retry", "retry"]
@@ -157,6 +180,19 @@ def test_plan_keeps_what_is_there_and_retries_what_failed(matrix: Path) -> None:
         (["plan", "quickstrat"], "did you mean 'quickstart'"),
         (["plan", "{}", "--set", "ranks=8"], "rank"),
         (["plan", "{}", "--retry", "failled"], "did you mean 'failed'"),
+        (["plan", "{}", "--gpu", "rtx-409"], "did you mean 'rtx-4090'"),
+        (["run", "{}", "--no-predict", "--skip-predicted-oom"], "--no-predict"),
+        (["predict", "{}", "--stack", "no/such"], "no such directory or interpreter"),
+        (["predict", "{}", "--engine", "cuda"], "did you mean 'fake-cuda'"),
+        (["predict", "{}", "--gpus-file", "nowhere.yaml"], "nowhere.yaml"),
+        (["fit", "--model", "lama-3.1-8b", "--gpu", "t4"], "did you mean 'llama-3.1-8b'"),
+        (["fit", "--model", "no/such.json", "--gpu", "t4"], "no such file"),
+        (["fit", "--model", "llama-3.1-8b", "--gpu", "t5"], "no GPU is called 't5'"),
+        (["fit", "--model", "gpt2", "--gpu", "t4", "--method", "lorra"], "did you mean 'lora'"),
+        (["fit", "--model", "gpt2", "--gpu", "t4", "--set", "ranks=4"], "rank"),
+        (["fit", "--model", "gpt2", "--gpu", "t4", "--set", "rank=[4,8]"], "single values"),
+        (["fit", "--model", "gpt2", "--gpu", "t4", "--parallelism", "ddp"], "over 1 GPU"),
+        (["calibration", "nowhere"], "nowhere: no such results directory"),
         (["run", "{}", "--results", "/proc/results"], "choose another directory with --results"),
         (["report", "nowhere"], "nowhere: no such results directory"),
         (["show", "abc", "--results", "nowhere"], "nowhere: no such results directory"),
@@ -200,7 +236,7 @@ def test_matrices_lists_every_shipped_one_with_its_question(tmp_path: Path) -> N
     assert "quickstart" in found
     assert all(question.endswith("?") for question in found.values())
     for name in found:
-        assert tunebench("plan", name, cwd=tmp_path).returncode == 0
+        assert tunebench("plan", name, "--no-predict", cwd=tmp_path).returncode == 0
     assert list(tmp_path.iterdir()) == []
 
 

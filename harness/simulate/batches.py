@@ -1,0 +1,37 @@
+"""Batches: collated for real, as collators read values and rows are small; fake from then on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+from harness.simulate.ledger import SimulatedLedger
+
+
+class FakeBatches:
+    """A trainer's collator, run on real tensors outside of the simulation; gives fake tensors of
+    the same sizes and tells the ledger whether one row holds several sequences."""
+
+    def __init__(self, collator: Any, ledger: SimulatedLedger) -> None:
+        self._collator = collator
+        self._ledger = ledger
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        with _disable_current_modes():
+            batch = dict(self._collator(examples))
+            self._ledger.packed_rows = _has_packed_rows(batch)
+        fakes: dict[int, torch.Tensor] = {}
+        for name, value in batch.items():
+            if isinstance(value, torch.Tensor):
+                if id(value) not in fakes:
+                    fakes[id(value)] = torch.empty(value.shape, dtype=value.dtype)
+                batch[name] = fakes[id(value)]
+        return batch
+
+
+def _has_packed_rows(batch: dict[str, Any]) -> bool:
+    """Whether positions start anew within a row."""
+    positions = batch.get("position_ids")
+    return positions is not None and bool((positions[:, 1:] == 0).any())

@@ -1,0 +1,111 @@
+"""The search for the largest value that still fits, by simulating what it proposes.
+
+A search proposes a few values at a time, so that many searches share one simulation's imports.
+Straight lines only say where to look next: what fits is always what a simulation said fits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from harness.prediction import Prediction, Verdict
+from launch.predicting import Options, predict
+from launch.prediction_progress import Show
+from matrices.cell import Cell
+
+# Beside the guess a lower one is proposed: blocks do not fill a device to the last byte.
+LOWER_AIM = 0.95
+# A guess looks at most this many times farther than what is known to fit.
+FARTHEST = 16
+
+
+@dataclass
+class Search:
+    """The largest multiple of `unit` up to `cap` whose cell fits; `first` is where it starts."""
+
+    cell_of: Callable[[int], Cell]
+    unit: int
+    first: int
+    cap: int
+    known: dict[int, Prediction] = field(default_factory=dict)
+
+    @property
+    def largest(self) -> int | None:
+        """The largest value that is known to fit."""
+        return max((value for value, one in self.known.items() if fits(one)), default=None)
+
+    @property
+    def smallest_misfit(self) -> int | None:
+        above = self.largest or 0
+        misfits = (value for value, one in self.known.items() if not fits(one))
+        return min((value for value in misfits if value > above), default=None)
+
+    def proposals(self) -> list[int]:
+        """The values to simulate next; empty when the answer is known."""
+        low, high = self.largest, self.smallest_misfit
+        if not self.known:
+            return self._new([self.first, min(2 * self.first, self.cap)])
+        if low is None:
+            smaller = [self.floor((high or 0) // 2), self.unit]
+            return self._new(smaller) if self.unit not in self.known and self._may_shrink() else []
+        if low >= self.cap or (high is not None and high - low <= self.unit):
+            return []
+        highest = self.cap if high is None else high - self.unit
+        guess = min(self._guess(low, high, 1.0), highest)
+        if high is None:
+            wanted = [guess, guess + self.unit, self._guess(low, None, LOWER_AIM)]
+        else:
+            # The middle of the longer side halves what is left, whatever the curve.
+            longer = (low, guess) if guess - low > high - guess else (guess, high)
+            wanted = [guess, guess + self.unit, self.floor(sum(longer) // 2)]
+        return self._new([min(max(value, low + self.unit), highest) for value in wanted])
+
+    def floor(self, value: int) -> int:
+        """The multiple of the unit at or below a value, at least one unit."""
+        return max(self.unit, value // self.unit * self.unit)
+
+    def _may_shrink(self) -> bool:
+        # A cell that is refused for another reason is refused at every size.
+        return all(one.status == "predicted" for one in self.known.values())
+
+    def _new(self, values: Sequence[int]) -> list[int]:
+        return [value for value in dict.fromkeys(values) if value not in self.known]
+
+    def _guess(self, low: int, high: int | None, aim: float) -> int:
+        """Where a line through the two nearest peaks meets `aim` of the capacity."""
+        points = sorted(
+            (value, one.memory.peak_allocated_bytes, verdict.capacity_bytes)
+            for value, one in self.known.items()
+            if one.memory.peak_allocated_bytes is not None and (verdict := judged(one))
+        )
+        below = [point for point in points if point[0] <= low]
+        above = [point for point in points if point[0] > low]
+        pair = [*below[-1:], *above[:1]] if above else below[-2:]
+        if len(pair) < 2 or pair[1][1] <= pair[0][1]:
+            return self.floor(2 * low if high is None else (low + high) // 2)
+        (x0, y0, capacity), (x1, y1, _) = pair
+        value = x0 + (aim * capacity - y0) * (x1 - x0) / (y1 - y0)
+        return self.floor(int(min(value, FARTHEST * low)))
+
+
+def judged(prediction: Prediction) -> Verdict | None:
+    """The verdict for the GPU that was asked about."""
+    return prediction.verdicts[0] if prediction.verdicts else None
+
+
+def fits(prediction: Prediction) -> bool:
+    verdict = judged(prediction)
+    return prediction.status == "predicted" and verdict is not None and verdict.outcome != "oom"
+
+
+def search_all(searches: Sequence[Search], options: Options, show: Show) -> None:
+    """Carry all searches to their end, round by round."""
+    while True:
+        asked = [(search, value) for search in searches for value in search.proposals()]
+        if not asked:
+            return
+        cells = {cell.cell_id: cell for search, value in asked for cell in (search.cell_of(value),)}
+        found = {one.cell_id: one for one in predict(list(cells.values()), options, show)}
+        for search, value in asked:
+            search.known[value] = found[search.cell_of(value).cell_id]

@@ -1,0 +1,111 @@
+"""The rules that read a model's config.json; see `matrices.rules`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from matrices.cell import Cell
+from matrices.errors import UserError
+from matrices.models import architecture, config_of, key_of, positions_key, read_config
+
+if TYPE_CHECKING:
+    from matrices.rules import Machine
+
+SHARDS_PARAMETERS = frozenset({"fsdp", "fsdp1", "zero3", "zero3-offload"})
+
+
+def model_needs_weights(cell: Cell, machine: Machine) -> str | None:
+    """A model known by its config.json alone, which can be predicted and not run."""
+    model = cell.model
+    if model.config is not None:
+        return (
+            "model.config describes a model without weights, which is only predicted; give "
+            "model.name a hub id or a local directory to run it"
+        )
+    if model.config_overrides:
+        return "config_overrides change the model for predictions only; leave them out to run it"
+    known = None if model.fingerprint else architecture(model.name)
+    if known is None or known.packaged or model.name.lower() in map(str.lower, known.hub_ids):
+        return None
+    if not known.hub_ids:
+        return f"{model.name} is an architecture without weights, which is only predicted"
+    return (
+        f"{model.name} names an architecture without weights; name it {known.hub_ids[0]} to run it"
+    )
+
+
+def config_must_be_complete(cell: Cell, machine: Machine) -> str | None:
+    """A config.json that is not one, lacks a value its model type cannot do without, or does not
+    have what config_overrides replace."""
+    try:
+        _config(cell)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _config(cell: Cell) -> Mapping[str, object]:
+    """The model's config with its overrides; empty where only the hub has it."""
+    path = config_of(cell.model)
+    return read_config(path, cell.model.config_overrides) if path else {}
+
+
+def sequence_needs_positions(cell: Cell, machine: Machine) -> str | None:
+    """max_length beyond the positions the model has."""
+    # Learned positions (gpt2, opt, gpt_bigcode) are a table that ends there; rotary ones can be
+    # computed further, but the model was never trained there.
+    if cell.data is None:
+        return None
+    try:
+        config = _config(cell)
+    except UserError:
+        return None
+    key = positions_key(config)
+    if key is None or cell.data.max_length <= int(str(config[key])):
+        return None
+    return (
+        f"max_length is {cell.data.max_length} and the model has {config[key]} positions; shorten "
+        f"the sequences, or extend the model with config_overrides: {{{key}: "
+        f"{cell.data.max_length}}}"
+    )
+
+
+def sharding_needs_quant_storage(cell: Cell, machine: Machine) -> str | None:
+    """qlora sharded by FSDP or ZeRO-3 with a quant_storage that cannot be sharded: uint8, and for
+    fsdp1 and ZeRO-3 any other dtype than the weights'."""
+    # accelerate/utils/fsdp_utils.py, fsdp2_prepare_model; torch/distributed/fsdp/_flat_param.py,
+    # _validate_tensors_to_flatten; PEFT's guide to DeepSpeed for ZeRO-3.
+    if cell.quantization is None or cell.parallelism not in SHARDS_PARAMETERS:
+        return None
+    storage, weights = cell.quantization.quant_storage, cell.model.weight_dtype
+    if cell.parallelism == "fsdp":
+        if storage != "uint8":
+            return None
+        return (
+            "accelerate leaves 4-bit weights stored as uint8 out of FSDP's sharding, whole on each "
+            f"device; use quant_storage {weights}"
+        )
+    if storage == weights:
+        return None
+    return (
+        f"{cell.parallelism} shards 4-bit weights together with the others, so both need one "
+        f"dtype; use quant_storage {weights}"
+    )
+
+
+def shards_must_not_be_empty(cell: Cell, machine: Machine) -> str | None:
+    """More devices than a layer's vectors have entries, so that some ranks would hold nothing."""
+    if cell.parallelism not in SHARDS_PARAMETERS:
+        return None
+    try:
+        config = _config(cell)
+    except UserError:
+        return None
+    key = key_of(config, "hidden_size")
+    if key is None or cell.devices <= int(str(config[key])):
+        return None
+    return (
+        f"{cell.devices} devices cannot share a layer whose {key} is {config[key]}: some would "
+        "hold nothing; use fewer devices"
+    )

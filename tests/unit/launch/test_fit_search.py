@@ -1,0 +1,106 @@
+"""The search: the largest that fits, found in few rounds whatever the curve."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+
+from harness.prediction import PredictedMemory, Prediction, Verdict
+from launch.fit_search import Search
+from matrices.cell import Cell
+
+GIB = 2**30
+CAPACITY = 24 * GIB
+CELL = Cell(method="base")
+
+
+def answer(peak: float, slop: float, status: str = "predicted") -> Prediction:
+    """The allocator needs `slop` times the peak."""
+    fits = peak * slop <= CAPACITY
+    verdict = Verdict(
+        gpu="g", capacity_bytes=CAPACITY, context_bytes=0, outcome="fits" if fits else "oom"
+    )
+    return Prediction.model_validate(
+        {
+            "cell_id": "x",
+            "cell": CELL,
+            "stack": {},
+            "status": status,
+            "memory": PredictedMemory(peak_allocated_bytes=int(peak)),
+            "verdicts": [verdict],
+        }
+    )
+
+
+def carried_out(search: Search, peak: Callable[[int], float], slop: float = 1.0) -> int:
+    """Rounds until the search knows."""
+    rounds = 0
+    while proposed := search.proposals():
+        rounds += 1
+        assert rounds < 40
+        assert all(search.unit <= value <= search.cap for value in proposed)
+        for value in proposed:
+            assert value not in search.known
+            search.known[value] = answer(peak(value), slop)
+    return rounds
+
+
+CURVES: dict[str, Callable[[int], float]] = {
+    "linear": lambda tokens: 8 * GIB + tokens * 2**20,
+    "quadratic": lambda tokens: 8 * GIB + tokens * 2**18 + 40 * tokens**2,
+    # The peak changes place: flat while the optimizer's step is the highest.
+    "kink": lambda tokens: max(14 * GIB, 2 * GIB + tokens * 2**20),
+    "concave": lambda tokens: 8 * GIB + math.sqrt(tokens) * 2**26,
+}
+
+
+@pytest.mark.parametrize("slop", [1.0, 1.02, 1.08])
+@pytest.mark.parametrize("curve", list(CURVES))
+def test_it_finds_what_trying_everything_finds(curve: str, slop: float) -> None:
+    peak = CURVES[curve]
+    lengths = Search(lambda _: CELL, 256, 2048, 131_072)
+    assert carried_out(lengths, peak, slop) <= 9
+    every = range(256, 131_073, 256)
+    assert lengths.largest == max(v for v in every if peak(v) * slop <= CAPACITY)
+    batches = Search(lambda _: CELL, 1, 1, 1024)
+    assert carried_out(batches, lambda batch: peak(batch * 2048), slop) <= 5
+    assert batches.largest == max(b for b in range(1, 1025) if peak(b * 2048) * slop <= CAPACITY)
+
+
+def test_a_straight_line_takes_two_rounds() -> None:
+    search = Search(lambda _: CELL, 256, 2048, 131_072)
+    assert carried_out(search, CURVES["linear"]) == 2
+    # 16 GiB at a MiB a token.
+    assert search.largest == 16384
+
+
+def test_the_cap_is_an_answer() -> None:
+    search = Search(lambda _: CELL, 1, 1, 64)
+    carried_out(search, lambda batch: GIB + batch)
+    assert search.largest == search.cap == 64
+
+
+def test_nothing_fits() -> None:
+    search = Search(lambda _: CELL, 1, 1, 64)
+    assert carried_out(search, lambda batch: 25 * GIB) == 1
+    assert search.largest is None
+    lengths = Search(lambda _: CELL, 256, 65_536, 131_072)
+    assert carried_out(lengths, lambda tokens: 25 * GIB) == 2, "the shortest is tried early"
+    assert lengths.largest is None
+
+
+def test_a_length_that_is_too_long_is_shortened() -> None:
+    search = Search(lambda _: CELL, 256, 8192, 131_072)
+    carried_out(search, lambda tokens: tokens * 2**23)
+    # 24 GiB at 8 MiB a token.
+    assert search.largest == 3072
+
+
+def test_what_is_refused_is_not_tried_again() -> None:
+    search = Search(lambda _: CELL, 256, 2048, 8192)
+    for value in search.proposals():
+        search.known[value] = answer(1, 1.0, "invalid")
+    assert search.proposals() == []
+    assert search.largest is None

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
 from launch.console import print_json, print_note, stopping
 from launch.options import (
+    CountOption,
     EngineOption,
+    ExplainOption,
     GpuOption,
     GpusFileOption,
     JsonOption,
+    LongestOption,
     MatrixArgument,
+    MaxLengthOption,
+    MethodOption,
+    ModelOption,
     NoSelfCheckOption,
+    OneGpuOption,
+    ParallelismOption,
+    RecordsOption,
     SeedsOption,
     SetOption,
     StackOption,
@@ -38,19 +47,8 @@ def predict(
     stack: StackOption = None,
     set_: SetOption = None,
     seeds: SeedsOption = None,
-    records: Annotated[
-        Path | None,
-        typer.Option(
-            "--records",
-            metavar="DIR",
-            help="Past records of the same GPU, to turn the floor of a step's time into an "
-            "expectation.",
-        ),
-    ] = None,
-    explain: Annotated[
-        bool,
-        typer.Option("--explain", help="Also by phase and category, the tensors at the peak."),
-    ] = False,
+    records: RecordsOption = None,
+    explain: ExplainOption = False,
     no_self_check: NoSelfCheckOption = False,
     engine: EngineOption = None,
     workers: WorkersOption = None,
@@ -93,6 +91,9 @@ def predict(
         print(predictions_text(found, names))
     if any(prediction.status == "failed" for prediction in found):
         raise typer.Exit(EXIT_INCOMPLETE)
+    if all(prediction.status == "invalid" for prediction in found):
+        # There is something to put right, and nothing else.
+        raise typer.Exit(2)
 
 
 def prediction_options(
@@ -133,40 +134,13 @@ def _calibrated(predictions: list[Prediction], records: Path) -> list[Prediction
 
 
 def fit(
-    model: Annotated[
-        str,
-        typer.Option(
-            "--model", metavar="MODEL", help="A known name, a hub id, or the path of a config.json."
-        ),
-    ],
-    gpu: Annotated[str, typer.Option("--gpu", metavar="NAME", help="A GPU, e.g. rtx-4090.")],
-    count: Annotated[int, typer.Option("--count", metavar="N", min=1, help="How many of it.")] = 1,
-    max_length: Annotated[
-        int | None,
-        typer.Option(
-            "--max-length",
-            metavar="TOKENS",
-            min=2,
-            help="Length of the sequences.  [default: 2048, or the model's limit]",
-        ),
-    ] = None,
-    method: Annotated[
-        list[str] | None,
-        typer.Option("--method", help="full, lora or qlora; repeatable.  [default: all]"),
-    ] = None,
-    parallelism: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--parallelism", help="With several GPUs.  [default: ddp, fsdp, zero2, zero3]"
-        ),
-    ] = None,
-    longest: Annotated[
-        bool | None,
-        typer.Option(
-            "--longest/--no-longest",
-            help="Search the longest sequence at micro batch 1 too.  [default: with one GPU]",
-        ),
-    ] = None,
+    model: ModelOption,
+    gpu: OneGpuOption,
+    count: CountOption = 1,
+    max_length: MaxLengthOption = None,
+    method: MethodOption = None,
+    parallelism: ParallelismOption = None,
+    longest: LongestOption = None,
     set_: SetOption = None,
     gpus_file: GpusFileOption = None,
     stack: StackOption = None,

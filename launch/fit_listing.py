@@ -13,15 +13,12 @@ from matrices.cell import Cell
 from matrices.gpus import Gpu
 from reports.display import DASH, GIB, bytes_text, one_line, signed
 
-# What most often helps where a category is the largest at the peak.
+# What most often helps where a category is the largest at the peak, whatever the length.
 HELPS = {
     "weights": "qlora, or sharding over more GPUs",
     "quantized_weights": "sharding over more GPUs, or a smaller model",
     "gradients": "lora, or sharding over more GPUs",
     "optimizer_states": "lora, an 8-bit or paged optimizer, or sharding over more GPUs",
-    "activations": "shorter sequences, or checkpointing if it is off",
-    "logits_and_loss": "shorter sequences",
-    "temporaries": "shorter sequences",
 }
 
 
@@ -80,11 +77,25 @@ def _verdict(row: Row, length: int) -> str:
         return f"does not fit at {length} tokens; fits at {row.longest:,}"
     if verdict is not None and fits(row.shown):
         return verdict_text(verdict)
-    if row.binds is None:
-        return "does not fit"
-    category = row.binds[0]
-    advice = f"; try {HELPS[category]}" if category in HELPS else ""
-    return f"does not fit: {category.replace('_', ' ')}{advice}"
+    everywhere = " at any length" if row.lengths_tried and row.longest is None else ""
+    category, advice = _binding(row)
+    told = f": {category.replace('_', ' ')}" if category else ""
+    return f"does not fit{everywhere}{told}{advice}"
+
+
+def _binding(row: Row) -> tuple[str, str]:
+    """What is too large, and what to try. Where no length fits it is not the length's share."""
+    held = row.shown.memory.by_category
+    if row.lengths_tried and row.longest is None:
+        held = {name: held[name] for name in held if name in HELPS} or held
+    if not held:
+        return "", ""
+    category = max(held, key=lambda name: held[name])
+    train = row.cell.train
+    shorter = "shorter sequences"
+    if train is not None and not train.gradient_checkpointing:
+        shorter = "gradient checkpointing, or shorter sequences"
+    return category, f"; try {HELPS.get(category, shorter)}"
 
 
 def _ladder(rungs: Sequence[Rung]) -> str:

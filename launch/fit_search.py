@@ -15,7 +15,7 @@ from launch.prediction_progress import Show
 from matrices.cell import Cell
 
 # Beside the guess a lower one is proposed: blocks do not fill a device to the last byte.
-LOWER_AIM = 0.95
+LOWER_AIM = 0.9
 # A guess looks at most this many times farther than what is known to fit.
 FARTHEST = 16
 
@@ -36,6 +36,11 @@ class Search:
         return max((value for value, one in self.known.items() if fits(one)), default=None)
 
     @property
+    def failure(self) -> Prediction | None:
+        """A simulation that failed: nobody knows whether its cell fits, so nothing more does."""
+        return next((one for one in self.known.values() if one.status == "failed"), None)
+
+    @property
     def smallest_misfit(self) -> int | None:
         above = self.largest or 0
         misfits = (value for value, one in self.known.items() if not fits(one))
@@ -44,6 +49,8 @@ class Search:
     def proposals(self) -> list[int]:
         """The values to simulate next; empty when the answer is known."""
         low, high = self.largest, self.smallest_misfit
+        if self.failure is not None:
+            return []
         if not self.known:
             return self._new([self.first, min(2 * self.first, self.cap)])
         if low is None:
@@ -51,15 +58,13 @@ class Search:
             return self._new(smaller) if self.unit not in self.known and self._may_shrink() else []
         if low >= self.cap or (high is not None and high - low <= self.unit):
             return []
-        highest = self.cap if high is None else high - self.unit
-        guess = min(self._guess(low, high, 1.0), highest)
         if high is None:
-            wanted = [guess, guess + self.unit, self._guess(low, None, LOWER_AIM)]
-        else:
-            # The middle of the longer side halves what is left, whatever the curve.
-            longer = (low, guess) if guess - low > high - guess else (guess, high)
-            wanted = [guess, guess + self.unit, self.floor(sum(longer) // 2)]
-        return self._new([min(max(value, low + self.unit), highest) for value in wanted])
+            guess = self._guess(low, 1.0)
+            wanted = [guess, guess + self.unit, self._guess(low, LOWER_AIM)]
+            return self._new([min(max(value, low + self.unit), self.cap) for value in wanted])
+        # Evenly between what fits and what does not: a quarter is left, whatever the curve.
+        quarters = [self.floor(low + (high - low) * part // 4) for part in (1, 2, 3)]
+        return self._new([min(max(value, low + self.unit), high - self.unit) for value in quarters])
 
     def floor(self, value: int) -> int:
         """The multiple of the unit at or below a value, at least one unit."""
@@ -72,18 +77,16 @@ class Search:
     def _new(self, values: Sequence[int]) -> list[int]:
         return [value for value in dict.fromkeys(values) if value not in self.known]
 
-    def _guess(self, low: int, high: int | None, aim: float) -> int:
-        """Where a line through the two nearest peaks meets `aim` of the capacity."""
+    def _guess(self, low: int, aim: float) -> int:
+        """Where a line through the two largest peaks meets `aim` of the capacity."""
         points = sorted(
             (value, one.memory.peak_allocated_bytes, verdict.capacity_bytes)
             for value, one in self.known.items()
             if one.memory.peak_allocated_bytes is not None and (verdict := judged(one))
         )
-        below = [point for point in points if point[0] <= low]
-        above = [point for point in points if point[0] > low]
-        pair = [*below[-1:], *above[:1]] if above else below[-2:]
+        pair = points[-2:]
         if len(pair) < 2 or pair[1][1] <= pair[0][1]:
-            return self.floor(2 * low if high is None else (low + high) // 2)
+            return self.floor(2 * low)
         (x0, y0, capacity), (x1, y1, _) = pair
         value = x0 + (aim * capacity - y0) * (x1 - x0) / (y1 - y0)
         return self.floor(int(min(value, FARTHEST * low)))

@@ -57,6 +57,7 @@ class Row:
     shown: Prediction
     batch_capped: bool = False
     length_capped: bool = False
+    lengths_tried: bool = False
 
     @property
     def possible(self) -> bool:
@@ -231,8 +232,10 @@ def _length_search(cell: Cell, length: int, limit: int | None) -> Search:
 
 
 def _row(cell: Cell, batch: Search, lengths: Search | None) -> Row:
+    if batch.failure is not None:
+        return Row(cell, None, None, batch.failure)
     largest = batch.largest
-    longest = lengths.largest if lengths else None
+    longest = lengths.largest if lengths and lengths.failure is None else None
     if largest is not None:
         shown = batch.known[largest]
     elif lengths is not None and longest is not None:
@@ -240,7 +243,7 @@ def _row(cell: Cell, batch: Search, lengths: Search | None) -> Row:
     else:
         shown = batch.known[min(batch.known)]
     capped = lengths is not None and longest == lengths.cap
-    return Row(cell, largest, longest, shown, largest == batch.cap, capped)
+    return Row(cell, largest, longest, shown, largest == batch.cap, capped, lengths is not None)
 
 
 def _refuse_unknown(rows: Sequence[Row], model: str) -> None:

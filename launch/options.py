@@ -94,3 +94,47 @@ SkipOption = Annotated[
         "as skipped, with the predicted figures.",
     ),
 ]
+RecordsOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--records",
+        metavar="DIR",
+        help="Past records of the same GPU, to turn the floor of a step's time into an "
+        "expectation.",
+    ),
+]
+ExplainOption = Annotated[
+    bool, typer.Option("--explain", help="Also by phase and category, the tensors at the peak.")
+]
+ModelOption = Annotated[
+    str,
+    typer.Option(
+        "--model", metavar="MODEL", help="A known name, a hub id, or the path of a config.json."
+    ),
+]
+OneGpuOption = Annotated[str, typer.Option("--gpu", metavar="NAME", help="A GPU, e.g. rtx-4090.")]
+CountOption = Annotated[int, typer.Option("--count", metavar="N", min=1, help="How many of it.")]
+MaxLengthOption = Annotated[
+    int | None,
+    typer.Option(
+        "--max-length",
+        metavar="TOKENS",
+        min=2,
+        help="Length of the sequences.  [default: 2048, or the model's limit]",
+    ),
+]
+MethodOption = Annotated[
+    list[str] | None,
+    typer.Option("--method", help="full, lora or qlora; repeatable.  [default: all]"),
+]
+ParallelismOption = Annotated[
+    list[str] | None,
+    typer.Option("--parallelism", help="With several GPUs.  [default: ddp, fsdp, zero2, zero3]"),
+]
+LongestOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--longest/--no-longest",
+        help="Search the longest sequence at micro batch 1 too.  [default: with one GPU]",
+    ),
+]

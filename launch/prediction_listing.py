@@ -45,7 +45,7 @@ def predictions_text(predictions: Sequence[Prediction], names: Mapping[str, str]
 
 def _row(prediction: Prediction, gpus: list[str], calibrated: bool, name: str) -> list[str]:
     memory = prediction.memory
-    reason = one_line(prediction.reason or "", 160)
+    reason = one_line(prediction.reason or "")
     told = f"{name}: {prediction.status}, {reason}" if prediction.status != "predicted" else name
     verdicts = {verdict.gpu: verdict_text(verdict) for verdict in prediction.verdicts}
     return [
@@ -65,7 +65,7 @@ def footer(predictions: Iterable[Prediction]) -> str:
     """What was executed, on which device, and what holds for every figure."""
     made = [p for p in predictions if p.status == "predicted"]
     if not made:
-        return "nothing was executed"
+        return "nothing was predicted"
     stacks = list(dict.fromkeys(stack_text(p.stack) for p in made))
     devices = dict.fromkeys(device_text(p) for p in made)
     shared = [a for a in made[0].assumptions if all(a in p.assumptions for p in made)]

@@ -50,7 +50,9 @@ class Count:
         self.done += 1
         peak = prediction.memory.peak_allocated_bytes
         told = bytes_text(peak) if peak is not None else prediction.status
-        self.last = f"{label(prediction.cell)}: {told}"
+        train, data = prediction.cell.train, prediction.cell.data
+        size = f" {train.micro_batch_size} x {data.max_length}" if train and data else ""
+        self.last = f"{label(prediction.cell)}{size}: {told}"
 
     def text(self) -> str:
         elapsed = time.monotonic() - self.began

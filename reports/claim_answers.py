@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 
 from harness.prediction import Prediction
 from matrices.cell import Adapter, Cell, TargetSet
-from reports.claim_cells import GB, TARGETS, Case, cases
+from reports.claim_cells import GB, TARGETS, Case, cases, counted
 from reports.claim_measures import measured
-from reports.claims import Answer, Claim, Reading, decided, figure_text, not_testable, priced
+from reports.claims import Answer, Claim, Reading, decided, not_testable, priced
 from reports.results import Result
 
 SIMULATED = ("count", "predict")
@@ -105,7 +105,7 @@ def _refused_targets(claim: Claim, refused: Prediction, predictions: Predictions
         if cell.adapter is not None
     }
     matching = {
-        name: found.trainable_parameters or 0
+        name: counted(claim, found)[0]
         for name, found in single.items()
         if found.status == "predicted"
     }
@@ -119,12 +119,13 @@ def _refused_targets(claim: Claim, refused: Prediction, predictions: Predictions
         )
     ]
     meant = predictions[_with_targets(refused.cell, TARGETS).cell_id]
-    if meant.trainable_parameters is not None:
+    if meant.status == "predicted":
+        count = counted(claim, meant)[0]
         readings.append(
             Reading(
                 assuming=f"all {TARGETS} projections under this architecture's names",
-                value=meant.trainable_parameters,
-                agrees=claim.accepts(meant.trainable_parameters),
+                value=count,
+                agrees=claim.accepts(count),
             )
         )
     return decided(claim, readings, [refused.reason or ""])
@@ -141,13 +142,6 @@ def _remarks(claim: Claim, readings: Sequence[Reading], prediction: Prediction) 
                      "on top")  # fmt: skip
     if claim.quantity == "adapter_file_mb":
         notes.append("tensor data; the safetensors header adds about 150 bytes a tensor")
-    changing = {reading.agrees for reading in readings}
-    if first.agrees and len(changing) > 1 and claim.quantity == "peak_gb":
-        others = [reading for reading in readings[1:] if not reading.agrees]
-        notes += [
-            f"no longer with {other.assuming}: {figure_text(other.value, claim.unit)}"
-            for other in others
-        ]
     return notes
 
 

@@ -20,7 +20,7 @@ GB, MB = 10**9, 10**6
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 RANK = 16
 TARGETS: TargetSet = "attention"
-LENGTHS = (512, 1024, 2048, 4096)
+LENGTHS = (1024, 2048, 4096)
 EXPONENT_MODEL = "llama-2-7b"
 # Micro batch and sequence length of a claim that names none: a small one, and a usual one.
 SMALL, USUAL = (1, 512), (4, 2048)
@@ -96,21 +96,38 @@ def _settings_text(claim: Claim, cell: Cell, shape: bool = True) -> str:
 # --- counts
 
 
+def _lora(claim: Claim, targets: Any = None) -> Cell:
+    """The claim's cell at rank 16: counts of other ranks follow from it."""
+    return _cell(claim, rank=RANK, target_modules=targets)
+
+
+def counted(claim: Claim, prediction: Prediction, rank: int | None = None) -> tuple[int, int]:
+    """(trainable, total) parameters at the claim's rank. LoRA has rank x (inputs + outputs)
+    parameters on each layer (Hu et al., arXiv:2106.09685), so they go with the rank exactly."""
+    trainable, total = _count(prediction)
+    if prediction.cell.adapter is None:
+        return trainable, total
+    simulated = prediction.cell.adapter.rank
+    scaled = trainable * (rank or claim.rank or RANK) // simulated
+    return scaled, total - trainable + scaled
+
+
 def _trainable(claim: Claim) -> list[Case]:
-    cell = _cell(claim)
-    return [Case(_settings_text(claim, cell, shape=False), (cell,), lambda p: _count(p[0])[0])]
+    cell = _lora(claim)
+    told = _settings_text(claim, cell, shape=False)
+    return [Case(told, (cell,), lambda p: counted(claim, p[0])[0])]
 
 
 def _share(claim: Claim) -> list[Case]:
     def against_all(found: Sequence[Prediction]) -> float:
-        trainable, total = _count(found[0])
+        trainable, total = counted(claim, found[0])
         return trainable / total
 
     def against_base(found: Sequence[Prediction]) -> float:
-        trainable, total = _count(found[0])
+        trainable, total = counted(claim, found[0])
         return trainable / (total - trainable)
 
-    cell = _cell(claim)
+    cell = _lora(claim)
     return [
         Case("trainable over all parameters, the adapter's included", (cell,), against_all),
         Case("trainable over the base model's parameters", (cell,), against_base),
@@ -125,20 +142,22 @@ def _adapter_file(claim: Claim) -> list[Case]:
     named: tuple[Any, ...] = ("qv", "attention", "all-linear")
     targets = (claim.target_modules,) if claim.target_modules else named
     wanted += [pair for rank in ranks for name in targets if (pair := (rank, name)) not in wanted]
-    found = []
-    for dtype in ("fp32", "bf16"):
-        for rank, target in wanted:
-            cell = _cell(claim, rank=rank, target_modules=target)
-            words = [_settings_text(claim, cell, shape=False), f"saved in {dtype}"]
-            width = DTYPE_BYTES[dtype]
-            found.append(
-                Case(
-                    ", ".join(words) + ("" if dtype == "bf16" else ", as PEFT does"),
-                    (cell,),
-                    lambda p, width=width: _count(p[0])[0] * width / MB,  # type: ignore[misc]
-                )
-            )
-    return found
+    return [
+        _file_case(claim, rank, target, dtype)
+        for dtype in ("fp32", "bf16")
+        for rank, target in wanted
+    ]
+
+
+def _file_case(claim: Claim, rank: int, target: Any, dtype: str) -> Case:
+    words = [] if claim.rank else [f"rank {rank}"]
+    words += [] if claim.target_modules else [f"targets {target}"]
+    words.append("saved in fp32, as PEFT does" if dtype == "fp32" else f"saved in {dtype}")
+    return Case(
+        ", ".join(words),
+        (_lora(claim, target),),
+        lambda p: counted(claim, p[0], rank)[0] * DTYPE_BYTES[dtype] / MB,
+    )
 
 
 def _count(prediction: Prediction) -> tuple[int, int]:
@@ -155,10 +174,12 @@ def _peak(claim: Claim) -> list[Case]:
     dtypes = dtypes_in(claim.note)
     if dtypes.get("everything") == "fp32":
         changes = {"weight_dtype": "fp32", "compute_dtype": "fp32"}
-    found = []
+    found: list[Case] = []
     for shape in (SMALL, USUAL):
         cell = _cell(claim, shape, **changes)
-        found.append(Case(_settings_text(claim, cell), (cell,), lambda p: _peak_bytes(p[0]) / GB))
+        told = f"micro batch {shape[0]} × {shape[1]} tokens, all else the same"
+        assuming = told if found else _settings_text(claim, cell)
+        found.append(Case(assuming, (cell,), lambda p: _peak_bytes(p[0]) / GB))
     return found
 
 
@@ -180,6 +201,7 @@ def _model_states(claim: Claim) -> list[Case]:
     widths = {name: DTYPE_BYTES[dtype] for name, dtype in dtypes.items()}
     each = widths["weights"] + widths["gradients"] + 2 * widths["adam"]
     assuming = ", ".join(f"{dtype} {name}" for name, dtype in dtypes.items())
+    assuming = assuming.replace("adam", "Adam")
     counted = Case(
         f"{assuming}: {each} bytes for each of the model's parameters",
         (cell,),
@@ -198,13 +220,14 @@ def _states_bytes(prediction: Prediction) -> int:
 
 
 def _optimizer(claim: Claim) -> list[Case]:
-    def states(found: Sequence[Prediction]) -> float:
-        return found[0].memory.by_category.get("optimizer_states", 0) / GB
-
-    both = [("fp32", "fp32 states, of fp32 weights"), ("bf16", "bf16 states, of bf16 weights")]
+    cell = _cell(claim, weight_dtype="fp32")
     return [
-        Case(f"AdamW, two {told}", (_cell(claim, weight_dtype=dtype),), states)
-        for dtype, told in both
+        Case(
+            "AdamW, two fp32 states, of fp32 weights",
+            (cell,),
+            lambda p: p[0].memory.by_category.get("optimizer_states", 0) / GB,
+        ),
+        Case("two bf16 states, of bf16 weights", (cell,), lambda p: _count(p[0])[0] * 2 * 2 / GB),
     ]
 
 
@@ -254,12 +277,15 @@ def _exponent_case(claim: Claim, attention: str) -> Case:
         _cell(claim, (1, length), attn_implementation=attention, checkpointing=False)
         for length in LENGTHS
     )
-    kernel = "sdpa attention, which is flash attention here" if attention == "sdpa" else attention
+    kernel = "sdpa, which is flash attention here" if attention == "sdpa" else "eager attention"
     lengths = ", ".join(map(str, LENGTHS))
     model = "" if claim.model else f"{EXPONENT_MODEL}, "
+    method = (
+        f": {model}{cells[0].method}, micro batch 1, no checkpointing; least-squares slope of "
+        f"log(activation, logits and temporary bytes at the peak) on log(length) at {lengths}"
+    )
     return Case(
-        f"{kernel}: {model}{cells[0].method}, micro batch 1, no checkpointing; least-squares slope "
-        f"of log(activation, logits and temporary bytes at the peak) on log(length) at {lengths}",
+        kernel + (method if attention == "sdpa" else ", all else the same"),
         cells,
         lambda found: log_slope(LENGTHS, [_activation_bytes(p) for p in found]),
     )

@@ -102,13 +102,14 @@ def _alike(comparison: Comparison, first: Group, second: Group) -> bool:
 
 def _judged(claim: Claim, comparison: Comparison, found: Sequence[_Pair]) -> Answer:
     overall = _overall(comparison, [pair.estimate for pair in found])
-    told = figure_text(overall.value, claim.unit)
+    told = []
     if overall.low is not None and overall.high is not None:
         interval = range_text(overall.low, overall.high, claim.unit, ", ")
-        told += f" [{interval}], n = {overall.n} {overall.over}"
+        figure = figure_text(overall.value, claim.unit)
+        told = [f"together {figure} [{interval}], n = {overall.n} {overall.over}"]
     open_ = _left_open(claim, comparison, found, overall)
     machines = dict.fromkeys(hardware_text(pair.record) for pair in found)
-    notes = [told, f"measured on {'; '.join(machines)}", *_remarks(claim, found)]
+    notes = [*told, f"measured on {'; '.join(machines)}", *_remarks(claim, found)]
     verdict: Verdict = "reproduced" if claim.accepts(overall.value) else "refuted"
     return Answer(
         claim=claim,

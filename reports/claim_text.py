@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from reports.claims import Answer, Claim, figure_text
+from reports.claims import Answer, Claim, Reading, figure_text
 from reports.display import DASH, printable
 
 ORDER = ("reproduced", "refuted", "not testable")
@@ -86,11 +86,19 @@ def details(answer: Answer) -> list[str]:
             lines.append(f"under: {reading.assuming}")
             continue
         value = _value_text(claim, reading.value)
-        agrees = " (agrees)" if reading.agrees else ""
-        lines.append(f"{value}{agrees}: {reading.assuming}")
+        lines.append(f"{value}{_agreement(answer, reading)}: {reading.assuming}")
     lines += answer.notes
     lines += [f"needs: {answer.needs}"] if answer.needs else []
     return [printable(line) for line in lines]
+
+
+def _agreement(answer: Answer, reading: Reading) -> str:
+    """Said where it differs from the verdict; of measured pairs there is no first one."""
+    if answer.claim.kind == "measure":
+        return " (agrees)" if reading.agrees else ""
+    if reading.agrees == answer.readings[0].agrees:
+        return ""
+    return " (agrees)" if reading.agrees else " (no longer agrees)"
 
 
 def footer(answers: Sequence[Answer], stack: Mapping[str, str]) -> list[str]:

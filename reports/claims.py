@@ -133,17 +133,14 @@ def not_testable(claim: Claim, reason: str, needs: str | None = None) -> Answer:
 
 
 def decided(claim: Claim, readings: Sequence[Reading], notes: Sequence[str] = ()) -> Answer:
-    """The first reading's verdict; another that agrees where it does not is a note."""
+    """The first reading's verdict; the others stand beside it."""
     first = readings[0]
-    told = list(notes)
-    if not first.agrees:
-        told += [f"holds with {other.assuming}" for other in readings[1:] if other.agrees]
     return Answer(
         claim=claim,
         verdict="reproduced" if first.agrees else "refuted",
         value=first.value,
         readings=list(readings),
-        notes=told,
+        notes=list(notes),
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 
 # Before torch: a GPU that is there must not be mistaken for the one that is simulated.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -31,6 +32,10 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    code = main(sys.argv[1:])
+    code = 1
+    try:
+        code = main(sys.argv[1:])
+    except BaseException:
+        traceback.print_exc()
     sys.stderr.flush()
     os._exit(code)

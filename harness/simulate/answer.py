@@ -43,7 +43,7 @@ def refused(
 def prediction(
     cell: Cell, found: Simulated, engine: Engine, gpu: Gpu | None, stack: dict[str, str]
 ) -> Prediction:
-    """Everything but verdicts. Without a GPU there is no caching allocator, and nothing reserved."""
+    """Everything but verdicts. Without a GPU there is no caching allocator: nothing is reserved."""
     made = Prediction(cell_id=cell.cell_id, cell=cell, stack=stack, status="predicted")
     made.engine = engine
     made.device = gpu.name if gpu is not None else None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 import torch
@@ -201,9 +202,18 @@ def _formulas() -> dict[Any, Any]:
     return flop_formulas()
 
 
+_PRODUCTS = frozenset(
+    (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm)
+)
+
+
 def _flops(func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> int:
     formula = _formulas().get(func.overloadpacket)
     if formula is not None:
+        if func.overloadpacket in _PRODUCTS:
+            # `addmm.dtype` has its output's dtype among them, which the formulas do not expect.
+            args = tuple(takewhile(lambda value: isinstance(value, torch.Tensor), args))
+            kwargs = {}
         return int(formula(*args, **kwargs, out_val=out))
     if func._schema.name == GEMM_4BIT:
         left, _, shape = args[:3]

@@ -35,6 +35,7 @@ class Modelled(nn.Module):
     def __init__(
         self, module: nn.Module, gradient_as_bucket_view: bool = False, **options: Any
     ) -> None:
+        # What else accelerate passes (device_ids, broadcast_buffers, ...) changes no memory here.
         super().__init__()
         self.module = module
         self.require_backward_grad_sync = True
@@ -73,10 +74,10 @@ def _buckets(parameters: list[nn.Parameter], limits: list[int]) -> list[torch.Te
 def buckets(modelled: list[str]) -> Iterator[None]:
     """accelerate wraps in the model of DDP; what was modelled is said in `modelled`."""
 
-    def wrap(module: nn.Module, *args: Any, **options: Any) -> Modelled:
-        views = bool(options.get("gradient_as_bucket_view", False))
-        modelled.append(SAID_VIEWS if views else SAID)
-        return Modelled(module, **options)
+    class Wrapper(Modelled):
+        def __init__(self, module: nn.Module, *args: Any, **options: Any) -> None:
+            super().__init__(module, **options)
+            modelled.append(SAID_VIEWS if options.get("gradient_as_bucket_view") else SAID)
 
-    with replaced(torch.nn.parallel, "DistributedDataParallel", wrap):
+    with replaced(torch.nn.parallel, "DistributedDataParallel", Wrapper):
         yield

@@ -6,8 +6,7 @@ its launcher sets. The engine uses it like this, everything else is as on one de
 
     with ranks(cell) as layout:            # before the model is built
         with FakeTensorMode(allow_non_fake_inputs=True), ledger:
-            place = layout.load_device     # host memory where the library shards from there
-            ... build the model, trainer = build_trainer(...)
+            ... build the model on layout.load_device, trainer = build_trainer(...)
             layout.begin(ledger, model)    # when training begins (Observer.train_begin)
             layout.step(ledger, optimizer) # when the optimizer's phase starts
 
@@ -51,13 +50,14 @@ def _nothing(*_: Any) -> None:
 class Layout:
     """How one cell lies on its devices, for the engine.
 
-    `load_device` is where `from_pretrained` has to leave the weights. `begin(ledger, model)` and
+    `load_device` is where `from_pretrained` has to leave the weights: host memory where the library
+    shards from there, none for the training device. `begin(ledger, model)` and
     `step(ledger, optimizer)` tell the ledger what the shards are. `host_bytes()` is the training
     state that the simulated rank holds in host memory.
     """
 
     ranks: int = 1
-    load_device: torch.device = field(default_factory=lambda: torch.device("cuda", 0))
+    load_device: torch.device | None = None
     begin: Callable[[SimulatedLedger, Any], None] = _nothing
     step: Callable[[SimulatedLedger, Any], None] = _nothing
     host_bytes: Callable[[], int] = _no_bytes
@@ -81,6 +81,12 @@ def ranks(cell: Cell) -> Iterator[Layout]:
             )
         yield Layout()
         return
+    if not torch.cuda.is_available():
+        raise UserError(
+            f"{kind} on {cell.devices} devices is simulated on the fake cuda device only, which "
+            "cannot be had here",
+            key="parallelism",
+        )
     layout = Layout(ranks=cell.devices, modelled=[ALIKE], assumptions=[COLLECTIVES])
     with contextlib.ExitStack() as stack:
         stack.enter_context(_environment(_launcher(cell.devices)))
@@ -99,7 +105,7 @@ def ranks(cell: Cell) -> Iterator[Layout]:
         else:
             stack.enter_context(_environment(zero.environment(cell)))
             account = stack.enter_context(zero.patched())
-            layout.load_device = torch.device(zero.load_device(cell))
+            layout.load_device = zero.load_device(cell)
             layout.begin, layout.step = account.begin, account.step
             layout.host_bytes = account.host_bytes
         yield layout

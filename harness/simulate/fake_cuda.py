@@ -89,7 +89,9 @@ def _set_guard() -> bool:
             _library("libc10.so"), "_ZN3c104impl26device_guard_impl_registryE"
         )
     except (OSError, ValueError) as error:
-        raise Unavailable(f"torch {torch.__version__}: no device guard registry: {error}") from error
+        raise Unavailable(
+            f"torch {torch.__version__}: no device guard registry: {error}"
+        ) from error
     built_with_cuda = registry[CUDA_DEVICE_TYPE] is not None
     if not built_with_cuda:
         # A placeholder whose every function returns 0: `deviceCount() == 0` is what makes torch

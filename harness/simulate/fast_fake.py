@@ -31,7 +31,8 @@ _META = torch.device("meta")
 
 _make_subclass: Any = torch.Tensor._make_subclass
 _empty_strided = torch.empty_strided
-_no_data = torch._C._set_throw_on_mutable_data_ptr
+# As FakeTensor itself does: some optimizers ask for addresses, and use them for nothing.
+_no_data = torch._C._set_warn_deprecated_on_mutable_data_ptr
 _active_mode = torch._C._get_dispatch_mode
 _default_dtype = torch.get_default_dtype
 

@@ -1,4 +1,4 @@
-"""FSDP on a fake device: what accelerate's launcher would say, and what torch's code needs there."""
+"""FSDP on a fake device: what accelerate's launcher would say, and what torch needs there."""
 
 from __future__ import annotations
 
@@ -39,23 +39,33 @@ def environment(version: int) -> dict[str, str]:
         "FSDP_OFFLOAD_PARAMS": "false",
         "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
         "FSDP_ACTIVATION_CHECKPOINTING": "false",
-        # It only changes how weights reach the ranks before training.
-        "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
     }
     if version == 2:
-        return common | {"FSDP_RESHARD_AFTER_FORWARD": "true"}
+        return common | {
+            "FSDP_RESHARD_AFTER_FORWARD": "true",
+            # Weights then go to the devices unit by unit; with it, parameter by parameter.
+            "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+        }
     return common | {
         "FSDP_SHARDING_STRATEGY": "FULL_SHARD",
         "FSDP_BACKWARD_PREFETCH": "BACKWARD_PRE",
         "FSDP_FORWARD_PREFETCH": "false",
         "FSDP_USE_ORIG_PARAMS": "true",
-        "FSDP_SYNC_MODULE_STATES": "false",
+        "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
+        "FSDP_SYNC_MODULE_STATES": "true",
     }
 
 
 @contextlib.contextmanager
 def patched() -> Iterator[None]:
-    with shapes_cost_nothing(), meshes_are_real():
+    with shapes_cost_nothing(), meshes_are_real(), accelerator_is_cuda():
+        yield
+
+
+@contextlib.contextmanager
+def accelerator_is_cuda() -> Iterator[None]:
+    """FSDP2 asks torch's C side for the device of its mesh, which counts devices it cannot see."""
+    with replaced(torch._C, "_get_accelerator", lambda check=None: torch.device("cuda")):
         yield
 
 

@@ -177,7 +177,10 @@ def _properties(gpu: Gpu, count: int) -> dict[str, Any]:
         "get_device_properties": lambda device=None: properties,
         "get_device_capability": lambda device=None: gpu.compute_capability,
         "get_device_name": lambda device=None: gpu.name,
-        "is_bf16_supported": lambda *_, **__: gpu.compute_capability >= (8, 0),
+        # Before Ampere bf16 is emulated, which torch counts as support unless told not to.
+        "is_bf16_supported": lambda including_emulation=True: (
+            including_emulation or gpu.compute_capability >= (8, 0)
+        ),
         "get_arch_list": lambda: ["sm_{}{}".format(*gpu.compute_capability)],
     }
 

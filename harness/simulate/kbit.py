@@ -6,6 +6,7 @@ driver (managed memory, synchronization), or refuses tensors without data (`Para
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -96,8 +97,34 @@ def pretend() -> Paged:
     functional.prefetch_tensor = _none
     functional.fill = _none
     optimizer.sync_gpu = _none
+    if not hasattr(torch.ops.bitsandbytes, "quantize_4bit"):
+        _call_nothing(functional)
     bnb.nn.modules.fix_4bit_weight_quant_state_from_module = _state_from_module
     return paged
+
+
+def forget() -> None:
+    """Drop code tables kept from another simulation of this process: this one has none yet."""
+    bnb.functional.name2qmap.clear()
+
+
+class _Silent:
+    """A C library whose every function does nothing."""
+
+    def __getattr__(self, name: str) -> Callable[..., int]:
+        return lambda *_, **__: 0
+
+
+def _call_nothing(functional: Any) -> None:
+    """Before 0.45 bitsandbytes was no operators but Python around its C library: tensors are
+    allocated there, and addresses handed over."""
+    functional.lib = _Silent()
+    functional.get_ptr = _none
+    functional.is_on_gpu = lambda tensors: True
+    kernels = (_none,) * 3
+    for name in list(vars(functional)):
+        if name.startswith("str2optimizer"):
+            setattr(functional, name, defaultdict(lambda: kernels))
 
 
 def _computed(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

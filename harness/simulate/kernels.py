@@ -20,9 +20,7 @@ def composites() -> dict[str, Callable[..., Any]]:
     }
 
 
-def grouped_mm(
-    a: Any, b: Any, offs: Any = None, bias: Any = None, out_dtype: Any = None
-) -> Any:
+def grouped_mm(a: Any, b: Any, offs: Any = None, bias: Any = None, out_dtype: Any = None) -> Any:
     """One product per group; torch's fake implementation knows the bf16 kernel only, while the op
     computes other dtypes group by group into the same output (`_grouped_mm_cuda` in
     aten/src/ATen/native/cuda/GroupedBlas.cpp).

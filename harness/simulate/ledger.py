@@ -64,6 +64,8 @@ class SimulatedLedger(Ledger):
         self._paused = False
         self._multiplied: set[int] = set()
         self._made_by: dict[int, str] = {}
+        # Who is to be told when a storage dies.
+        self.mourners: dict[Storage, Callable[[], None]] = {}
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -107,8 +109,6 @@ class SimulatedLedger(Ledger):
         if name == "aten::nonzero":
             return self._positions(args[0])
         self.op = name
-        if name in PRODUCTS:
-            self._take_workspace(args)
         composite = self.composites.get(name)
         if composite is not None:
             # What it is made of is memory; its work is counted as the op it is.
@@ -124,6 +124,9 @@ class SimulatedLedger(Ledger):
                 if value.dtype in ASKED_DTYPES and value.dim() == 0:
                     made_by = "aten::all" if self._counts_all(name, args) else name
                     self._made_by[value.untyped_storage()._cdata] = made_by
+        if name in PRODUCTS:
+            # The result is there before cuBLAS is asked for.
+            self._take_workspace(args)
         scratch = self.scratch.get(name)
         if scratch is not None:
             self._pass_through(name, scratch(args, out))
@@ -141,6 +144,12 @@ class SimulatedLedger(Ledger):
         if mode is not None and self._fake_mode is not None and mode is not self._fake_mode:
             return None
         return super()._see(tensor, op)
+
+    def _forget(self, key: int, storage: Storage) -> None:
+        super()._forget(key, storage)
+        tell = self.mourners.pop(storage, None)
+        if tell is not None:
+            tell()
 
     def known(self, tensor: torch.Tensor) -> Storage | None:
         """What is followed of this tensor."""
@@ -163,9 +172,12 @@ class SimulatedLedger(Ledger):
         self._live[key] = (weakref.ref(raw, lambda _: self._forget(key, storage)), storage)
         self.born(storage)
 
-    def let_go(self, raw: torch.UntypedStorage) -> None:
-        """Count this storage as dead from here on, though something still holds it."""
-        _, storage = self._live.pop(raw._cdata)
+    def let_go(self, storage: Storage) -> None:
+        """Count it as dead from here on, though something still holds it."""
+        for key, (_, known) in self._live.items():
+            if known is storage:
+                del self._live[key]
+                break
         self.gone(storage)
 
     def _take_workspace(self, args: Any) -> None:
@@ -183,8 +195,8 @@ class SimulatedLedger(Ledger):
         if nbytes and not self._paused:
             storage = self._storage(nbytes, op)
             storage.category = "temporaries"
-            self._note(storage, storage.block)
-            self._note(storage, -storage.block)
+            self.born(storage)
+            self.gone(storage)
 
     def _storage(self, nbytes: int, op: str) -> Storage:
         return Storage(nbytes, op, (nbytes,), "uint8", self.module, self.phase, "", born=self.visit)

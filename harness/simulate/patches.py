@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from harness.simulate import attention, fake_cuda, host
 from harness.simulate.fast_fake import without_torch_function
 from harness.simulate.ledger import follow_resizes
+from harness.simulate.repeat import follow_autocast
 from matrices.gpus import Gpu
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def after_imports() -> kbit.Paged:
     values_go_over_from_the_host()
     follow_resizes()
     without_torch_function()
+    follow_autocast()
     return kbit.pretend()
 
 
@@ -101,7 +103,7 @@ def values_go_over_from_the_host() -> None:
     the host and copy it, which is what it does."""
     make = torch.tensor
     # `with torch.device(...)` knows constructors by identity, from its first use on.
-    torch.utils._device._device_constructors()
+    importlib.import_module("torch.utils._device")._device_constructors()
 
     def made(data: Any, *, device: Any = None, **kwargs: Any) -> Any:
         if device is None or torch.device(device).type != "cuda":

@@ -68,7 +68,6 @@ def sizes_at(events: Sequence[Event], at: int, allocator: Allocator | None) -> d
     return dict(sorted(live.sizes().items(), key=lambda item: -item[1]))
 
 
-
 class _Live:
     def __init__(self, allocator: Allocator | None) -> None:
         self._allocator = allocator

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from harness import model
 from harness.meters import memory
 from harness.model import count_parameters
-from harness.simulate import attention, kbit, kernels, older, weights
+from harness.simulate import attention, distributed, kbit, kernels, older, repeat, weights
 from harness.simulate.batches import FakeBatches
 from harness.simulate.ledger import SimulatedLedger
 from harness.simulate.traffic import Traffic, Work
@@ -50,8 +52,10 @@ class Simulated:
 class _Steps(Observer):
     """Tells the ledger about phases, gradients and optimizer states."""
 
-    def __init__(self, ledger: SimulatedLedger, trained: Any) -> None:
+    def __init__(self, ledger: SimulatedLedger, trained: Any, layout: distributed.Layout) -> None:
         self._ledger = ledger
+        self._trained = trained
+        self._layout = layout
         self._optimizer: Any = None
         self.hooks = memory.tag_gradients(ledger, trained) + memory.name_modules(ledger, trained)
         self.steady_at = 0
@@ -61,13 +65,19 @@ class _Steps(Observer):
 
     def train_begin(self, optimizer: Any) -> None:
         self._optimizer = optimizer
+        self._layout.begin(self._ledger, self._trained)
 
     def phase(self, name: str) -> None:
         self._ledger.enter_phase(name)
+        if name == "optimizer_step":
+            self._layout.step(self._ledger, self._inner())
+
+    def _inner(self) -> Any:
+        """The optimizer itself, out of accelerate's wrapper."""
+        return getattr(self._optimizer, "optimizer", self._optimizer)
 
     def step_end(self, step: int) -> None:
-        inner = getattr(self._optimizer, "optimizer", self._optimizer)
-        memory.tag_optimizer(self._ledger, inner)
+        memory.tag_optimizer(self._ledger, self._inner())
         self.steady_at = len(self._ledger.events)
         if step < STEPS:
             self.traffic.clear()
@@ -78,6 +88,19 @@ def cublas_bytes(gpu: Gpu) -> int:
 
 
 def simulate(cell: Cell, gpu: Gpu | None, on_cuda: bool, paged: kbit.Paged) -> Simulated:
+    """As `_simulate`, with repeated layers played back where they turn out to be alike."""
+    before = paged.nbytes
+    try:
+        return _simulate(cell, gpu, on_cuda, paged, repeat.on and cell.devices == 1)
+    except repeat.Unrepeatable as error:
+        print(f"tunebench: note: every layer is run: {error}", file=sys.stderr)
+    paged.nbytes = before
+    return _simulate(cell, gpu, on_cuda, paged, False)
+
+
+def _simulate(
+    cell: Cell, gpu: Gpu | None, on_cuda: bool, paged: kbit.Paged, repeats: bool
+) -> Simulated:
     """Two full-length steps of `cell`: as on `gpu`, or as on this machine's CPU without one.
 
     `on_cuda` says that the process pretends to have that GPU; without it, fake CPU tensors stand
@@ -90,6 +113,7 @@ def simulate(cell: Cell, gpu: Gpu | None, on_cuda: bool, paged: kbit.Paged) -> S
             update={"model": cell.model.model_copy(update={"attn_implementation": "sdpa"})}
         )
         notes.append("flash_attention_2 exists on GPUs only: sdpa's CPU kernel stood in")
+    kbit.forget()
     config = weights.model_config(cell.model)
     blank = weights.skeleton(cell, config)
     workspace = cublas_bytes(gpu) if gpu is not None else 0
@@ -97,11 +121,17 @@ def simulate(cell: Cell, gpu: Gpu | None, on_cuda: bool, paged: kbit.Paged) -> S
     ledger.experts = weights.experts(config)
     ledger.scratch = dict(attention.SCRATCH)
     ledger.composites = kernels.composites()
-    with FakeTensorMode(allow_non_fake_inputs=True), ledger:
-        loaded = _load(ledger, blank, cell)
+    distributed.check(cell, blank)
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        distributed.ranks(cell) as layout,
+        FakeTensorMode(allow_non_fake_inputs=True),
+        ledger,
+    ):
+        loaded = _load(ledger, blank, cell, layout.load_device)
         counted = count_parameters(loaded)
-        with tempfile.TemporaryDirectory() as scratch:
-            steps, resident = _train(ledger, loaded, cell, Path(scratch))
+        steps, resident = _train(ledger, loaded, cell, layout, Path(scratch), repeats)
+        host_bytes = layout.host_bytes()
         ledger.close()
     return Simulated(
         events=ledger.events,
@@ -114,12 +144,15 @@ def simulate(cell: Cell, gpu: Gpu | None, on_cuda: bool, paged: kbit.Paged) -> S
         assumed=ledger.assumed,
         seconds=time.perf_counter() - began,
         works=steps.traffic.works(),
-        notes=notes,
+        host_bytes=host_bytes,
+        modelled=layout.modelled,
+        notes=notes + layout.assumptions,
     )
 
 
-def _load(ledger: SimulatedLedger, blank: Any, cell: Cell) -> Any:
-    loaded = weights.materialize(blank)
+def _load(ledger: SimulatedLedger, blank: Any, cell: Cell, place: torch.device | None) -> Any:
+    """The model with adapters, on the training device or on `place`."""
+    loaded = weights.materialize(blank, place)
     memory.tag_model(ledger, loaded)
     if cell.quantization is not None and cell.quantization.kbit_preparation:
         ledger.enter_phase("kbit_preparation")
@@ -130,12 +163,17 @@ def _load(ledger: SimulatedLedger, blank: Any, cell: Cell) -> Any:
 
 
 def _train(
-    ledger: SimulatedLedger, loaded: Any, cell: Cell, scratch: Path
+    ledger: SimulatedLedger,
+    loaded: Any,
+    cell: Cell,
+    layout: distributed.Layout,
+    scratch: Path,
+    repeats: bool,
 ) -> tuple[_Steps, dict[str, int]]:
     vocabulary = loaded.config.get_text_config().vocab_size
     ledger.logit_widths.add(vocabulary)
     rows = worst_case_rows(cell, vocabulary, STEPS)
-    observer = _Steps(ledger, loaded)
+    observer = _Steps(ledger, loaded, layout)
     trainer = build_trainer(
         cell,
         loaded,
@@ -149,5 +187,8 @@ def _train(
     # Building the trainer may have exchanged parameters for others of its dtype.
     memory.tag_model(ledger, loaded)
     resident = memory.resident_bytes(loaded)
+    played = repeat.Repeats(ledger, loaded) if repeats else None
     trainer.train()
+    if played is not None:
+        played.finish()
     return observer, resident

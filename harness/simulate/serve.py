@@ -58,8 +58,7 @@ def prepare(request: Request) -> Setting:
     """Choose the engine, import the stack, switch the patches on."""
     setting = _choose(request)
     on_cuda = setting.engine == "fake-cuda"
-    count = max((cell.devices for cell in request.cells), default=1)
-    patches.before_imports(setting.gpu if on_cuda else None, count)
+    patches.before_imports(setting.gpu if on_cuda else None)
     setting.notes += stack.settle()
     import harness.simulate.run  # noqa: F401 - everything heavy, once for all children
 

@@ -19,10 +19,10 @@ from harness.simulate.cost import NOTHING, Cost, cost, moved_bytes, moves_nothin
 from matrices.gpus import Gpu
 
 FLOOR_LEAVES_OUT = (
-    "the step's floor leaves out kernel launches and gaps between kernels, communication, copies between "
-    "host and device, data loading and the host's own work; it takes every operation at the bf16 "
-    "rate, causal attention without its masked half, and no cache that keeps a result for the "
-    "next op"
+    "the step's floor leaves out kernel launches and gaps between kernels, communication, copies "
+    "between host and device, data loading and the host's own work; it takes every operation at "
+    "the bf16 rate, causal attention without its masked half, and no cache that keeps a result for "
+    "the next op"
 )
 
 
@@ -76,19 +76,19 @@ class Traffic:
         dtype = _dtype(kernel.tensors, None)
         self._entries.setdefault(key, Work("flash_attn", dtype, found)).count += 1
 
+    def counts(self) -> dict[Any, int]:
+        """Calls so far, by what makes calls equal."""
+        return {key: work.count for key, work in self._entries.items() if work.count}
+
+    def add(self, counts: dict[Any, int]) -> None:
+        """Count calls again that were counted before."""
+        for key, count in counts.items():
+            self._entries[key].count += count
+
     def clear(self) -> None:
         """Forget the counts, not the costs: for the steps before the one that is to count."""
         for work in self._entries.values():
             work.count = 0
-
-    def tally(self) -> dict[Any, int]:
-        """How often every call was counted so far, for `repeat`."""
-        return {key: work.count for key, work in self._entries.items()}
-
-    def repeat(self, before: dict[Any, int], after: dict[Any, int]) -> None:
-        """Count again what was counted between two tallies."""
-        for key, count in after.items():
-            self._entries[key].count += count - before.get(key, 0)
 
     def works(self) -> list[Work]:
         """Every distinct call that was counted and costs something, equal ones together."""

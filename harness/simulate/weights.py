@@ -68,10 +68,13 @@ def _hub_config(model: Model) -> Any:
         )
     except Exception as error:
         # From a misspelt name to no network; the first line of the hub's own message tells which.
+        from matrices.models import near_architectures
+
         said = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"{model.name!r} is no shipped architecture and no local directory, and the hub does "
-            f"not give its config.json: {said}; give model: {{config: path/to/config.json}}",
+            f"not give its config.json: {said.rstrip('.')}"
+            + (near_architectures(model.name) or "; give model: {config: path/to/config.json}"),
             key="model.name",
         ) from error
 
@@ -133,25 +136,29 @@ def materialize(model: Any, place: torch.device | None = None) -> Any:
     place = place or device.training_device()
     loaded_in = getattr(model.config, "_pre_quantization_dtype", None)
     moved: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        if type(module).__name__ == "Linear4bit" and module.weight.is_meta:
+    # A checkpoint lists its tensors by name, and buffers that it lacks come after all of them: the
+    # order decides which free blocks packed weights end up in.
+    for path in sorted(name for name, _ in model.named_parameters(remove_duplicate=False)):
+        owner, _, leaf = path.rpartition(".")
+        module = model.get_submodule(owner)
+        parameter = module._parameters[leaf]
+        if parameter is None or not parameter.is_meta:
+            continue
+        four_bit = type(module).__name__ == "Linear4bit"
+        if four_bit and leaf == "weight":
             shape = (module.out_features, module.in_features)
             kbit.quantize(module, torch.empty(shape, dtype=loaded_in, device=place))
-        for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.is_meta:
-                if id(parameter) not in moved:
-                    dtype = parameter.dtype
-                    if type(module).__name__ == "Linear4bit":
-                        # Made in fp32, its bias takes the dtype it is read in.
-                        dtype = loaded_in or dtype
-                    blank = torch.empty(parameter.shape, dtype=dtype, device=place)
-                    moved[id(parameter)] = nn.Parameter(blank, parameter.requires_grad)
-                module._parameters[name] = moved[id(parameter)]
+            continue
+        if id(parameter) not in moved:
+            # Made in fp32, the bias of a 4-bit layer takes the dtype it is read in.
+            dtype = (four_bit and loaded_in) or parameter.dtype
+            blank = torch.empty(parameter.shape, dtype=dtype, device=place)
+            moved[id(parameter)] = nn.Parameter(blank, parameter.requires_grad)
+        module._parameters[leaf] = moved[id(parameter)]
+    for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None:
-                module._buffers[name] = torch.empty(
-                    buffer.shape, dtype=buffer.dtype, device=place
-                )
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=place)
         if hasattr(module, "original_inv_freq") and "original_inv_freq" not in module._buffers:
             # Before transformers 5 it was the same tensor under a second name.
             module.original_inv_freq = module.inv_freq
@@ -170,4 +177,3 @@ def experts(config: Any) -> int | None:
         if isinstance(value, int) and value > 1:
             return value
     return None
-

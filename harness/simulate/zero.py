@@ -1,8 +1,113 @@
-"""DeepSpeed ZeRO on a fake device."""
+"""DeepSpeed ZeRO on a fake device: what accelerate's launcher would say, and what DeepSpeed needs."""
+
 from __future__ import annotations
+
 import contextlib
-def environment(cell): return {}
-def load_device(cell): return "cuda"
+import gc
+import importlib.util
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+from harness.meters.memory import tensors_by_category
+from harness.simulate.ledger import SimulatedLedger
+from harness.simulate.replacing import replaced
+from matrices.cell import Cell
+from matrices.errors import UserError
+
+STAGES = {"zero1": 1, "zero2": 2, "zero3": 3, "zero3-offload": 3}
+
+
+def environment(cell: Cell) -> dict[str, str]:
+    """What `accelerate launch --use_deepspeed` sets for a ZeRO stage, other flags at defaults.
+
+    Raises UserError when DeepSpeed is not there.
+    """
+    if importlib.util.find_spec("deepspeed") is None:
+        raise UserError(
+            f"{cell.parallelism} needs DeepSpeed, which is not installed: pip install deepspeed",
+            key="parallelism",
+        )
+    stage = STAGES[cell.parallelism]
+    place = "cpu" if cell.parallelism == "zero3-offload" else "none"
+    return {
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage),
+        "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": place,
+        "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": place,
+        "ACCELERATE_DEEPSPEED_ZERO3_INIT": str(stage == 3).lower(),
+        "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "false",
+        # DeepSpeed would look for a driver to choose by.
+        "DS_ACCELERATOR": "cuda",
+    }
+
+
+def load_device(cell: Cell) -> torch.device | None:
+    """Stage 3 divides the weights, from host memory; the others leave them whole on the device."""
+    return torch.device("cpu") if STAGES[cell.parallelism] == 3 else None
+
+
+class Account:
+    """What the engine asks about the shards."""
+
+    def begin(self, ledger: SimulatedLedger, model: Any) -> None:
+        pass
+
+    def step(self, ledger: SimulatedLedger, optimizer: Any) -> None:
+        pass
+
+    def host_bytes(self) -> int:
+        """Of all tensors in host memory that are alive now; their storages count once."""
+        found = {}
+        for each in gc.get_objects():
+            if isinstance(each, FakeTensor) and each.device.type == "cpu":
+                raw = each.untyped_storage()
+                found[raw._cdata] = raw.nbytes()
+        return sum(found.values())
+
+
 @contextlib.contextmanager
-def patched():
-    yield None
+def patched() -> Iterator[Account]:
+    with ranks_agree(), weights_arrive_divided():
+        yield Account()
+
+
+@contextlib.contextmanager
+def ranks_agree() -> Iterator[None]:
+    """Stage 3 gathers numbers to compare them across ranks; nothing comes back from fake peers."""
+    import deepspeed.runtime.zero.partitioned_param_coordinator as coordinator
+    import deepspeed.runtime.zero.utils as utils
+
+    with contextlib.ExitStack() as stack:
+        for owner in (coordinator, utils):
+            for name in ("assert_ints_same_as_other_ranks", "assert_lst_len_same_as_other_ranks"):
+                if hasattr(owner, name):
+                    stack.enter_context(replaced(owner, name, _agreed))
+        yield
+
+
+def _agreed(*_: Any, **__: Any) -> None:
+    return None
+
+
+@contextlib.contextmanager
+def weights_arrive_divided() -> Iterator[None]:
+    """`from_pretrained` loads a stage 3 model under `deepspeed.zero.Init`, which divides parameter
+    by parameter. Ours is made beforehand, so it is divided the same way when the engine gets it."""
+    import deepspeed
+
+    initialize = deepspeed.initialize
+
+    def divided(*args: Any, model: Any, **kwargs: Any) -> Any:
+        if any(each.device.type == "cpu" for each in model.parameters()):
+            deepspeed.zero.Init(module=model, config_dict_or_path=kwargs["config_params"])
+            for module in model.modules():
+                for name, buffer in module._buffers.items():
+                    if buffer is not None:
+                        module._buffers[name] = buffer.to("cuda")
+        return initialize(*args, model=model, **kwargs)
+
+    with replaced(deepspeed, "initialize", divided):
+        yield

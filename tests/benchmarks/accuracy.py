@@ -47,11 +47,9 @@ def main() -> None:
     show = show_for_stderr()
     then = predict(cells, Options(overlay=overlay(arguments.stack, show.message)), show)
     now = predict(cells, Options(overlay=Overlay()), show)
-    models = {name: published.model(name, vocabulary.get(name)) for name in vocabulary}
-    layers = {name: len(published.linear_layers(model)) for name, model in models.items()}
     document = text.document(
         told,
-        text.Compared.of(rows, then, now, layers),
+        text.Compared.of(rows, then, now, told),
         other_tools(rows, vocabulary, arguments.deepspeed),
     )
     print(document, end="")

@@ -12,8 +12,7 @@ from harness.simulate.published import Measurement
 
 Other = Mapping[tuple[str, int], Mapping[str, int]]
 VERSIONS = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes")
-# bitsandbytes 0.50 keeps 256 fp32 values with every 4-bit layer, 0.43.3 had one table for all.
-CODE_MAP_BYTES = 1024
+NEWER = "bitsandbytes 0.50"
 LARGE = 100 * 10**6
 
 
@@ -24,7 +23,7 @@ class Compared:
     row: Measurement
     then: Prediction
     now: Prediction
-    linear_layers: int
+    newer_bitsandbytes: int
 
     @classmethod
     def of(
@@ -32,10 +31,10 @@ class Compared:
         rows: Sequence[Measurement],
         then: Sequence[Prediction],
         now: Sequence[Prediction],
-        layers: Mapping[str, int],
+        source: Mapping[str, Any],
     ) -> list[Compared]:
         found = zip(rows, then, now, strict=True)
-        return [cls(row, *made, layers[row.model_id]) for row, *made in found]
+        return [cls(row, *made, _newer(row, source["bitsandbytes"])) for row, *made in found]
 
     @property
     def name(self) -> list[str]:
@@ -102,12 +101,38 @@ Executed: {versions(found[0].then)}. torch and bitsandbytes are newer than what 
 
 {worst(found)}
 
-* **QLoRA on one GPU** is predicted {CODE_MAP_BYTES:,} bytes a 4-bit layer too high by construction:
-  bitsandbytes 0.50 keeps a table of 256 fp32 values with each layer, 0.43.3 had one for all.
-  *Prepared* is after `prepare_model_for_kbit_training`.
+{bitsandbytes(source["bitsandbytes"])}
+* **Blocks**: torch gives a request a free block whole when less than 1 MiB would be left of it, so
+  where a block lay before moves a figure by up to 1 MiB. That is what is left of the differences
+  on one GPU.
 * **Steady under FSDP** holds the gradient shard on both sides: FSDP1 drops it when it next gathers
   the parameters, which after the last step it never does.
 {vocabularies(source)}"""
+
+
+def bitsandbytes(differences: Mapping[str, Any]) -> str:
+    """What the newer one holds more on QLoRA rows, by model."""
+    lines = []
+    for name, entry in differences.items():
+        each = "; ".join(
+            f"{model.rpartition('/')[2]} {signed(number)} bytes"
+            for model, number in entry["bytes"].items()
+            if number
+        )
+        lines.append(
+            f"* **QLoRA, {name.replace('_', ' ')} of bitsandbytes**: {entry['how'].strip()}. "
+            f"Predicted under {NEWER} the rows therefore read {each}."
+        )
+    return "\n".join(lines)
+
+
+def _newer(row: Measurement, differences: Mapping[str, Any]) -> int:
+    if row.columns["method"] != "qlora":
+        return 0
+    more: int = differences["code_maps"]["bytes"][row.model_id]
+    if row.devices == 1:
+        more += differences["biases"]["bytes"][row.model_id]
+    return more
 
 
 def vocabularies(source: Mapping[str, Any]) -> str:
@@ -119,23 +144,21 @@ def vocabularies(source: Mapping[str, Any]) -> str:
 
 
 def worst(found: Sequence[Compared]) -> str:
-    """The largest errors, without the code maps."""
+    """The largest errors, without what the newer bitsandbytes holds more."""
     parts = []
     for gpus, told in ((1, "one GPU"), (2, "two GPUs")):
         mine = [each for each in found if each.row.devices == gpus]
         peak = max(abs(corrected(each, "peak_allocated_bytes")) for each in mine)
         steady = max(abs(corrected(each, "steady_allocated_bytes")) for each in mine)
         parts.append(f"{told}: peak {percent(peak)}, steady {percent(steady)}")
-    return f"Largest error, the code maps of bitsandbytes aside: {'; '.join(parts)}."
+    return f"Largest error, the newer bitsandbytes' difference aside: {'; '.join(parts)}."
 
 
 def corrected(each: Compared, figure: str) -> float:
-    """Relative error without the code maps."""
+    """Relative error without what the newer bitsandbytes holds more."""
     measured = getattr(each.row, figure)
     predicted = getattr(each.then.memory, figure)
-    quantized = each.row.columns["method"] == "qlora"
-    maps = CODE_MAP_BYTES * each.linear_layers if quantized else 0
-    return float((predicted - maps - measured) / measured)
+    return float((predicted - each.newer_bitsandbytes - measured) / measured)
 
 
 def current_stack(found: Sequence[Compared]) -> str:

@@ -45,7 +45,7 @@ def command(tmp_path: Path) -> list[str]:
 
 
 @pytest.fixture
-def environment(tmp_path: Path) -> dict[str, str]:
+def own_environment(tmp_path: Path) -> dict[str, str]:
     mine = {
         "PYTHONPATH": str(HERE),
         "TUNEBENCH_CACHE": str(tmp_path / "cache"),
@@ -58,12 +58,12 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture
-def run(command: list[str], environment: dict[str, str], tmp_path: Path) -> Run:
+def run(command: list[str], own_environment: dict[str, str], tmp_path: Path) -> Run:
     def started(*arguments: object) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [*command, *map(str, arguments)],
             cwd=tmp_path,
-            env=environment,
+            env=own_environment,
             capture_output=True,
             text=True,
             timeout=DEADLINE_SECONDS,
@@ -118,17 +118,17 @@ def test_base_cells_of_a_matrix_are_answered_and_implicit_ones_are_not(
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stop_leaves_no_process_behind(
-    command: list[str], environment: dict[str, str], matrix: Path, number: signal.Signals
+    command: list[str], own_environment: dict[str, str], matrix: Path, number: signal.Signals
 ) -> None:
     process = subprocess.Popen(
         [*command, "predict", str(matrix), "--set", f"seed={HANGS}"],
-        env=environment,
+        env=own_environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
-    pids = _pids(Path(environment["STAND_IN_PIDS"]), process)
+    pids = _pids(Path(own_environment["STAND_IN_PIDS"]), process)
     process.send_signal(number)
     out, err = process.communicate(timeout=DEADLINE_SECONDS)
     assert process.returncode == 128 + number

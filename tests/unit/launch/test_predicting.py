@@ -194,4 +194,4 @@ def test_a_line_about_the_work_in_hand() -> None:
     count.begin(3)
     [answer] = predict([lora()], Options(), Silent())
     count.add(answer)
-    assert count.text().startswith("predicting 1/3 · lora r8 attention: 9.00 GiB · 0:0")
+    assert count.text().startswith("predicting 1/3 · lora r8 attention 2 x 512: 9.00 GiB · 0:0")

@@ -106,7 +106,7 @@ def test_a_cell_without_a_prediction_keeps_its_row_and_its_reason() -> None:
     broken = prediction(status="failed", reason="no such internals", memory=PredictedMemory())
     text = predictions_text([broken], NAMES)
     assert "lora r16: failed, no such internals" in text
-    assert text.splitlines()[-1] == "nothing was executed"
+    assert text.splitlines()[-1] == "nothing was predicted"
 
 
 def test_an_expected_time_has_its_interval_and_its_grounds() -> None:

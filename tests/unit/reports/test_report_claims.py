@@ -174,6 +174,22 @@ def test_a_name_that_matches_nothing_is_refuted_with_the_right_number(tmp_path: 
     assert refusal in told.notes
 
 
+def test_counts_go_with_the_rank(tmp_path: Path) -> None:
+    """Simulated once, at rank 16; rank 4 has a quarter of it."""
+    claims = read(
+        tmp_path,
+        "id: a, kind: count, model: llama-2-7b, method: lora, rank: 4, "
+        "target_modules: attention, quantity: trainable_parameters, value: 4194304",
+        "id: b, kind: count, model: llama-2-7b, method: lora, rank: 16, "
+        "target_modules: attention, quantity: adapter_file_mb, value: 67.1",
+    )
+    [cell] = cells_for(claims)
+    known = {cell.cell_id: predicted(cell)}
+    count, file = (answer(claim, known) for claim in claims)
+    assert (count.verdict, count.value) == ("reproduced", 4_194_304)
+    assert (file.verdict, file.value) == ("reproduced", 16_777_216 * 4 / 1e6)
+
+
 def test_what_cannot_be_simulated_is_not_testable(tmp_path: Path) -> None:
     claims = read(tmp_path, f"id: a, {PEAK}, value: 1")
     known = {

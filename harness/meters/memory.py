@@ -29,8 +29,7 @@ def block_bytes(size: int) -> int:
 
 @dataclass(slots=True, eq=False)
 class Storage:
-    """One storage. `category` is what it is known to be; None until somebody tags it. `stream` is
-    the one it was allocated on, where somebody tells; 0 is the default one."""
+    """One storage. `category` is what it is known to be; None until somebody tags it."""
 
     nbytes: int
     op: str
@@ -42,7 +41,6 @@ class Storage:
     category: str | None = None
     born: int = 0
     died: int | None = None
-    stream: int = 0
 
     @property
     def block(self) -> int:

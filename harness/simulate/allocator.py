@@ -35,7 +35,6 @@ class Block:
     size: int
     address: int
     small: bool
-    stream: int = 0
     free: bool = False
     before: Block | None = None
     after: Block | None = None
@@ -74,16 +73,17 @@ class Allocator:
         self.capacity_bytes = capacity_bytes
         self.allocated = self.reserved = self.peak_allocated = self.peak_reserved = 0
         self.retries = 0
-        # Blocks are only handed out again on the stream they were made for.
-        self._pools: dict[tuple[int, bool], _Pool] = {}
+        # torch has such a pair for every stream. Which blocks of another stream are free again is a
+        # matter of timing, so all share one here; against published FSDP runs that errs less.
+        self._small, self._large = _Pool(), _Pool()
         self._next_address = MIB
 
-    def malloc(self, nbytes: int, stream: int = 0) -> Block:
-        """A block of at least `nbytes` (> 0) for work on `stream`. Raises OutOfMemory."""
+    def malloc(self, nbytes: int) -> Block:
+        """A block of at least `nbytes` (> 0). Raises OutOfMemory."""
         size = round_size(nbytes)
         small = size <= SMALL
-        pool = self._pools.setdefault((stream, small), _Pool())
-        block = pool.best_fit(size) or self._new_segment(size, small, stream)
+        pool = self._small if small else self._large
+        block = pool.best_fit(size) or self._new_segment(size, small)
         self._split(block, size, pool)
         self.allocated += block.size
         self.peak_allocated = max(self.peak_allocated, self.allocated)
@@ -91,7 +91,7 @@ class Allocator:
 
     def free(self, block: Block) -> None:
         self.allocated -= block.size
-        pool = self._pools[block.stream, block.small]
+        pool = self._small if block.small else self._large
         if block.before is not None and block.before.free:
             pool.take(block.before)
             _swallow(block.before, block)
@@ -103,13 +103,13 @@ class Allocator:
 
     def release_cached(self) -> None:
         """Give wholly free segments back to the device, as `torch.cuda.empty_cache` does."""
-        for pool in self._pools.values():
+        for pool in (self._small, self._large):
             for block in list(pool.blocks.values()):
                 if block.before is None and block.after is None:
                     pool.take(block)
                     self.reserved -= block.size
 
-    def _new_segment(self, size: int, small: bool, stream: int) -> Block:
+    def _new_segment(self, size: int, small: bool) -> Block:
         segment = segment_size(size)
         if not self._has_room(segment):
             self.release_cached()
@@ -118,7 +118,7 @@ class Allocator:
                 raise OutOfMemory(segment, self.allocated, self.reserved)
         self.reserved += segment
         self.peak_reserved = max(self.peak_reserved, self.reserved)
-        block = Block(segment, self._next_address, small, stream)
+        block = Block(segment, self._next_address, small)
         self._next_address += segment + ROUND_LARGE
         return block
 
@@ -130,7 +130,7 @@ class Allocator:
         if rest < MIN_BLOCK if block.small else rest <= SMALL:
             return
         address = block.address + size
-        remainder = Block(rest, address, block.small, block.stream, False, block, block.after)
+        remainder = Block(rest, address, block.small, False, block, block.after)
         if block.after is not None:
             block.after.before = remainder
         block.after = remainder

@@ -185,10 +185,12 @@ class _FlashFinder(importlib.metadata.DistributionFinder):
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> None:
         return None
 
-    def find_distributions(
-        self, context: Any = importlib.metadata.DistributionFinder.Context()
-    ) -> Iterable[importlib.metadata.Distribution]:
-        if context.name is None or context.name.replace("_", "-").lower() == "flash-attn":
+    def find_distributions(self, context: Any = None) -> Iterable[importlib.metadata.Distribution]:
+        if (
+            context is None
+            or context.name is None
+            or context.name.replace("_", "-").lower() == "flash-attn"
+        ):
             yield _FlashMetadata()
 
 

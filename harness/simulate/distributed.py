@@ -104,10 +104,11 @@ def ranks(cell: Cell) -> Iterator[Layout]:
             layout.begin, layout.step = fsdp.tag_shards, fsdp.tag_gradients
         else:
             stack.enter_context(_environment(zero.environment(cell)))
-            account = stack.enter_context(zero.patched())
+            stack.enter_context(zero.patched())
             layout.load_device = zero.load_device(cell)
-            layout.begin, layout.step = account.begin, account.step
-            layout.host_bytes = account.host_bytes
+            layout.begin, layout.step = zero.tag_shards, zero.tag_gradients
+            layout.host_bytes = zero.host_bytes
+            layout.assumptions.append(zero.BUCKETS)
         yield layout
 
 
@@ -180,7 +181,7 @@ def storages_have_addresses() -> Iterator[None]:
 
     def of_tensor(tensor: torch.Tensor) -> int:
         start = of_storage(tensor.untyped_storage())
-        return start + tensor.storage_offset() * tensor.element_size() if start else 0
+        return start + int(tensor.storage_offset()) * tensor.element_size() if start else 0
 
     with (
         replaced(torch.UntypedStorage, "data_ptr", of_storage),

@@ -54,7 +54,7 @@ def enable() -> None:
         _keep_whole()
     # What torch.cuda's Python side expects of the C side in a build with CUDA.
     if not hasattr(torch._C, "_cuda_getCurrentRawStream"):
-        torch._C._cuda_getCurrentRawStream = lambda device: 0  # type: ignore[attr-defined]
+        torch._C._cuda_getCurrentRawStream = lambda device: 0
     accelerator = torch.accelerator.current_accelerator()
     if accelerator is None or accelerator.type != "cuda":
         raise Unavailable(f"torch {torch.__version__} sees {accelerator} instead of cuda")

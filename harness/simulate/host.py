@@ -14,6 +14,7 @@ from typing import Any, Self
 
 import torch
 
+from harness.simulate import ledger
 from matrices.gpus import Gpu
 
 # As a build with CUDA reports it; libraries compare it with the least they need.
@@ -25,8 +26,7 @@ class _Current(threading.local):
 
 
 class Stream:
-    """Work on a fake device is done when it is asked for, so streams order nothing; but blocks of
-    memory belong to the stream they were allocated on."""
+    """Work on a fake device is done when it is asked for, so streams order nothing."""
 
     def __init__(self, device: Any = None, priority: int = 0, **_: Any) -> None:
         self.device = torch.device("cuda", 0)
@@ -66,11 +66,6 @@ class Stream:
 _stream_ids = itertools.count()
 _current = _Current()
 _default = Stream()
-
-
-def current_stream_id() -> int:
-    """Of the calling thread; 0 is the default stream."""
-    return _current.stream.stream_id if _current.stream is not None else 0
 
 
 def current_stream(device: Any = None) -> Stream:
@@ -135,8 +130,8 @@ def pretend(gpu: Gpu, count: int = 1) -> None:
     _fake_tensors_know_the_device()
     for name, answer in (_properties(gpu, count) | _queues() | _counters(gpu)).items():
         setattr(torch.cuda, name, answer)
-    torch.Tensor.record_stream = _silent()  # type: ignore[method-assign,assignment]
-    torch.accelerator.current_stream = lambda device=None: current_stream(device)  # type: ignore[assignment]
+    torch.Tensor.record_stream = _silent()  # type: ignore[method-assign]
+    torch.accelerator.current_stream = current_stream  # type: ignore[assignment]
     torch.cuda.nvtx.range_push = lambda message: 0
     torch.cuda.nvtx.range_pop = lambda: 0
     # Autocast for cuda turns itself off, without a word, where this says so.
@@ -149,7 +144,7 @@ def _fake_tensors_know_the_device() -> None:
     """FakeTensorMode would start the driver before the first tensor on the device."""
     from torch._subclasses import fake_tensor
 
-    fake_tensor.init_gpu_context = _silent()  # type: ignore[attr-defined]
+    fake_tensor.init_gpu_context = _silent()  # type: ignore[assignment]
     fake_tensor.FakeTensorMode.avoid_device_init = property(lambda mode: True)  # type: ignore[assignment,method-assign]
 
 
@@ -201,7 +196,7 @@ def _queues() -> dict[str, Any]:
 def _counters(gpu: Gpu) -> dict[str, Any]:
     """The ledger counts memory here, not torch; random state is a buffer nobody reads."""
     return {
-        "empty_cache": _silent(),
+        "empty_cache": ledger.release_cached,
         "reset_peak_memory_stats": _silent(),
         "memory_stats": lambda device=None: {},
         "mem_get_info": lambda device=None: (gpu.capacity_bytes, gpu.memory_bytes),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import bitsandbytes as bnb
 import bitsandbytes.functional
@@ -18,6 +18,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from harness import device
 
 _CARRIED = (
     "blocksize",
@@ -44,7 +45,11 @@ class Params4bit(FakeTensor, bnb.nn.Params4bit):
         moved.__class__ = Params4bit
         for name in _CARRIED:
             setattr(moved, name, getattr(self, name))
-        return moved
+        return cast(Params4bit, moved)
+
+    def detach(self) -> Params4bit:
+        """It has no gradient to be detached from, and has to stay one of its kind."""
+        return self
 
     def cuda(self, *_: Any, **__: Any) -> Params4bit:
         return self.to("cuda")
@@ -56,6 +61,10 @@ class Params4bit(FakeTensor, bnb.nn.Params4bit):
 def quantize(module: Any, weight: torch.Tensor) -> None:
     """Give a `Linear4bit` its weight as bitsandbytes quantizes `weight` (out, in) on its device."""
     blank = module.weight
+    place = weight.device
+    if not _has_operators() and place.type == "cpu":
+        # It could not quantize there: that was done on the device, where the state stays.
+        weight = weight.to(device.training_device())
     packed, state = bnb.functional.quantize_4bit(
         weight,
         blocksize=blank.blocksize,
@@ -63,7 +72,7 @@ def quantize(module: Any, weight: torch.Tensor) -> None:
         quant_type=blank.quant_type,
         quant_storage=blank.quant_storage,
     )
-    parameter: Any = torch.nn.Parameter(packed, requires_grad=False)
+    parameter: Any = torch.nn.Parameter(packed.to(place), requires_grad=False)
     parameter.__class__ = Params4bit
     for name in ("blocksize", "compress_statistics", "quant_type", "quant_storage"):
         setattr(parameter, name, getattr(blank, name))
@@ -97,7 +106,7 @@ def pretend() -> Paged:
     functional.prefetch_tensor = _none
     functional.fill = _none
     optimizer.sync_gpu = _none
-    if not hasattr(torch.ops.bitsandbytes, "quantize_4bit"):
+    if not _has_operators():
         _call_nothing(functional)
     bnb.nn.modules.fix_4bit_weight_quant_state_from_module = _state_from_module
     return paged
@@ -108,6 +117,20 @@ def forget() -> None:
     bnb.functional.name2qmap.clear()
 
 
+class _AsItIs(bnb.nn.Params4bit):  # type: ignore[misc]
+    """Makes a plain parameter of a fake tensor, which is FSDP's view of a flat one."""
+
+    def __new__(cls, data: Any = None, *given: Any, **named: Any) -> Any:
+        if isinstance(data, FakeTensor):
+            return torch.nn.Parameter(data, requires_grad=False)
+        return bnb.nn.Params4bit(data, *given, **named)
+
+
+def _has_operators() -> bool:
+    """bitsandbytes 0.46 made torch operators of its functions."""
+    return hasattr(torch.ops.bitsandbytes, "quantize_4bit")
+
+
 class _Silent:
     """A C library whose every function does nothing."""
 
@@ -116,8 +139,9 @@ class _Silent:
 
 
 def _call_nothing(functional: Any) -> None:
-    """Before 0.45 bitsandbytes was no operators but Python around its C library: tensors are
+    """Before its operators bitsandbytes was Python around its C library: tensors are
     allocated there, and addresses handed over."""
+    bnb.nn.modules.Params4bit = _AsItIs
     functional.lib = _Silent()
     functional.get_ptr = _none
     functional.is_on_gpu = lambda tensors: True
@@ -159,9 +183,10 @@ def gemm_4bit(
 ) -> Any:
     """The fused product as the CUDA backend computes it for many rows: the whole weight is
     dequantized first (`_dequant_linear_fallback` in bitsandbytes' backends/cuda/ops.py)."""
+    scales = []
     if absmax_8bit is not None:
-        plain = torch.empty_like(absmax_8bit, dtype=torch.float32)
-        absmax = plain + absmax_offset
-        del plain
+        # Both are there until the product is done.
+        scales.append(torch.empty_like(absmax_8bit, dtype=torch.float32))
+        scales.append(scales[0] + absmax_offset)
     weight = torch.empty(shape, dtype=a.dtype, device=a.device)
     return torch.ops.aten.linear(a, weight, bias)

@@ -16,8 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from harness.meters.memory import Ledger, Storage
-from harness.simulate import host
+from harness.meters.memory import Event, Ledger, Storage
 from harness.simulate.fast_fake import FastFake
 
 if TYPE_CHECKING:
@@ -39,6 +38,10 @@ _DEVICE = torch.ops.prim.device.default
 
 def _ask(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     return func(*args, **kwargs)
+
+
+# Stands in an event for the moment at which cached blocks went back to the device.
+RELEASED = Storage(0, "empty_cache", (), "", "", "", "")
 
 
 class SimulatedLedger(Ledger):
@@ -180,6 +183,11 @@ class SimulatedLedger(Ledger):
                 break
         self.gone(storage)
 
+    def release_cached(self) -> None:
+        """The program called `torch.cuda.empty_cache()`."""
+        if not (self._paused or self.closed):
+            self.events.append(Event(RELEASED, 0, self.phase, self.visit))
+
     def _take_workspace(self, args: Any) -> None:
         thread = threading.get_ident()
         if self._paused or not self.workspace_bytes or thread in self._multiplied:
@@ -200,11 +208,6 @@ class SimulatedLedger(Ledger):
 
     def _storage(self, nbytes: int, op: str) -> Storage:
         return Storage(nbytes, op, (nbytes,), "uint8", self.module, self.phase, "", born=self.visit)
-
-    def _note(self, storage: Storage, delta: int) -> None:
-        if delta > 0:
-            storage.stream = host.current_stream_id()
-        super()._note(storage, delta)
 
     def resized(self, raw: torch.UntypedStorage) -> None:
         """A storage has another size now: the old block is freed, a new one is taken."""
@@ -266,6 +269,11 @@ def all_paused() -> Iterator[None]:
         for ledger in _followers:
             stack.enter_context(ledger.paused())
         yield
+
+
+def release_cached() -> None:
+    for ledger in _followers:
+        ledger.release_cached()
 
 
 _resize = torch.UntypedStorage.resize_

@@ -33,7 +33,7 @@ def before_imports(gpu: Gpu | None, count: int = 1) -> None:
 
 
 def after_imports() -> kbit.Paged:
-    """What the imported stack needs to run on fake tensors; returns the account of managed memory."""
+    """What the imported stack needs on fake tensors; returns the account of managed memory."""
     from harness.simulate import kbit
 
     foreach_takes_fake_tensors()
@@ -57,7 +57,7 @@ def foreach_takes_fake_tensors() -> None:
 
 def swap_forgets_conversions() -> None:
     """`Module.to` exchanges parameters in place and refuses those with weak references to them;
-    the fake mode's memory of conversions holds such, and a `.to` that changes nothing is a no-op."""
+    the fake mode's memory of conversions holds such. A `.to` that changes nothing is a no-op."""
     swap = torch.utils.swap_tensors
 
     def forgetting(left: Any, right: Any) -> None:
@@ -111,4 +111,4 @@ def values_go_over_from_the_host() -> None:
         requires_grad = kwargs.pop("requires_grad", False)
         return make(data, **kwargs).to(device).requires_grad_(requires_grad)
 
-    torch.tensor = made
+    torch.tensor = made  # type: ignore[assignment]

@@ -133,6 +133,8 @@ def _train(row: Measurement) -> Train:
         # What transformers 4 did by itself.
         use_reentrant=row.columns["grad_ckpt"] == "True",
         autocast=mixed == "bf16",
+        # Counted by the trainer itself, which empties the allocator's cache before the first step.
+        sft_config={"skip_memory_metrics": False},
     )
 
 

@@ -61,7 +61,7 @@ class Repeats:
 
     def _called(self, site: Site, *args: Any, **kwargs: Any) -> Any:
         hidden = args[0] if args else kwargs.get("hidden_states")
-        if not isinstance(hidden, FakeTensor) or _saves_elsewhere():
+        if not isinstance(hidden, FakeTensor) or self._inside_checkpoint():
             return site.original(*args, **kwargs)
         self.finish()
         if site.kind is None:
@@ -72,7 +72,7 @@ class Repeats:
         key = (site.kind, self._surroundings(), hidden.is_leaf, site.grads(), inputs)
         call = Call(site, key)
         forward = self._forwards.get(key)
-        if forward is None or site.always_runs():
+        if forward is None or site.always_runs() or not hidden.requires_grad:
             self.ran += 1
             return self._run(call, hidden, args, kwargs)
         self.played += 1
@@ -81,13 +81,15 @@ class Repeats:
         call.sample.followers.append(call)
         if _holds_input(call.sample):
             call.held = hidden.untyped_storage()
-        if torch.is_grad_enabled() and hidden.requires_grad:
-            out = _Played.apply(hidden, self, call, forward)
-        elif torch.is_grad_enabled():
-            raise Unrepeatable(f"{site.name} is trained on an input without gradient")
-        else:
-            out = self._play_forward(call, forward)
+        out = _Played.apply(hidden, self, call, forward)
         return (out, *[None] * (forward.wrapped - 1)) if forward.wrapped else out
+
+    def _inside_checkpoint(self) -> bool:
+        """Whether this is not the layer's whole pass: a checkpoint outside of it (transformers
+        before 4.53) or offloading decides what becomes of its activations. Then all layers run."""
+        if not torch.is_grad_enabled() or self._ledger.phase != "forward":
+            return True
+        return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
     def _surroundings(self) -> tuple[Any, ...]:
         kind = self._ledger.device_type
@@ -266,14 +268,17 @@ class Repeats:
                 tensor = made.get(number)
                 if tensor is not None:
                     ledger.adopt(tensor, storage)
+                    call.adopted.add(number)
                 else:
                     ledger.born(storage)
             elif isinstance(which, str):
                 ledger.let_go(call.players[which])
-            elif call.storages[which].died is None:
-                ledger.gone(call.storages[which])
-            else:
+            elif call.storages[which].died is not None:
                 raise Unrepeatable(f"{call.site.name} was to free a storage that is gone")
+            elif which in call.adopted:
+                ledger.let_go(call.storages[which])
+            else:
+                ledger.gone(call.storages[which])
 
 
 class _Played(torch.autograd.Function):
@@ -324,8 +329,3 @@ def _holds_input(sample: Call) -> bool:
     if sample.input_dead is not None:
         return not sample.input_dead
     return sample.input is not None and sample.input.died is None
-
-
-def _saves_elsewhere() -> bool:
-    """Whether what autograd saves is taken away (a checkpoint outside of the layer, offloading)."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None

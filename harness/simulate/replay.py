@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from harness.meters.memory import TRAINING_PHASES, Event, Storage
 from harness.simulate.allocator import Allocator, Block, OutOfMemory
+from harness.simulate.ledger import RELEASED
 
 
 @dataclass(frozen=True)
@@ -77,9 +78,11 @@ class _Live:
 
     def apply(self, event: Event) -> None:
         storage, delta = event.storage, event.delta
+        if storage is RELEASED and self._allocator is not None:
+            self._allocator.release_cached()
         if delta > 0:
             if self._allocator is not None:
-                block = self._blocks[storage] = self._allocator.malloc(delta, storage.stream)
+                block = self._blocks[storage] = self._allocator.malloc(delta)
                 delta = block.size
             self._sizes[storage] = delta
             self.total += delta

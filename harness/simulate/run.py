@@ -91,7 +91,7 @@ def simulate(cell: Cell, gpu: Gpu | None, on_cuda: bool, paged: kbit.Paged) -> S
     """As `_simulate`, with repeated layers played back where they turn out to be alike."""
     before = paged.nbytes
     try:
-        return _simulate(cell, gpu, on_cuda, paged, repeat.on and cell.devices == 1)
+        return _simulate(cell, gpu, on_cuda, paged, repeat.on and cell.parallelism == "single")
     except repeat.Unrepeatable as error:
         print(f"tunebench: note: every layer is run: {error}", file=sys.stderr)
     paged.nbytes = before

@@ -91,6 +91,7 @@ class Call:
         self.roles: dict[Storage, str] = {}
         # Of a layer that is played back: who plays the roles, and what it holds of its input.
         self.players: dict[str, Storage] = {}
+        self.adopted: set[int] = set()
         self.held: Any = None
         # Whoever is played back follows the last that ran in what becomes of its storages.
         self.sample: Call | None = None

@@ -121,7 +121,7 @@ def _replace_linears(model: Any, cell: Cell) -> None:
     config = quantization_config(cell.quantization, cell.model.compute_dtype)
     quantizer = Bnb4BitHfQuantizer(config, pre_quantized=False)
     place = device.training_device()
-    extra = {"keep_in_fp32_modules": []} if TRANSFORMERS < (5, 0) else {}
+    extra: dict[str, Any] = {"keep_in_fp32_modules": []} if TRANSFORMERS < (5, 0) else {}
     with torch.device("meta"):
         quantizer.preprocess_model(model=model, device_map={"": place}, **extra)
     model.hf_quantizer = quantizer

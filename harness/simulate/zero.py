@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO on a fake device: what accelerate's launcher would say, and what DeepSpeed needs."""
+"""DeepSpeed ZeRO on a fake device: what accelerate's launcher would say, and what it needs."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from harness.meters.memory import tensors_by_category
 from harness.simulate.ledger import SimulatedLedger
 from harness.simulate.replacing import replaced
 from matrices.cell import Cell
 from matrices.errors import UserError
 
+BUCKETS = (
+    "DeepSpeed's buckets have its default sizes (reduce_bucket_size: 5e8 elements), which "
+    "accelerate's launcher leaves as they are"
+)
 STAGES = {"zero1": 1, "zero2": 2, "zero3": 3, "zero3-offload": 3}
 
 
@@ -49,29 +52,40 @@ def load_device(cell: Cell) -> torch.device | None:
     return torch.device("cpu") if STAGES[cell.parallelism] == 3 else None
 
 
-class Account:
-    """What the engine asks about the shards."""
+def tag_shards(ledger: SimulatedLedger, model: Any) -> None:
+    """Parameters that are whole, and the parts of those that are divided."""
+    for name, parameter in model.named_parameters():
+        kind = "adapters" if ".lora_" in name else "weights"
+        if getattr(parameter, "quant_state", None) is not None:
+            kind = "quantized_weights"
+        for tensor in (parameter.data, getattr(parameter, "ds_tensor", None)):
+            if tensor is not None and tensor.numel():
+                ledger.tag(tensor, kind)
 
-    def begin(self, ledger: SimulatedLedger, model: Any) -> None:
-        pass
 
-    def step(self, ledger: SimulatedLedger, optimizer: Any) -> None:
-        pass
+def tag_gradients(ledger: SimulatedLedger, optimizer: Any) -> None:
+    """The optimizer trains fp32 copies of its part: they are its own, beside Adam's two states."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            ledger.tag(parameter.data, "optimizer_states")
+            if parameter.grad is not None:
+                ledger.tag(parameter.grad, "gradients")
 
-    def host_bytes(self) -> int:
-        """Of all tensors in host memory that are alive now; their storages count once."""
-        found = {}
-        for each in gc.get_objects():
-            if isinstance(each, FakeTensor) and each.device.type == "cpu":
-                raw = each.untyped_storage()
-                found[raw._cdata] = raw.nbytes()
-        return sum(found.values())
+
+def host_bytes() -> int:
+    """Bytes of all tensors in host memory that are alive now; shared storages count once."""
+    found = {}
+    for each in gc.get_objects():
+        if isinstance(each, FakeTensor) and each.device.type == "cpu":
+            raw = each.untyped_storage()
+            found[raw._cdata] = raw.nbytes()
+    return sum(found.values())
 
 
 @contextlib.contextmanager
-def patched() -> Iterator[Account]:
-    with ranks_agree(), weights_arrive_divided():
-        yield Account()
+def patched() -> Iterator[None]:
+    with ranks_agree(), weights_arrive_divided(), adam_on_the_host():
+        yield
 
 
 @contextlib.contextmanager
@@ -110,4 +124,25 @@ def weights_arrive_divided() -> Iterator[None]:
         return initialize(*args, model=model, **kwargs)
 
     with replaced(deepspeed, "initialize", divided):
+        yield
+
+
+class HostAdam(torch.optim.AdamW):
+    """DeepSpeedCPUAdam without its compiled step: the same two fp32 states per parameter."""
+
+    def __init__(self, params: Any, **options: Any) -> None:
+        known = ("lr", "betas", "eps", "weight_decay")
+        super().__init__(params, **{key: options[key] for key in known if key in options})
+
+
+@contextlib.contextmanager
+def adam_on_the_host() -> Iterator[None]:
+    """With the optimizer offloaded, accelerate takes DeepSpeed's own Adam, which is compiled for
+    this machine's CPU the first time it is used."""
+    import deepspeed.ops.adam
+    import deepspeed.runtime.zero.stage3 as stage3
+
+    with contextlib.ExitStack() as stack:
+        for owner in (deepspeed.ops.adam, stage3):
+            stack.enter_context(replaced(owner, "DeepSpeedCPUAdam", HostAdam))
         yield

@@ -10,6 +10,7 @@ models. DIR has a DeepSpeed that need not be in this environment
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +30,7 @@ from launch.stacks import Overlay, overlay  # noqa: E402
 DATA = ROOT / "tests" / "data" / "published_measurements"
 STACK = (
     "transformers==4.48.1,peft==0.13.2,accelerate==1.0.1,trl==0.13.0,tokenizers==0.21.4,"
-    "huggingface_hub==0.36.0"
+    "huggingface_hub==0.36.0,bitsandbytes==0.43.3"
 )
 
 
@@ -47,11 +48,10 @@ def main() -> None:
     show = show_for_stderr()
     then = predict(cells, Options(overlay=overlay(arguments.stack, show.message)), show)
     now = predict(cells, Options(overlay=Overlay()), show)
-    document = text.document(
-        told,
-        text.Compared.of(rows, then, now, told),
-        other_tools(rows, vocabulary, arguments.deepspeed),
-    )
+    # DeepSpeed logs to standard output.
+    with contextlib.redirect_stdout(sys.stderr):
+        others = other_tools(rows, vocabulary, arguments.deepspeed)
+    document = text.document(told, text.Compared.of(rows, then, now), others)
     print(document, end="")
 
 

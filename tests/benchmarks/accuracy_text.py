@@ -12,7 +12,6 @@ from harness.simulate.published import Measurement
 
 Other = Mapping[tuple[str, int], Mapping[str, int]]
 VERSIONS = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes")
-NEWER = "bitsandbytes 0.50"
 LARGE = 100 * 10**6
 
 
@@ -23,18 +22,12 @@ class Compared:
     row: Measurement
     then: Prediction
     now: Prediction
-    newer_bitsandbytes: int
 
     @classmethod
     def of(
-        cls,
-        rows: Sequence[Measurement],
-        then: Sequence[Prediction],
-        now: Sequence[Prediction],
-        source: Mapping[str, Any],
+        cls, rows: Sequence[Measurement], then: Sequence[Prediction], now: Sequence[Prediction]
     ) -> list[Compared]:
-        found = zip(rows, then, now, strict=True)
-        return [cls(row, *made, _newer(row, source["bitsandbytes"])) for row, *made in found]
+        return [cls(*each) for each in zip(rows, then, now, strict=True)]
 
     @property
     def name(self) -> list[str]:
@@ -73,9 +66,12 @@ def introduction(source: Mapping[str, Any], found: Sequence[Compared]) -> str:
 
 {len(found)} published measurements, each set against what Tunebench predicts for the same
 configuration. *Predicted* was computed by simulation on a machine without a GPU; *measured* are the
-figures published by [fms-acceleration]({source["source"]}) ({source["license"]}):
-{source["measured"]}. Peak is `torch.cuda.max_memory_allocated()` during training on rank 0, steady
-`memory_allocated()` at its end. All figures are bytes.
+figures published by
+[fms-acceleration]({source["source"]})
+({source["license"]}):
+{source["measured"]}.
+Peak is `torch.cuda.max_memory_allocated()` during training on rank 0, steady `memory_allocated()`
+at its end. All figures are bytes.
 
 This page is written by `python tests/benchmarks/accuracy.py`, the measured rows are
 [`tests/data/published_measurements.csv`](../../tests/data/published_measurements.csv), and
@@ -95,44 +91,22 @@ def measured_stack(source: Mapping[str, Any], found: Sequence[Compared]) -> str:
         )
     return f"""## Under the versions that were measured
 
-Executed: {versions(found[0].then)}. torch and bitsandbytes are newer than what was measured.
+Executed: {versions(found[0].then)}. Only torch is newer than what was measured.
 
 {table(heads, [*LEFT, *["---:"] * 8], rows)}
 
 {worst(found)}
 
-{bitsandbytes(source["bitsandbytes"])}
-* **Blocks**: torch gives a request a free block whole when less than 1 MiB would be left of it, so
-  where a block lay before moves a figure by up to 1 MiB. That is what is left of the differences
-  on one GPU.
+* **Blocks**: torch hands out a free block whole when no more than 1 MiB of it would be left over,
+  so a tensor may hold up to 1 MiB more than its size, depending on what was freed before it came.
+  Row 071 differs by twice what a cuBLAS workspace of 8.125 MiB leaves of a block of 9 MiB, 917,504
+  bytes each: much for a steady state of less than a gigabyte. Mistral's tensors have sizes that
+  leave nothing over, and its rows agree to the byte.
+* **bitsandbytes** is executed as it was measured, and matters: under 0.50.2 every 4-bit layer keeps
+  a code map of its own (1,024 bytes) that 0.43.3 shared.
 * **Steady under FSDP** holds the gradient shard on both sides: FSDP1 drops it when it next gathers
   the parameters, which after the last step it never does.
 {vocabularies(source)}"""
-
-
-def bitsandbytes(differences: Mapping[str, Any]) -> str:
-    """What the newer one holds more on QLoRA rows, by model."""
-    lines = []
-    for name, entry in differences.items():
-        each = "; ".join(
-            f"{model.rpartition('/')[2]} {signed(number)} bytes"
-            for model, number in entry["bytes"].items()
-            if number
-        )
-        lines.append(
-            f"* **QLoRA, {name.replace('_', ' ')} of bitsandbytes**: {entry['how'].strip()}. "
-            f"Predicted under {NEWER} the rows therefore read {each}."
-        )
-    return "\n".join(lines)
-
-
-def _newer(row: Measurement, differences: Mapping[str, Any]) -> int:
-    if row.columns["method"] != "qlora":
-        return 0
-    more: int = differences["code_maps"]["bytes"][row.model_id]
-    if row.devices == 1:
-        more += differences["biases"]["bytes"][row.model_id]
-    return more
 
 
 def vocabularies(source: Mapping[str, Any]) -> str:
@@ -144,21 +118,21 @@ def vocabularies(source: Mapping[str, Any]) -> str:
 
 
 def worst(found: Sequence[Compared]) -> str:
-    """The largest errors, without what the newer bitsandbytes holds more."""
+    """The largest errors, and how many rows have none."""
     parts = []
     for gpus, told in ((1, "one GPU"), (2, "two GPUs")):
         mine = [each for each in found if each.row.devices == gpus]
-        peak = max(abs(corrected(each, "peak_allocated_bytes")) for each in mine)
-        steady = max(abs(corrected(each, "steady_allocated_bytes")) for each in mine)
+        peak = max(abs(error(each, "peak_allocated_bytes")) for each in mine)
+        steady = max(abs(error(each, "steady_allocated_bytes")) for each in mine)
         parts.append(f"{told}: peak {percent(peak)}, steady {percent(steady)}")
-    return f"Largest error, the newer bitsandbytes' difference aside: {'; '.join(parts)}."
+    exact = sum(error(each, "peak_allocated_bytes") == 0 for each in found)
+    return f"{exact} of {len(found)} peaks agree to the byte. Largest error, {'; '.join(parts)}."
 
 
-def corrected(each: Compared, figure: str) -> float:
-    """Relative error without what the newer bitsandbytes holds more."""
+def error(each: Compared, figure: str) -> float:
+    """Relative: predicted over measured, less one."""
     measured = getattr(each.row, figure)
-    predicted = getattr(each.then.memory, figure)
-    return float((predicted - each.newer_bitsandbytes - measured) / measured)
+    return float((getattr(each.then.memory, figure) - measured) / measured)
 
 
 def current_stack(found: Sequence[Compared]) -> str:
@@ -193,11 +167,42 @@ def what_changed(found: Sequence[Compared]) -> str:
     ]
     return f"""### What changed, tensor by tensor
 
-{CHANGED}
+{changes(found, each)}
 
 Row {each.name[0]}, tensors above {LARGE // 10**6} MB:
 
 {table(heads, [":---", ":---", ":---", "---:", "---:"], rows)}"""
+
+
+def changes(found: Sequence[Compared], lora: Compared) -> str:
+    """What moved between the two stacks, told with the figures of the rows above."""
+    full = min(
+        (each for each in found if each.now.memory.by_category.get("logits_and_loss")),
+        key=lambda each: (each.row.devices, each.row.row_id),
+    )
+    prepared = next(each for each in found if "norms fp32" in each.row.columns["param_dtype"])
+    weights = [p.memory.by_category["weights"] for p in (prepared.then, prepared.now)]
+    return f"""\
+**The loss.** Under transformers 4.48 a LoRA or QLoRA step peaks where the loss is computed: the
+logits are there four times, in bf16 as the head makes them and in fp32 converted, shifted and after
+log-softmax, 14 bytes for each token and vocabulary entry ({gigabytes(logits(lora.then))} in row
+{lora.name[0]}). TRL 1.16 computes head and loss tile by tile, at most 4096 tokens by 32,768
+vocabulary entries, so no tensor of all logits exists any more; what it holds in their place does
+not grow with the batch ({gigabytes(logits(full.now))} in row {full.name[0]}). Where the logits were
+larger than that the peak falls and moves on to the backward pass of the last layer, with its
+recomputed activations; where they were smaller (the short batches of santacoder) it rises.
+**Unchanged** is full fine-tuning of Mistral: its peak is the optimizer step, 10 bytes a parameter.
+**k-bit preparation** makes embeddings and head fp32; TRL 0.13 cast them back, TRL 1.16 does not
+({gigabytes(weights[0])} of unquantized weights then, {gigabytes(weights[1])} now, row
+{prepared.name[0]}). **QLoRA adapters** and their optimizer states are bf16 now and were fp32."""
+
+
+def logits(prediction: Prediction) -> int:
+    return prediction.memory.by_category.get("logits_and_loss", 0)
+
+
+def gigabytes(number: int) -> str:
+    return f"{number / 1e9:.2f} GB"
 
 
 def grouped(tensors: Iterable[LiveTensor]) -> dict[tuple[str, str, str], int]:
@@ -271,7 +276,6 @@ def table(heads: Sequence[str], rules: Sequence[str], rows: Iterable[Sequence[st
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-CHANGED = """TODO"""
 WHY_THEY_DIFFER = """\
 * **accelerate** multiplies the bytes of the parameters: four times the model in fp32 (weights,
   gradients, two Adam states), and for mixed precision the largest of weights, gradients and states,

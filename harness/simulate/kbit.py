@@ -117,7 +117,7 @@ def forget() -> None:
     bnb.functional.name2qmap.clear()
 
 
-class _AsItIs(bnb.nn.Params4bit):  # type: ignore[misc]
+class _AsItIs(bnb.nn.Params4bit):
     """Makes a plain parameter of a fake tensor, which is FSDP's view of a flat one."""
 
     def __new__(cls, data: Any = None, *given: Any, **named: Any) -> Any:

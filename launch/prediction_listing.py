@@ -88,9 +88,9 @@ def stack_text(stack: Mapping[str, str]) -> str:
 def device_text(prediction: Prediction) -> str:
     """The simulated device, and how far off to expect the figures."""
     if prediction.engine == "fake-cpu":
-        name = "a fake CPU"
+        name = "tensors of a simulated CPU"
     else:
-        name = f"a fake {prediction.device}" if prediction.device else "a fake CUDA device"
+        name = f"a simulated {prediction.device or 'CUDA device'}"
     margin = f" (±{100 * prediction.margin:.2g} %)" if prediction.margin else ""
     return name + margin
 

@@ -97,7 +97,7 @@ def test_the_table_and_what_it_rests_on() -> None:
     ]  # fmt: skip
     assert lines[3:] == [
         "1 predicted; every figure is predicted, none measured",
-        "executed: transformers 5.23.0, torch 2.13.0 · on a fake t4 (±0.2 %)",
+        "executed: transformers 5.23.0, torch 2.13.0 · on a simulated t4 (±0.2 %)",
         "assumptions: no padding",
     ]
 
@@ -126,7 +126,7 @@ def test_an_expected_time_has_its_interval_and_its_grounds() -> None:
 def test_assumptions_of_some_cells_only_are_announced() -> None:
     other = prediction(assumptions=["no padding", "balanced routing"])
     assert "assumptions: no padding (more with --explain)" in footer([prediction(), other])
-    assert "a fake CPU" in footer([prediction(engine="fake-cpu", device=None)])
+    assert "a simulated CPU" in footer([prediction(engine="fake-cpu", device=None)])
 
 
 def test_a_cell_in_full() -> None:

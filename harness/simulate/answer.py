@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from harness.meters.memory import category
 from harness.meters.steps import TOP_TENSORS
 from harness.prediction import (
@@ -101,11 +99,7 @@ def _memory(found: Simulated, pooled: bool) -> PredictedMemory:
     )
 
 
-def verdicts(found: Simulated, gpus: Sequence[Gpu]) -> list[Verdict]:
-    return [_verdict(found, gpu) for gpu in gpus]
-
-
-def _verdict(found: Simulated, gpu: Gpu) -> Verdict:
+def verdict(found: Simulated, gpu: Gpu) -> Verdict:
     """The same allocations behind an allocator with that GPU's room."""
     walked = replay.walk(found.events, Allocator(gpu.capacity_bytes))
     made = Verdict(

@@ -32,6 +32,12 @@ def before_imports(gpu: Gpu | None, count: int = 1) -> None:
         attention.choose_sdpa_kernel(gpu.compute_capability)
 
 
+def become(gpu: Gpu) -> None:
+    """Tell the libraries of another GPU than before."""
+    host.pretend(gpu)
+    attention.choose_sdpa_kernel(gpu.compute_capability)
+
+
 def after_imports() -> kbit.Paged:
     """What the imported stack needs on fake tensors; returns the account of managed memory."""
     from harness.simulate import kbit

@@ -87,6 +87,11 @@ def cublas_bytes(gpu: Gpu) -> int:
     return CUBLAS_HOPPER_BYTES if gpu.compute_capability[0] == 9 else CUBLAS_BYTES
 
 
+def kind(gpu: Gpu) -> tuple[int, bool]:
+    """GPUs of one kind allocate alike: equal workspaces, and flash attention or none."""
+    return cublas_bytes(gpu), gpu.compute_capability >= (8, 0)
+
+
 def simulate(cell: Cell, gpu: Gpu | None, on_cuda: bool, paged: kbit.Paged) -> Simulated:
     """As `_simulate`, with repeated layers played back where they turn out to be alike."""
     before = paged.nbytes

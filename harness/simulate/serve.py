@@ -13,14 +13,17 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
-from harness.prediction import Engine, Prediction, Request
+from harness.prediction import Engine, Prediction, Request, Verdict
 from harness.simulate import check, fake_cuda, patches, stack
 from matrices.cell import Cell, canonical_json
 from matrices.errors import UserError
 from matrices.gpus import Gpu
 from matrices.gpus import gpu as gpu_named
+
+if TYPE_CHECKING:
+    from harness.simulate.run import Simulated
 
 DEFAULT_GPU = "a100-80gb"
 
@@ -185,6 +188,23 @@ class _Child:
         return Prediction.model_validate_json(self.said)
 
 
+def _verdicts(cell: Cell, setting: Setting, found: Simulated) -> list[Verdict]:
+    """Of every GPU asked about. One with other kernels or workspaces than the simulated GPU's is
+    simulated too; the rest differ in room alone."""
+    from harness.simulate import answer, run
+
+    simulated = {run.kind(setting.gpu): found} if setting.gpu is not None else {}
+    made = []
+    for gpu in setting.judge:
+        if run.kind(gpu) not in simulated:
+            on_cuda = setting.engine == "fake-cuda"
+            if on_cuda:
+                patches.become(gpu)
+            simulated[run.kind(gpu)] = run.simulate(cell, gpu, on_cuda, setting.paged)
+        made.append(answer.verdict(simulated[run.kind(gpu)], gpu))
+    return made
+
+
 def _answer(cell: Cell, setting: Setting) -> Prediction:
     """Simulate in this (forked) process. Mistakes of the user's and failures become answers."""
     from harness.simulate import answer
@@ -194,7 +214,7 @@ def _answer(cell: Cell, setting: Setting) -> Prediction:
     try:
         found = simulate(cell, setting.gpu, on_cuda, setting.paged)
         made = answer.prediction(cell, found, setting.engine, setting.gpu, stack.versions())
-        made.verdicts = answer.verdicts(found, setting.judge)
+        made.verdicts = _verdicts(cell, setting, found)
     except UserError as error:
         return answer.refused(cell, "invalid", str(error), stack.versions())
     except Exception as error:

@@ -95,9 +95,8 @@ def calibration(
     tunebench calibration results/
     tunebench calibration results/my-sweep --json | jq '.[].memory.worst'
     """
-    from reports.calibration import calibration_text, families
-
     from launch.console import print_json
+    from reports.calibration import calibration_text, families
     from reports.results import load_records
 
     found = families(load_records(results))

@@ -60,7 +60,7 @@ def test_a_killed_worker_keeps_its_steps_and_the_same_command_goes_on(
     )
     results = tmp_path / "results/long"
     first = subprocess.Popen(
-        [sys.executable, "-m", "launch.cli", "run", "long.yaml"],
+        [sys.executable, "-m", "launch.cli", "run", "long.yaml", "--no-predict"],
         cwd=tmp_path,
         env=environment,
         stdout=subprocess.PIPE,
@@ -76,7 +76,7 @@ def test_a_killed_worker_keeps_its_steps_and_the_same_command_goes_on(
     assert 0 < len(killed.speed.step_seconds) < 60
     assert killed.memory.peak_bytes is not None
 
-    second = tunebench("run", "long.yaml", cwd=tmp_path)
+    second = tunebench("run", "long.yaml", "--no-predict", cwd=tmp_path)
     assert second.code == 0, second.err
     found = {r.attempt: r for r in map(read_record, results.glob("*/record.json"))}
     assert found[1] == killed, "the first attempt is kept as it was"
@@ -119,7 +119,7 @@ def test_a_local_model_directory_scores_as_the_packaged_model(
         "model: ./mine\nmethod: base\n"
         "evaluate: {tasks: [python_reference_bpb, python_reference_topic], limit: 8}\n"
     )
-    ran = tunebench("run", "local.yaml", cwd=tmp_path)
+    ran = tunebench("run", "local.yaml", "--no-predict", cwd=tmp_path)
     assert ran.code == 0, ran.err
     [record] = [read_record(path) for path in (tmp_path / "results/local").glob("*/record.json")]
     assert record.cell.model.fingerprint
@@ -185,7 +185,7 @@ def test_an_installed_wheel_runs_from_any_directory(
 
     assert "quickstart" in run("matrices")
     assert "12 run" in run("plan", "quickstart", "--no-predict")
-    run("run", "tiny.yaml")
+    run("run", "tiny.yaml", "--no-predict")
     [record] = [r for r in _records(tmp_path) if r.cell.method == "lora"]
     assert record.status == "ok"
     assert record.stack.commit is None, "an installation is not a checkout"

@@ -228,6 +228,22 @@ def test_records_are_complete_enough_to_rerun(sweep: Sweep) -> None:
         assert record.ended is not None
 
 
+def test_every_trained_record_carries_its_prediction_which_agrees(sweep: Sweep) -> None:
+    """Predicted on fake CPU tensors before the run, measured by the ledger in it."""
+    trained = [record for record in sweep.records.values() if record.cell.train is not None]
+    assert trained
+    for record in trained:
+        if record.status != "ok":
+            continue
+        assert record.prediction is not None, record.missing
+        assert record.prediction.engine == "fake-cpu"
+        assert record.prediction.error is not None
+        # bitsandbytes' 8-bit Lion keeps a code table that only the real one makes.
+        assert abs(record.prediction.peak_allocated_bytes - record.memory.peak_bytes) <= 1024, (
+            record.cell
+        )
+
+
 def test_the_same_command_again_runs_nothing(sweep: Sweep, tunebench: Command) -> None:
     before = {p: p.read_bytes() for p in (sweep.directory / "results").rglob("record.json")}
     plan = json.loads(
@@ -244,7 +260,7 @@ def test_the_recorded_command_gives_the_same_losses_and_scores(
     """`rerun` goes through the recorded `accelerate launch`; the forked worker and the one started
     by hand agree to the last digit."""
     first = sweep.records[403]
-    ran = tunebench("rerun", str(sweep.path(403)), cwd=sweep.directory)
+    ran = tunebench("rerun", "--no-predict", str(sweep.path(403)), cwd=sweep.directory)
     assert ran.code == 0, ran.err[-2000:]
     again = read_record(Path(ran.out.strip().splitlines()[-1]))
     assert again.attempt == 2
@@ -283,7 +299,7 @@ def test_no_memory_is_a_result(tunebench: Command, tmp_path: Path, cache: Path) 
         "resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30)); main()"
     )
     done = subprocess.run(
-        [sys.executable, "-c", limited, "run", "oom.yaml"],
+        [sys.executable, "-c", limited, "run", "oom.yaml", "--no-predict"],
         cwd=tmp_path,
         env=os.environ | {"TUNEBENCH_CACHE": str(cache), "HF_HUB_OFFLINE": "1"},
         capture_output=True,

@@ -259,7 +259,7 @@ def test_what_cannot_be_simulated_is_refused_in_a_line(
 
 def test_another_torch_falls_back_and_says_so(config: Path, tmp_path: Path) -> None:
     # A torch whose engine does not see the device that was made for it.
-    other = "import torch; torch.accelerator.current_accelerator = lambda **_: None"
+    other = "import torch; torch.accelerator.current_accelerator = lambda *_, **__: None"
     request = Request(cells=[cell(config, "lora")], judge=[gpu("rtx-4090")])
     [found] = ask(request, tmp_path, other)
     assert (found.status, found.engine) == ("predicted", "fake-cpu")

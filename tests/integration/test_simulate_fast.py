@@ -53,18 +53,14 @@ def cells(tmp_path_factory: pytest.TempPathFactory) -> list[Cell]:
         cell("full", llama, **REENTRANT),
         cell("full", llama, gradient_accumulation_steps=2, optimizer="adamw_torch_fused"),
         cell("full", llama, **NON_REENTRANT, optimizer="adafactor", autocast=False),
-        cell("lora", llama, autocast=False),
         cell("lora", llama, **REENTRANT, autocast=False, gradient_accumulation_steps=2),
         cell("lora", llama, **NON_REENTRANT, optimizer="adamw_8bit"),
         cell("qlora", llama, **REENTRANT),
-        cell("qlora", llama, **NON_REENTRANT, optimizer="paged_adamw_8bit"),
         cell("qlora", llama, kbit_preparation=False),
         cell("lora", sliding, **REENTRANT),
-        cell("full", sliding, autocast=False),
         cell("lora", shipped("granite-20b-code", n_layer=LAYERS), **NON_REENTRANT),
         # The router's scores leave their layers for the balance loss.
         cell("lora", shipped("mixtral-8x7b", num_hidden_layers=LAYERS), **REENTRANT),
-        cell("lora", shipped("mixtral-8x7b", num_hidden_layers=LAYERS), autocast=False),
     ]
 
 

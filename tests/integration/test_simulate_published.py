@@ -48,8 +48,11 @@ class Compared:
 @pytest.fixture(scope="module")
 def predicted() -> dict[str, Compared]:
     """All rows in one request, under the measured stack, which pip installs into a cache."""
+    show = Silent()
     found = predict(
-        published.cells(ROWS, VOCABULARY), Options(overlay=overlay(STACK), fresh=True), Silent()
+        published.cells(ROWS, VOCABULARY),
+        Options(overlay=overlay(STACK, show.message), fresh=True),
+        show,
     )
     return {row.row_id: Compared(row, made) for row, made in zip(ROWS, found, strict=True)}
 

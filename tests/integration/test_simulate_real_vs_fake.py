@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+from bitsandbytes.optim import GlobalOptimManager
 from conftest import ROOT
 
 from harness.meters.memory import BLOCK_BYTES, block_bytes
@@ -112,6 +113,9 @@ def workspace(
         for name in ("TUNEBENCH_CACHE", "HF_HUB_OFFLINE", "HF_HOME"):
             patch.setenv(name, environment[name])
         yield tmp_path_factory.mktemp("measured")
+    # transformers tells bitsandbytes' one manager which weights (by id) keep 32-bit states; a later
+    # test's weights may get the same ids.
+    GlobalOptimManager.get_instance().initialize()
 
 
 def measure(wanted: Cell, directory: Path) -> Record:

@@ -125,10 +125,10 @@ def _block() -> Callable[..., Any]:
     return block
 
 
-def pretend(gpu: Gpu, count: int = 1) -> None:
-    """Have `torch.cuda` tell of `count` devices like `gpu`."""
+def pretend(gpu: Gpu) -> None:
+    """Have `torch.cuda` tell of one device like `gpu`; with several, a trainer would use them."""
     _fake_tensors_know_the_device()
-    for name, answer in (_properties(gpu, count) | _queues() | _counters(gpu)).items():
+    for name, answer in (_properties(gpu) | _queues() | _counters(gpu)).items():
         setattr(torch.cuda, name, answer)
     torch.Tensor.record_stream = _silent()  # type: ignore[method-assign]
     torch.accelerator.current_stream = current_stream  # type: ignore[assignment]
@@ -148,7 +148,7 @@ def _fake_tensors_know_the_device() -> None:
     fake_tensor.FakeTensorMode.avoid_device_init = property(lambda mode: True)  # type: ignore[assignment,method-assign]
 
 
-def _properties(gpu: Gpu, count: int) -> dict[str, Any]:
+def _properties(gpu: Gpu) -> dict[str, Any]:
     properties = types.SimpleNamespace(
         name=gpu.name,
         major=gpu.compute_capability[0],
@@ -165,7 +165,7 @@ def _properties(gpu: Gpu, count: int) -> dict[str, Any]:
         "is_initialized": lambda: True,
         "init": _silent(),
         "_lazy_init": _silent(),
-        "device_count": lambda: count,
+        "device_count": lambda: 1,
         "current_device": lambda: 0,
         "set_device": _silent(),
         "device": _block(),

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from harness.simulate import kbit
 
 
-def before_imports(gpu: Gpu | None, count: int = 1) -> None:
-    """Pretend to have `count` devices like `gpu`, before transformers looks for them.
+def before_imports(gpu: Gpu | None) -> None:
+    """Pretend to have a device like `gpu`, before transformers looks for them.
 
     bitsandbytes loads its library for the device there really is, so it is imported first. Raises
     fake_cuda.Unavailable.
@@ -27,7 +27,7 @@ def before_imports(gpu: Gpu | None, count: int = 1) -> None:
     importlib.import_module("bitsandbytes")
     if gpu is not None:
         fake_cuda.enable()
-        host.pretend(gpu, count)
+        host.pretend(gpu)
         attention.stand_in_for_flash_attn()
         attention.choose_sdpa_kernel(gpu.compute_capability)
 

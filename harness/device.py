@@ -46,6 +46,14 @@ def has_cuda() -> bool:
     return torch.cuda.is_available()
 
 
+def use_environments_threads() -> None:
+    """Compute with OMP_NUM_THREADS threads: torch read it when it was imported, perhaps in the
+    server that this process was forked from, and ranks share out the processors."""
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    if wanted.isdigit() and int(wanted) > 0 and int(wanted) != torch.get_num_threads():
+        torch.set_num_threads(int(wanted))
+
+
 def synchronize() -> None:
     """Wait for queued kernels, so that a clock read next is true."""
     if has_cuda():

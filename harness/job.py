@@ -13,6 +13,7 @@ from harness import device
 from harness.files import write_atomically
 from harness.meters.steps import Diverged
 from harness.provenance import now
+from harness.rank_state import Reporter, record_path
 from harness.record import Failure, Record, Status
 
 # How often progress is worth a file, seconds.
@@ -24,11 +25,15 @@ class Interrupted(BaseException):
 
 
 class Job:
-    """One cell on its way to a record in `output_dir`."""
+    """One cell, or one rank of it, on its way to a record in `output_dir`."""
 
-    def __init__(self, record: Record, output_dir: Path) -> None:
+    def __init__(
+        self, record: Record, output_dir: Path, rank: int = 0, world_size: int = 1
+    ) -> None:
         self.record = record
         self.output_dir = output_dir
+        self.rank = rank
+        self.reporter = Reporter(output_dir, rank, world_size)
         self._progress_at = 0.0
         record.reason = "still running"
 
@@ -36,16 +41,21 @@ class Job:
         """A new phase begins: what is known so far is on disk before it does."""
         self.record.phase = phase
         self.save()
+        self.reporter.progress(phase=phase, step=None)
         self._progress_at = 0.0
         self.progress(message=message)
 
     def save(self) -> None:
-        write_atomically(self.output_dir / "record.json", self.record.to_json())
+        write_atomically(record_path(self.output_dir, self.rank), self.record.to_json())
+
+    def step(self, number: int) -> None:
+        """An optimizer step has ended."""
+        self.reporter.progress(step=number)
 
     def progress(self, **figures: Any) -> bool:
         """Tell the runner: `step`, `steps`, `loss`, `tokens_per_second`, `message`. At most twice a
-        second; returns whether it was time."""
-        if time.monotonic() - self._progress_at < PROGRESS_SECONDS:
+        second; returns whether it was time. Of several ranks, the first one tells."""
+        if self.rank or time.monotonic() - self._progress_at < PROGRESS_SECONDS:
             return False
         self._progress_at = time.monotonic()
         known: dict[str, Any] = dict.fromkeys(("step", "steps", "loss", "tokens_per_second"))
@@ -60,6 +70,7 @@ class Job:
         self.record.reason = reason
         self.record.ended = now()
         self.save()
+        self.reporter.end(status, reason, self.record.failure)
         return 0 if status == "ok" else 1
 
     def fail(self, error: BaseException) -> int:

@@ -38,21 +38,34 @@ def load_tokenizer(model: Model) -> Any:
     return AutoTokenizer.from_pretrained(name, **keywords)
 
 
-def load_base(cell: Cell) -> Any:
-    """The base model on the training device, in 4 bit when the cell asks for it."""
+def load_base(cell: Cell, place: torch.device | None = None, directory: Path | None = None) -> Any:
+    """The base model on `place`, else on the training device, in 4 bit when the cell asks for it;
+    from `directory` when its weights were trained meanwhile."""
     from transformers import AutoModelForCausalLM
 
-    name, keywords = source(cell.model)
+    name, keywords = source(cell.model) if directory is None else (str(directory), {})
     keywords |= {
         "dtype": device.DTYPES[cell.model.weight_dtype],
         "attn_implementation": cell.model.attn_implementation,
-        "device_map": {"": device.training_device()},
+        "device_map": _device_map(cell, place),
     }
     if cell.quantization is not None:
         keywords["quantization_config"] = quantization_config(
             cell.quantization, cell.model.compute_dtype
         )
     return AutoModelForCausalLM.from_pretrained(name, **keywords)
+
+
+def _device_map(cell: Cell, place: torch.device | None) -> Any:
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    if is_deepspeed_zero3_enabled():
+        # Weights are divided among the ranks as they are read.
+        return None
+    if cell.parallelism == "device-map" and cell.devices > 1:
+        # Layers spread evenly over the devices that are visible, computed one after another.
+        return "balanced"
+    return {"": place or device.training_device()}
 
 
 def quantization_config(quantization: Quantization, compute_dtype: str) -> Any:
@@ -219,12 +232,17 @@ def provenance(model: Model, loaded: Any) -> dict[str, str]:
     return found
 
 
+def whole_numel(parameter: torch.Tensor) -> int:
+    """Elements of a parameter; of one that ZeRO-3 has divided among ranks, of the whole."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """(trainable, total) parameters; a 4-bit weight counts what it stands for, not its bytes."""
     trainable = total = 0
     for parameter in model.parameters():
         state = getattr(parameter, "quant_state", None)
-        size = parameter.numel() if state is None else torch.Size(state.shape).numel()
+        size = whole_numel(parameter) if state is None else torch.Size(state.shape).numel()
         total += size
         trainable += size if parameter.requires_grad else 0
     return trainable, total

@@ -1,6 +1,6 @@
 """What would stop a sweep, found before it starts: models, data, columns, targets, tasks.
 
-Also makes what every cell needs once: the packaged model, downloaded data.
+Also makes what every cell needs once: the packaged model, downloaded data, compiled collectives.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from harness import data, evaluate, model
+from harness import data, evaluate, extensions, model
 from matrices.cell import Adapter, Cell, Data, Evaluate, Model
 from matrices.errors import UserError, nearest
 
@@ -32,6 +32,8 @@ def problems(cells: Sequence[Cell]) -> list[UserError]:
         found += unknown
         if not unknown:
             _checked(found, _check_tasks, recipe)
+    if any(cell.parallelism.startswith("zero") for cell in cells):
+        _checked(found, extensions.load_host_collectives)
     return list({str(error): error for error in found}.values())
 
 

@@ -191,6 +191,8 @@ class Verified(Part):
     adapter_modules: list[str] = Field(default_factory=list)
     adapter_module_count: int | None = None
     attn_implementation: str | None = None
+    distributed_type: str | None = Field(None, description="accelerate's, as found when it trained")
+    world_size: int | None = Field(None, description="ranks found when it trained")
     weight_dtypes: dict[str, int] = Field(
         default_factory=dict, description="parameters by dtype before training"
     )
@@ -232,6 +234,59 @@ class Failure(Part):
     message: str
     phase: str | None = None
     requested_bytes: int | None = None
+
+
+class Communication(Part):
+    """Collectives that one rank called in one optimizer step, by name: how often, and the bytes of
+    the tensors it handed over or received, whichever is more."""
+
+    calls: dict[str, int] = Field(default_factory=dict)
+    bytes: dict[str, int] = Field(default_factory=dict)
+
+
+class RankState(Part):
+    """One rank: where it is (written by itself while it runs), and what only it can know.
+
+    `beat` is when the process last showed that it is alive, `progressed` when it last entered a
+    phase or ended a step: both seconds since the epoch.
+    """
+
+    rank: int
+    world_size: int = 1
+    host: str = ""
+    pid: int | None = None
+    device: str | None = Field(None, description="GPU's UUID, or cpu")
+    phase: str | None = None
+    step: int | None = None
+    beat: float | None = None
+    progressed: float | None = None
+    status: Status | None = Field(None, description="none until it ended")
+    reason: str | None = None
+    failure: Failure | None = None
+    exit_code: int | None = Field(None, description="of its process; negative for a signal")
+    parameter_bytes: int | None = Field(
+        None, description="parameters it holds once the model is prepared for training"
+    )
+    whole_parameter_bytes: int | None = Field(
+        None, description="all parameters of the model, as they were loaded"
+    )
+    tokens: Tokens | None = Field(None, description="its share of speed.tokens")
+    communication: Communication | None = None
+    stack_file: str | None = Field(
+        None, description="where each of its threads stood when it was killed, beside the record"
+    )
+
+
+class Placement(Part):
+    """Who started the cell, and on what. `devices` are GPU UUIDs, or cpu:0, cpu:1..."""
+
+    engine: Literal["by hand", "local", "slurm", "ray"] = "by hand"
+    hosts: list[str] = Field(default_factory=list)
+    devices: list[str] = Field(default_factory=list)
+    job: str | None = Field(None, description="the engine's name of the job")
+    exclusive: bool | None = Field(
+        None, description="whether no other cell ran on the machine meanwhile"
+    )
 
 
 class Stack(Part):
@@ -286,6 +341,11 @@ class Record(Part):
     artifacts: Artifacts = Field(default_factory=Artifacts)
     verified: Verified = Field(default_factory=Verified)
     prediction: RecordedPrediction | None = None
+    ranks: list[RankState] = Field(default_factory=list)
+    placement: Placement = Field(default_factory=Placement)
+    contaminated: list[str] = Field(
+        default_factory=list, description="why its figures are in doubt: what else used its devices"
+    )
     failure: Failure | None = None
     provenance: Provenance = Field(default_factory=Provenance)
     missing: dict[str, str] = Field(

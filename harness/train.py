@@ -115,8 +115,9 @@ def build_trainer(
     return ObservedTrainer(**arguments, observer=where["observer"])
 
 
-def sft_config(cell: Cell, rows: Dataset, course: Course, output_dir: Path) -> SFTConfig:
-    """Every field that changes the run is written out; the library's defaults move."""
+def sft_config(cell: Cell, rows: Dataset | None, course: Course, output_dir: Path) -> SFTConfig:
+    """Every field that changes the run is written out; the library's defaults move. Rows that are
+    prepared need not be known."""
     train, data = _sections(cell)
     autocast = train.autocast
     arguments: dict[str, Any] = {
@@ -152,6 +153,7 @@ def sft_config(cell: Cell, rows: Dataset, course: Course, output_dir: Path) -> S
         arguments["dataset_kwargs"] = {"skip_prepare_dataset": True}
         arguments["max_length"] = None
     else:
+        assert rows is not None
         arguments |= loss_arguments(data, rows.column_names) | {"data_seed": cell.seed}
     known = {field.name for field in dataclasses.fields(SFTConfig)}
     arguments = {

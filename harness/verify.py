@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from harness import device
-from harness.model import alpha, target_modules
+from harness.model import alpha, target_modules, whole_numel
 from harness.record import Verified
 from matrices.cell import Adapter, Cell, Quantization
 
@@ -28,6 +28,10 @@ OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
     "adafactor": ("transformers.Adafactor", {}),
     "sgd": ("torch.SGD", {}),
 }
+
+
+# accelerate puts it in the place of torch's where the optimizer is offloaded.
+HOST_ADAM = "deepspeed.DeepSpeedCPUAdam"
 
 
 class VerificationError(RuntimeError):
@@ -184,7 +188,7 @@ def _verify_weight_dtype(model: nn.Module, cell: Cell) -> None:
 def _findings(model: nn.Module, linear4bit: dict[str, Any], adapters: dict[str, Any]) -> Verified:
     dtypes: Counter[str] = Counter()
     for parameter in model.parameters():
-        dtypes[str(parameter.dtype).removeprefix("torch.")] += parameter.numel()
+        dtypes[str(parameter.dtype).removeprefix("torch.")] += whole_numel(parameter)
     return Verified(
         quantized_modules=len(linear4bit),
         quant_types=sorted({m.weight.quant_state.quant_type for m in linear4bit.values()}),
@@ -197,9 +201,17 @@ def _findings(model: nn.Module, linear4bit: dict[str, Any], adapters: dict[str, 
 
 def verify_optimizer(optimizer: Any, name: str) -> tuple[str, list[str]]:
     """Class that runs, and what replaced what was asked. Raises VerificationError on a mismatch."""
-    inner = getattr(optimizer, "optimizer", optimizer)
+    inner = optimizer
+    # accelerate's wrapper, DeepSpeed's wrapper, DeepSpeed's sharded optimizer.
+    while hasattr(inner, "optimizer"):
+        inner = inner.optimizer
     wanted, attributes = OPTIMIZERS[name]
     found = f"{type(inner).__module__.split('.')[0]}.{type(inner).__name__}"
+    if (found, wanted) == (HOST_ADAM, "torch.AdamW"):
+        said = (
+            f"{name} asked for; DeepSpeed's own Adam for host memory ran, as its states are there"
+        )
+        return found, [said]
     demand(found, wanted, "optimizer class")
     for attribute, value in attributes.items():
         demand(_attribute(inner, attribute), value, f"optimizer {attribute}")

@@ -43,6 +43,7 @@ Parallelism = Literal[
     "zero2",
     "zero3",
     "zero3-offload",
+    "device-map",
 ]
 Scheduler = Literal[
     "linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"
@@ -162,6 +163,12 @@ class Train(Section):
     )
     micro_batch_size: int = Field(2, ge=1, description="per_device_train_batch_size")
     gradient_accumulation_steps: int = Field(1, ge=1, description="micro batches per step")
+    global_batch_size: int | None = Field(
+        None,
+        ge=1,
+        description="samples per optimizer step over all devices; given, it sets "
+        "gradient_accumulation_steps",
+    )
     learning_rate: float = Field(2.0e-4, gt=0.0, description="peak learning rate")
     lr_scheduler_type: Scheduler = Field("linear", description="transformers' scheduler name")
     optimizer: Optimizer = Field("adamw_torch", description="transformers' optim name")
@@ -209,13 +216,24 @@ class Cell(Section):
     train: Train | None = None
     evaluate: Evaluate = Field(default_factory=Evaluate)
     parallelism: Parallelism = Field("single", description="how a cell is spread over devices")
-    devices: int = Field(1, ge=1, description="devices (ranks) of one cell")
+    devices: int = Field(1, ge=1, description="devices of one cell, over all of its machines")
+    nodes: int = Field(1, ge=1, description="machines of one cell; they share out its devices")
+    profile: dict[str, Any] = Field(
+        default_factory=dict,
+        description="an accelerate profile in place of the shipped one: in a matrix its path, in "
+        "the cell its content",
+    )
     seed: int = Field(0, ge=0, description="seed of data order, dropout and adapter init")
 
     @property
     def cell_id(self) -> str:
         """sha256, hex, of the canonical cell: equal for equal configurations on any machine."""
         return hashlib.sha256(canonical_json(self).encode()).hexdigest()
+
+    @property
+    def ranks(self) -> int:
+        """Processes that train it, each on its own share of a batch."""
+        return 1 if self.parallelism in ("single", "device-map") else self.devices
 
 
 SECTIONS: dict[str, type[Section]] = {

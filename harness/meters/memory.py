@@ -22,6 +22,17 @@ BLOCK_BYTES = 512
 TRAINING_PHASES = ("forward", "backward", "optimizer_step")
 
 
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a tensor: a DTensor's own storage is as large as the whole."""
+    return getattr(tensor, "_local_tensor", tensor)
+
+
+def held(parameter: torch.Tensor) -> torch.Tensor:
+    """A parameter's data; of one that ZeRO-3 has divided, this rank's part."""
+    part = getattr(parameter, "ds_tensor", None)
+    return parameter.data if part is None else part
+
+
 def block_bytes(size: int) -> int:
     """`size` rounded up to whole blocks; an empty storage takes none."""
     return -(-size // BLOCK_BYTES) * BLOCK_BYTES
@@ -104,6 +115,9 @@ class Ledger(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        # DTensor and its like take themselves apart; their local tensors come here afterwards.
+        if any(hasattr(kind, "__tensor_flatten__") for kind in types):
+            return NotImplemented
         kwargs = kwargs or {}
         composite = _composite(func)
         if composite is not None:
@@ -118,6 +132,7 @@ class Ledger(TorchDispatchMode):
         return out
 
     def _see(self, tensor: torch.Tensor, op: str) -> Storage | None:
+        tensor = local(tensor)
         if tensor.device.type != self.device_type:
             return None
         raw = tensor.untyped_storage()
@@ -254,13 +269,14 @@ def tensors_by_category(model: nn.Module) -> list[tuple[torch.Tensor, str]]:
     found: list[tuple[torch.Tensor, str]] = []
     for name, parameter in model.named_parameters():
         state = getattr(parameter, "quant_state", None)
+        data = held(parameter)
         if state is not None:
-            found.append((parameter.data, "quantized_weights"))
+            found.append((data, "quantized_weights"))
             found += [(tensor, "quantization_state") for tensor in quantization_tensors(state)]
         elif ".lora_" in name or ".modules_to_save." in name:
-            found.append((parameter.data, "adapters"))
+            found.append((data, "adapters"))
         else:
-            found.append((parameter.data, "weights"))
+            found.append((data, "weights"))
     found += [(buffer, "weights") for buffer in model.buffers()]
     return found
 
@@ -280,7 +296,7 @@ def resident_bytes(model: nn.Module) -> dict[str, int]:
     seen: set[int] = set()
     for tensor, name in tensors_by_category(model):
         # Not by address: fake tensors have none.
-        raw = tensor.untyped_storage()
+        raw = local(tensor).untyped_storage()
         if raw._cdata not in seen:
             seen.add(raw._cdata)
             total[name] = total.get(name, 0) + raw.nbytes()

@@ -18,10 +18,11 @@ from torch.utils.flop_counter import (
 )
 
 from harness import device
-from harness.meters import memory
+from harness.meters import memory, shards
+from harness.meters.collectives import Collectives
 from harness.meters.energy import Energy, EnergyMeter
 from harness.meters.load import ForeignLoad
-from harness.record import PhaseMemory
+from harness.record import Communication, PhaseMemory
 from harness.train import Observer
 
 # The largest storages listed in a record.
@@ -36,23 +37,29 @@ class StepClock(Observer):
     """Times whole optimizer steps, data loading included: from the end of one to the end of the
     next. The device is synchronized at step ends only. Keeps unrounded losses.
 
-    `report(step, loss, seconds)` is called between steps, outside of every measured interval.
+    `begin(optimizer)` is called once everything is prepared and before any clock runs,
+    `report(step, loss, seconds)` between steps, outside of every measured interval.
     """
 
-    def __init__(self, warmup_steps: int, report: Callable[[int, float, float], None]) -> None:
+    def __init__(
+        self,
+        warmup_steps: int,
+        report: Callable[[int, float, float], None],
+        begin: Callable[[Any], None],
+    ) -> None:
         self._warmup_steps = warmup_steps
         self._report = report
+        self._begin = begin
         self._energy = EnergyMeter()
         self._others = ForeignLoad()
         self._parts: list[Any] = []
         self._since = 0.0
-        self.optimizer: Any = None
         self.seconds: list[float] = []
         self.losses: list[float] = []
         self.meter_seconds = 0.0
 
     def train_begin(self, optimizer: Any) -> None:
-        self.optimizer = optimizer
+        self._begin(optimizer)
         self._start_counters()
         device.synchronize()
         self._since = time.perf_counter()
@@ -118,7 +125,7 @@ class CounterSteps(Observer):
 
 
 class MemorySteps(CounterSteps):
-    """Runs the ledger and the operation counter as well."""
+    """Runs the ledger, the operation counter and, on several ranks, the collectives' as well."""
 
     def __init__(self, model: nn.Module, vocabulary: int) -> None:
         super().__init__()
@@ -127,11 +134,15 @@ class MemorySteps(CounterSteps):
         self._hooks: list[Any] = []
         self.ledger = memory.Ledger(device.training_device().type, vocabulary)
         self.operations = Operations()
+        self.collectives = Collectives()
+        self.communication: Communication | None = None
+        self.parameter_bytes: int | None = None
 
     def __enter__(self) -> Self:
         memory.tag_model(self.ledger, self._model)
         self._hooks = memory.tag_gradients(self.ledger, self._model)
         self._hooks += memory.name_modules(self.ledger, self._model)
+        self.collectives.__enter__()
         self.operations.__enter__()
         self.ledger.__enter__()
         return self
@@ -139,6 +150,7 @@ class MemorySteps(CounterSteps):
     def __exit__(self, *exception: Any) -> None:
         self.ledger.__exit__(*exception)
         self.operations.__exit__(*exception)
+        self.collectives.__exit__(*exception)
         for hook in self._hooks:
             hook.remove()
         super().__exit__(*exception)
@@ -147,19 +159,30 @@ class MemorySteps(CounterSteps):
 
     def train_begin(self, optimizer: Any) -> None:
         self._optimizer = optimizer
+        # Preparation has put shards in the place of what was tagged.
+        shards.tag(self.ledger, self._model)
+        self.parameter_bytes = shards.parameter_bytes(self._model)
 
     def phase(self, name: str) -> None:
         super().phase(name)
         self.ledger.enter_phase(name)
+        if name == "optimizer_step" and self._optimizer is not None:
+            shards.tag_gradients(self.ledger, self._inner())
 
     def step_end(self, step: int) -> None:
         super().step_end(step)
         self._tag_optimizer()
+        # What is sent once, before the first step, is no part of a step.
+        self.communication = self.collectives.seen
+        self.collectives.clear()
+
+    def _inner(self) -> Any:
+        """The optimizer out of accelerate's wrapper."""
+        return getattr(self._optimizer, "optimizer", self._optimizer)
 
     def _tag_optimizer(self) -> None:
         if self._optimizer is not None:
-            inner = getattr(self._optimizer, "optimizer", self._optimizer)
-            memory.tag_optimizer(self.ledger, inner)
+            memory.tag_optimizer(self.ledger, self._inner())
 
     @property
     def flops_per_step(self) -> int | None:
@@ -203,6 +226,9 @@ class Operations(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        # What is sharded is counted by what each rank computes of it.
+        if any(hasattr(kind, "__tensor_flatten__") for kind in types):
+            return NotImplemented
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         formula = self._formulas.get(func.overloadpacket)

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from harness.meters.memory import Event, Ledger, Storage
+from harness.meters.memory import Event, Ledger, Storage, local
 from harness.simulate.fast_fake import FastFake
 
 if TYPE_CHECKING:
@@ -138,8 +138,7 @@ class SimulatedLedger(Ledger):
         return out
 
     def _see(self, tensor: torch.Tensor, op: str) -> Storage | None:
-        # A DTensor's own storage is as large as the whole; what this rank holds is inside.
-        tensor = getattr(tensor, "_local_tensor", tensor)
+        tensor = local(tensor)
         if self._paused or tensor.device.type != self.device_type:
             return None
         mode = getattr(tensor, "fake_mode", None)

@@ -120,13 +120,13 @@ def workspace(
 
 def measure(wanted: Cell, directory: Path) -> Record:
     """Only the worker's untimed memory steps, on real tensors."""
-    from harness import model, provenance, worker
+    from harness import measuring, model, provenance
     from harness.job import Job
 
     directory.mkdir()
     job = Job(provenance.new_record(wanted, []), directory)
     tokenizer = model.load_tokenizer(wanted.model)
-    worker._memory_steps(job, worker._load(job), tokenizer, directory)
+    measuring.memory_steps(job, measuring.load(job), tokenizer)
     return job.record
 
 

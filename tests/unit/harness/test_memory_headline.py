@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness import worker
+from harness import measuring
 from harness.meters.steps import CounterSteps
 from harness.provenance import new_record
 from harness.record import PhaseMemory, Record, read_record
@@ -32,7 +32,7 @@ def test_counters_without_the_ledger_replace_those_under_it() -> None:
         phase: PhaseMemory(allocated_peak_bytes=peak)
         for phase, peak in zip(PHASES, (1100, 2900, 3300), strict=True)
     }
-    worker._keep_counters(record, steps)
+    measuring._keep_counters(record, steps)
     assert record.memory.headline == "cuda_allocated"
     assert (record.memory.peak_bytes, record.memory.peak_phase) == (3300, "optimizer_step")
     found = {phase: record.memory.phases[phase][0] for phase in PHASES}
@@ -44,7 +44,7 @@ def test_without_counters_the_ledger_heads_the_record() -> None:
     record = measured_by_ledger()
     for phase in PHASES:
         record.memory.phases[phase][0].allocated_peak_bytes = None
-    worker._prefer_counters(record)
+    measuring._prefer_counters(record)
     assert (record.memory.headline, record.memory.peak_bytes) == ("ledger", 3000)
 
 

@@ -1,0 +1,105 @@
+"""One record out of the records of all ranks."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+
+from harness.meters import clock
+from harness.meters.speed import warmup_steps
+from harness.record import PHASES, Memory, PhaseMemory, Record, Speed, Tokens
+
+SEVERAL_RANKS = "each rank counts the others as foreign: no figure stands for the machine"
+
+
+def gather(record: Record, others: Sequence[Record]) -> None:
+    """Add the other ranks' measurements to rank 0's.
+
+    Memory stays per rank and the highest one is the headline. Tokens, samples, operations and
+    energy are summed, once. A step lasts as long as on its slowest rank. The loss is the mean over
+    ranks: each one's is its own tokens' share, times the number of ranks.
+    """
+    everybody = [record, *others]
+    record.ranks = [state for each in everybody for state in each.ranks]
+    _memory(record.memory, [each.memory for each in everybody])
+    losses = zip(*(each.quality.train_loss for each in everybody), strict=True)
+    record.quality.train_loss = [statistics.fmean(parts) for parts in losses]
+    _speed(record, [each.speed for each in everybody])
+    record.verified.substitutions = list(
+        dict.fromkeys(said for each in everybody for said in each.verified.substitutions)
+    )
+
+
+def _memory(into: Memory, all_of_them: Sequence[Memory]) -> None:
+    phases = {
+        phase: [reading for each in all_of_them for reading in each.phases.get(phase, [])]
+        for phase in PHASES
+    }
+    highest = max(all_of_them, key=lambda each: each.peak_bytes or 0)
+    into.phases = {phase: readings for phase, readings in phases.items() if readings}
+    into.headline, into.peak_bytes = highest.headline, highest.peak_bytes
+    into.peak_phase = highest.peak_phase
+    into.by_category, into.top_tensors = highest.by_category, highest.top_tensors
+    into.resident = highest.resident
+    into.host_peak_rss_bytes = _highest(each.host_peak_rss_bytes for each in all_of_them)
+
+
+def _highest(values: Iterable[int | None]) -> int | None:
+    return max((value for value in values if value is not None), default=None)
+
+
+def _sum(values: Iterable[float | None]) -> float | None:
+    """None as soon as one is not known."""
+    known = list(values)
+    return None if None in known else sum(value for value in known if value is not None)
+
+
+def _speed(record: Record, all_of_them: Sequence[Speed]) -> None:
+    speed = record.speed
+    assert record.cell.train is not None
+    seconds_before = sum(speed.step_seconds[speed.warmup_steps :])
+    speed.step_seconds = [max(t) for t in zip(*(e.step_seconds for e in all_of_them), strict=True)]
+    timed = speed.step_seconds[warmup_steps(record.cell.train) :]
+    middle = clock.quartiles(timed)
+    if middle is None:
+        return
+    speed.step_seconds_q1, speed.step_seconds_median, speed.step_seconds_q3 = middle
+    seconds = sum(timed)
+    speed.tokens = _tokens([each.tokens for each in all_of_them])
+    if speed.tokens is not None:
+        rates = {name: value / seconds for name, value in speed.tokens.model_dump().items()}
+        speed.tokens_per_second = Tokens(**rates)
+    if speed.samples_per_second is not None:
+        # Every rank takes equally many samples in a step.
+        samples = speed.samples_per_second * seconds_before * len(all_of_them)
+        speed.samples_per_second = samples / seconds
+    _operations(record, all_of_them, len(timed), seconds)
+    speed.energy_joules = _sum(each.energy_joules for each in all_of_them)
+    speed.foreign_cpu_share = None
+    record.missing["speed.foreign_cpu_share"] = SEVERAL_RANKS
+
+
+def _tokens(counted: Sequence[Tokens | None]) -> Tokens | None:
+    if None in counted:
+        return None
+    each = [tokens.model_dump() for tokens in counted if tokens is not None]
+    return Tokens(**{name: sum(tokens[name] for tokens in each) for name in each[0]})
+
+
+def _operations(record: Record, all_of_them: Sequence[Speed], steps: int, seconds: float) -> None:
+    operations = _sum(each.flops_per_step for each in all_of_them)
+    record.speed.flops_per_step = None if operations is None else int(operations)
+    # Rank 0 has said why there is no rate if its batches were shorter than the counted ones.
+    if operations is not None and record.speed.tflops_per_second is not None:
+        rate = clock.tflops_per_second(int(operations), steps, seconds)
+        record.speed.tflops_per_second = rate
+
+
+def by_rank(readings: Sequence[PhaseMemory]) -> list[int]:
+    """The peak of each rank in one phase, bytes: torch's counter where there is one, else the
+    ledger's; ranks without either are left out."""
+    peaks = (
+        each.ledger_peak_bytes if each.allocated_peak_bytes is None else each.allocated_peak_bytes
+        for each in readings
+    )
+    return [peak for peak in peaks if peak is not None]

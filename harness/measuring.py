@@ -1,0 +1,259 @@
+"""One cell, or one rank of it, from loading to trained weights on disk, measured on the way."""
+
+from __future__ import annotations
+
+import gc
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from harness import data, device, model, ranks, verify
+from harness.files import TEMPORARY_PREFIX
+from harness.job import Job
+from harness.meters import memory, shards, speed
+from harness.meters.steps import TOP_TENSORS, CounterSteps, MemorySteps, StepClock, read_phase
+from harness.record import LiveTensor, Phase, PhaseMemory, Record
+from harness.train import Course, ObservedTrainer, build_trainer, forward_restored, worst_case_rows
+from matrices.cell import Cell
+
+# Adam's state is made in the first step, so the second is the first whole one.
+MEMORY_STEPS = 2
+# A whole model that was trained in parts, for the process that scores it.
+TRAINED = f"{TEMPORARY_PREFIX}trained"
+
+
+def load(job: Job) -> Any:
+    """Base weights where training takes them from, k-bit preparation done, adapter attached."""
+    record, cell = job.record, job.record.cell
+    job.enter("load", cell.model.name)
+    place = ranks.load_device(cell)
+    ledger = memory.Ledger(place.type)
+    device.reset_peaks()
+    started = time.perf_counter()
+    loaded = model.load_base(cell, place)
+    device.synchronize()
+    record.speed.load_seconds = time.perf_counter() - started
+    record.memory.phases["load"] = [read_phase()]
+    record.provenance.model = model.provenance(cell.model, loaded)
+    memory.tag_model(ledger, loaded)
+    if cell.quantization is not None and cell.quantization.kbit_preparation and cell.train:
+        job.enter("kbit_preparation")
+        device.reset_peaks()
+        ledger.enter_phase("kbit_preparation")
+        with ledger:
+            loaded = model.prepare_kbit(loaded, cell)
+        _keep_phase(record, "kbit_preparation", read_phase(), ledger.events)
+    ledger.close()
+    loaded = model.add_adapter(loaded, cell)
+    record.artifacts.trainable_parameters, record.artifacts.total_parameters = (
+        model.count_parameters(loaded) if cell.train else (0, model.count_parameters(loaded)[1])
+    )
+    job.reporter.state.whole_parameter_bytes = shards.whole_parameter_bytes(loaded)
+    return loaded
+
+
+def loaded_again(cell: Cell) -> Any:
+    """As `load`, unmeasured."""
+    loaded = model.load_base(cell, ranks.load_device(cell))
+    return model.add_adapter(model.prepare_kbit(loaded, cell), cell)
+
+
+def _keep_phase(
+    record: Record, phase: Phase, reading: PhaseMemory, events: list[memory.Event]
+) -> None:
+    """File a phase's counters together with its ledger figures."""
+    peaks, ends = memory.phase_peaks(events), memory.phase_ends(events)
+    reading.ledger_peak_bytes = peaks[phase].bytes if phase in peaks else None
+    reading.ledger_end_bytes = ends.get(phase)
+    record.memory.phases[phase] = [reading]
+
+
+def rows_of(job: Job) -> Any:
+    """The training rows; on several ranks each reads them all and trains on its own."""
+    cell = job.record.cell
+    assert cell.data is not None
+    job.enter("data", cell.data.source)
+    rows = data.load_rows(cell.data)
+    job.record.provenance.data = data.provenance(cell.data, rows)
+    return rows
+
+
+def memory_steps(job: Job, loaded: Any, tokenizer: Any) -> None:
+    """The untimed steps: under the ledger, and on a GPU once more with nothing but the counters.
+
+    An engine that shards the model keeps it: `loaded` is of no further use then.
+    """
+    record = job.record
+    job.enter("memory_steps", "two full-length steps under the memory ledger, untimed")
+    started = time.perf_counter()
+    steps = MemorySteps(loaded, loaded.config.get_text_config().vocab_size)
+    try:
+        _full_length_steps(job, loaded, tokenizer, steps)
+    finally:
+        _keep_memory(record, steps)
+        job.reporter.state.parameter_bytes = steps.parameter_bytes
+        if ranks.is_spread(record.cell):
+            job.reporter.state.communication = steps.communication
+    record.speed.flops_per_step = steps.flops_per_step
+    if device.has_cuda():
+        # A dispatch mode keeps autograd from adding gradients in place: torch's own counters would
+        # read up to one activation's gradient more than a real step takes.
+        counters = CounterSteps()
+        again = loaded
+        if ranks.takes_models_apart(record.cell):
+            again = loaded_again(record.cell)
+        _full_length_steps(job, again, tokenizer, counters)
+        _keep_counters(record, counters)
+    record.speed.memory_steps_seconds = time.perf_counter() - started
+
+
+def _full_length_steps(job: Job, loaded: Any, tokenizer: Any, steps: CounterSteps) -> None:
+    """Two full-length steps at learning rate 0, which leaves the weights as they are (every
+    optimizer offered scales its whole update by it); their optimizer is thrown away."""
+    cell = job.record.cell
+    course = Course(MEMORY_STEPS, 0.0, prepared=True)
+    rows = worst_case_rows(cell, loaded.config.get_text_config().vocab_size, MEMORY_STEPS)
+    with _scratch(job) as scratch, forward_restored(loaded):
+        trainer = build_trainer(
+            cell, loaded, tokenizer, rows, course, output_dir=Path(scratch), observer=steps
+        )
+        job.record.memory.resident = memory.resident_bytes(loaded)
+        job.record.memory.allocator_settings = device.allocator_settings()
+        with steps:
+            trainer.train()
+        ranks.let_go(trainer, cell)
+    loaded.zero_grad(set_to_none=True)
+    del trainer
+    free()
+
+
+def _scratch(job: Job) -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(dir=job.output_dir, prefix=f"{TEMPORARY_PREFIX}scratch-")
+
+
+def _keep_counters(record: Record, steps: CounterSteps) -> None:
+    """Counters read without the ledger stand in for those read under it."""
+    for phase in memory.TRAINING_PHASES:
+        reading = steps.readings[phase]
+        [under_ledger] = record.memory.phases[phase]  # type: ignore[index]
+        reading.ledger_peak_bytes = under_ledger.ledger_peak_bytes
+        reading.ledger_end_bytes = under_ledger.ledger_end_bytes
+        record.memory.phases[phase] = [reading]  # type: ignore[index]
+    _prefer_counters(record)
+
+
+def _keep_memory(record: Record, steps: MemorySteps) -> None:
+    """What the memory steps found, also when they ended in an error."""
+    events = steps.ledger.events
+    for phase in memory.TRAINING_PHASES:
+        if phase in steps.readings:
+            _keep_phase(record, phase, steps.readings[phase], events)  # type: ignore[arg-type]
+    found = memory.training_peak(events)
+    if found is None:
+        return
+    phase, peak = found
+    live = memory.live_at(events, peak.at)
+    record.memory.by_category = memory.by_category(live)
+    record.memory.top_tensors = [_live_tensor(storage) for storage in live[:TOP_TENSORS]]
+    record.memory.headline, record.memory.peak_bytes = "ledger", peak.bytes
+    record.memory.peak_phase = phase  # type: ignore[assignment]
+    _prefer_counters(record)
+
+
+def _prefer_counters(record: Record) -> None:
+    """Where torch counts the device's memory, its peak is the headline."""
+    counted = {
+        phase: rank.allocated_peak_bytes
+        for phase in memory.TRAINING_PHASES
+        for rank in record.memory.phases.get(phase, [])  # type: ignore[call-overload]
+        if rank.allocated_peak_bytes is not None
+    }
+    if counted:
+        highest = max(counted, key=lambda phase: counted[phase])
+        record.memory.headline = "cuda_allocated"
+        record.memory.peak_bytes = counted[highest]
+        record.memory.peak_phase = highest  # type: ignore[assignment]
+
+
+def _live_tensor(storage: memory.Storage) -> LiveTensor:
+    return LiveTensor(
+        bytes=storage.block,
+        category=memory.category(storage),
+        op=storage.op,
+        shape=list(storage.shape),
+        dtype=storage.dtype,
+        module=storage.module,
+        phase=storage.phase,
+    )
+
+
+def timed_steps(job: Job, loaded: Any, tokenizer: Any, rows: Any) -> ObservedTrainer:
+    """The training that counts; returns its trainer, which has the engine the model is in."""
+    record, cell, train = job.record, job.record.cell, job.record.cell.train
+    assert train is not None
+    job.enter("train", "preparing the data")
+
+    def begin(optimizer: Any) -> None:
+        verified = record.verified
+        verified.distributed_type, verified.world_size = ranks.verify(trainer.accelerator, cell)
+        verified.optimizer, verified.substitutions = verify.verify_optimizer(
+            optimizer, train.optimizer
+        )
+        verified.substitutions += ranks.substitutions(cell)
+        job.save()
+
+    def report(step: int, loss: float, seconds: float) -> None:
+        job.step(step)
+        done = speed.tokens_so_far(trainer.counted.counts, train, step)
+        figures = {"loss": loss, "tokens_per_second": done * record.cell.ranks / seconds}
+        if job.progress(step=step, steps=train.steps, **figures):
+            # A killed worker leaves the steps until here.
+            speed.fill(record, clock, trainer.counted.counts)
+            job.save()
+
+    clock = StepClock(speed.warmup_steps(train), report, begin)
+    course = Course(train.steps, train.learning_rate)
+    with _scratch(job) as scratch, forward_restored(loaded):
+        trainer = build_trainer(
+            cell, loaded, tokenizer, rows, course, output_dir=Path(scratch), observer=clock
+        )
+        record.verified = verify.verify_model(loaded, cell)
+        device.reset_peaks()
+        started = time.perf_counter()
+        try:
+            trainer.train()
+        finally:
+            record.speed.train_seconds = time.perf_counter() - started
+            speed.fill(record, clock, trainer.counted.counts)
+    record.memory.host_peak_rss_bytes = device.host_peak_rss_bytes()
+    speed.note_device_peak(record)
+    loaded.zero_grad(set_to_none=True)
+    return trainer
+
+
+def save_adapter(job: Job, loaded: Any) -> None:
+    """Keep the adapter that this one process trained."""
+    loaded.save_pretrained(job.output_dir / "adapter")
+    _note_adapter(job)
+
+
+def save_gathered(job: Job, trainer: ObservedTrainer) -> None:
+    """Keep what several ranks trained, put together: the adapter, or the whole model for the
+    process that scores it. All ranks call this; the first one writes."""
+    adapted = job.record.cell.adapter is not None
+    trainer.save_model(str(job.output_dir / ("adapter" if adapted else TRAINED)))
+    if adapted and job.rank == 0:
+        _note_adapter(job)
+
+
+def _note_adapter(job: Job) -> None:
+    directory = job.output_dir / "adapter"
+    files = list(directory.glob("adapter_model.*"))
+    job.record.artifacts.adapter_path = directory.name
+    job.record.artifacts.adapter_bytes = sum(file.stat().st_size for file in files)
+
+
+def free() -> None:
+    gc.collect()
+    device.release_cache()

@@ -11,6 +11,7 @@ from typing import Any
 
 from harness import device
 from harness.files import write_atomically
+from harness.meters.shards import Held
 from harness.meters.steps import Diverged
 from harness.provenance import now
 from harness.rank_state import Reporter, record_path
@@ -34,6 +35,7 @@ class Job:
         self.output_dir = output_dir
         self.rank = rank
         self.reporter = Reporter(output_dir, rank, world_size)
+        self.whole: Held | None = None  # the model, as it was loaded
         self._progress_at = 0.0
         record.reason = "still running"
 

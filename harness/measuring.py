@@ -49,7 +49,8 @@ def load(job: Job) -> Any:
     record.artifacts.trainable_parameters, record.artifacts.total_parameters = (
         model.count_parameters(loaded) if cell.train else (0, model.count_parameters(loaded)[1])
     )
-    job.reporter.state.whole_parameter_bytes = shards.whole_parameter_bytes(loaded)
+    job.whole = shards.held_by_all(loaded)
+    job.reporter.state.whole_parameter_bytes = job.whole.bytes
     return loaded
 
 
@@ -92,9 +93,7 @@ def memory_steps(job: Job, loaded: Any, tokenizer: Any) -> None:
         _full_length_steps(job, loaded, tokenizer, steps)
     finally:
         _keep_memory(record, steps)
-        job.reporter.state.parameter_bytes = steps.parameter_bytes
-        if ranks.is_spread(record.cell):
-            job.reporter.state.communication = steps.communication
+        _keep_share(job, steps)
     record.speed.flops_per_step = steps.flops_per_step
     if device.has_cuda():
         # A dispatch mode keeps autograd from adding gradients in place: torch's own counters would
@@ -106,6 +105,16 @@ def memory_steps(job: Job, loaded: Any, tokenizer: Any) -> None:
         _full_length_steps(job, again, tokenizer, counters)
         _keep_counters(record, counters)
     record.speed.memory_steps_seconds = time.perf_counter() - started
+
+
+def _keep_share(job: Job, steps: MemorySteps) -> None:
+    """What this rank held once the model was prepared, and what it sent in a step."""
+    state = job.reporter.state
+    if steps.held is not None and job.whole is not None:
+        state.parameter_bytes = steps.held.bytes
+        state.parameter_share = steps.held.elements / job.whole.elements
+    if ranks.is_spread(job.record.cell):
+        state.communication = steps.communication
 
 
 def _full_length_steps(job: Job, loaded: Any, tokenizer: Any, steps: CounterSteps) -> None:

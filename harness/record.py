@@ -270,6 +270,11 @@ class RankState(Part):
     whole_parameter_bytes: int | None = Field(
         None, description="all parameters of the model, as they were loaded"
     )
+    parameter_share: float | None = Field(
+        None,
+        description="of the model's parameters, those it holds, by number: FSDP2 turns what is "
+        "trained to fp32, so bytes alone do not tell whether it is sharded",
+    )
     tokens: Tokens | None = Field(None, description="its share of speed.tokens")
     communication: Communication | None = None
     stack_file: str | None = Field(

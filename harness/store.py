@@ -178,10 +178,9 @@ class Store:
         record = record.model_copy(update={"attempt": attempt, "command": command})
         with disk_errors(self.root):
             write_atomically(working / "record.json", record.to_json())
+            _remove_parts(working)
             for path in working.rglob("*"):
-                if path.name.startswith(TEMPORARY_PREFIX):
-                    path.unlink()  # half written by a process that was killed
-                elif path.is_file():
+                if path.is_file():
                     _sync(path)
             working.rename(target)
             sync_directory(self.root)
@@ -223,6 +222,15 @@ def _try_lock(path: Path) -> FileLock | None:
     except Timeout:
         return None
     return lock
+
+
+def _remove_parts(working: Path) -> None:
+    """What a process that was killed had begun to write, files and directories."""
+    for path in [*working.rglob(f"{TEMPORARY_PREFIX}*")]:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:

@@ -65,12 +65,26 @@ class ObservedTrainer(SFTTrainer):
         self.data_collator = self.counted
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._hear_of_steps()
         self.observer.phase("forward")
         loss = super().training_step(*args, **kwargs)
         # Clipping the gradients is part of the optimizer step.
         self.observer.phase("optimizer_step")
         self.observer.micro_batch_end(loss)
         return loss
+
+    def _hear_of_steps(self) -> None:
+        """accelerate has DeepSpeed's engine take its step within the backward it asks for."""
+        engine = getattr(self, "deepspeed", None)
+        if engine is None or "step" in vars(engine):
+            return
+        step = engine.step
+
+        def told(*args: Any, **kwargs: Any) -> Any:
+            self.observer.phase("optimizer_step")
+            return step(*args, **kwargs)
+
+        engine.step = told
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         loss = super().compute_loss(*args, **kwargs)

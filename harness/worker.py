@@ -120,8 +120,10 @@ def _train_a_rank(record: Record, output_dir: Path) -> int:
 def _train_with_others(job: Job) -> None:
     cell = job.record.cell
     job.enter("load", f"waiting for {ranks.world_size()} ranks")
-    told = ranks.join(cell, job.output_dir)
+    # Before the others are met: a packaged model may have to be made, which transformers would then
+    # have the first rank alone write.
     tokenizer = model.load_tokenizer(cell.model)
+    told = ranks.join(cell, job.output_dir)
     loaded = measuring.load(job)
     rows = measuring.rows_of(job)
     measuring.memory_steps(job, loaded, tokenizer)

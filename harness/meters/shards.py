@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -39,26 +39,32 @@ def tag_gradients(ledger: Ledger, optimizer: Any) -> None:
                 ledger.tag(parameter.grad, "gradients")
 
 
-def parameter_bytes(model: nn.Module) -> int:
-    """Bytes of the model's parameters that this rank holds, wherever it keeps them; quantization
-    state and buffers left out, storages that share memory counted once."""
-    held: dict[int, int] = {}
-    for part in _parts(model):
-        raw = part.untyped_storage()
-        held[raw._cdata] = raw.nbytes()
-    return sum(held.values())
+class Held(NamedTuple):
+    """Parameters, by number and in bytes. A packed 4-bit weight counts as the elements it is stored
+    in; quantization state and buffers are left out; what shares memory counts once."""
+
+    elements: int
+    bytes: int
 
 
-def whole_parameter_bytes(model: nn.Module) -> int:
-    """Bytes of all of the model's parameters, on however many ranks they are already."""
-    divided = sum(
-        int(parameter.ds_numel) * parameter.element_size()
-        for parameter in model.parameters()
-        if hasattr(parameter, "ds_numel")
-    )
-    return divided + parameter_bytes(
-        nn.ParameterList(p for p in model.parameters() if not hasattr(p, "ds_numel"))
-    )
+def held_here(model: nn.Module) -> Held:
+    """What this rank holds of the model, wherever it keeps it."""
+    return _total(_parts(model))
+
+
+def held_by_all(model: nn.Module) -> Held:
+    """All of the model, on however many ranks it is already."""
+    divided = [p for p in model.parameters() if hasattr(p, "ds_numel")]
+    whole = _total(p.data for p in model.parameters() if not hasattr(p, "ds_numel"))
+    elements = sum(int(p.ds_numel) for p in divided)
+    size = sum(int(p.ds_numel) * p.element_size() for p in divided)
+    return Held(whole.elements + elements, whole.bytes + size)
+
+
+def _total(parts: Iterable[torch.Tensor]) -> Held:
+    storages = {part.untyped_storage()._cdata: part for part in parts}
+    sizes = [(part.untyped_storage().nbytes(), part.element_size()) for part in storages.values()]
+    return Held(sum(size // each for size, each in sizes), sum(size for size, _ in sizes))
 
 
 def _parts(model: nn.Module) -> Iterator[torch.Tensor]:

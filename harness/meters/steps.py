@@ -45,7 +45,7 @@ class StepClock(Observer):
         self,
         warmup_steps: int,
         report: Callable[[int, float, float], None],
-        begin: Callable[[Any], None],
+        begin: Callable[[Any], None] = lambda _: None,
     ) -> None:
         self._warmup_steps = warmup_steps
         self._report = report
@@ -136,7 +136,7 @@ class MemorySteps(CounterSteps):
         self.operations = Operations()
         self.collectives = Collectives()
         self.communication: Communication | None = None
-        self.parameter_bytes: int | None = None
+        self.held: shards.Held | None = None
 
     def __enter__(self) -> Self:
         memory.tag_model(self.ledger, self._model)
@@ -161,7 +161,7 @@ class MemorySteps(CounterSteps):
         self._optimizer = optimizer
         # Preparation has put shards in the place of what was tagged.
         shards.tag(self.ledger, self._model)
-        self.parameter_bytes = shards.parameter_bytes(self._model)
+        self.held = shards.held_here(self._model)
 
     def phase(self, name: str) -> None:
         super().phase(name)

@@ -161,7 +161,8 @@ def test_a_save_that_is_cut_short_leaves_the_old_record(
         with pytest.raises(OSError, match="No space"):
             job.save()
     assert (job.output_dir / "record.json").read_bytes() == before
-    assert sorted(p.name for p in job.output_dir.iterdir()) == ["progress.json", "record.json"]
+    files = sorted(path.name for path in job.output_dir.iterdir() if path.is_file())
+    assert files == ["progress.json", "record.json"]
 
 
 def test_progress_is_written_now_and_then(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:

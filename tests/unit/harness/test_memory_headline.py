@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness import measuring
+from harness import measuring, worker
 from harness.meters.steps import CounterSteps
 from harness.provenance import new_record
 from harness.record import PhaseMemory, Record, read_record

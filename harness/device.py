@@ -42,8 +42,24 @@ def training_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if has_cuda() else torch.device("cpu")
 
 
+def training_device_name() -> str:
+    """The training device as NVML and CUDA_VISIBLE_DEVICES know it (`GPU-<uuid>`), or `cpu`."""
+    if not has_cuda():
+        return "cpu"
+    uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
+    return f"GPU-{uuid.removeprefix('GPU-')}"
+
+
 def has_cuda() -> bool:
     return torch.cuda.is_available()
+
+
+def see_only(count: int) -> None:
+    """Hide all but the first `count` of the GPUs that this process may see. Call it before CUDA
+    is used: a Trainer spreads batches over every GPU it sees, without being asked."""
+    setting = os.environ.get("CUDA_VISIBLE_DEVICES")
+    seen = [str(number) for number in range(count)] if setting is None else setting.split(",")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(seen[:count])
 
 
 def use_environments_threads() -> None:
@@ -114,8 +130,7 @@ def _nvml_handle() -> Any:
 
     try:
         pynvml.nvmlInit()
-        uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
-        return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid.removeprefix('GPU-')}")
+        return pynvml.nvmlDeviceGetHandleByUUID(training_device_name())
     except pynvml.NVMLError:
         return None
 

@@ -26,6 +26,7 @@ TRAINED = f"{TEMPORARY_PREFIX}trained"
 def load(job: Job) -> Any:
     """Base weights where training takes them from, k-bit preparation done, adapter attached."""
     record, cell = job.record, job.record.cell
+    job.reporter.state.device = device.training_device_name()
     job.enter("load", cell.model.name)
     place = ranks.load_device(cell)
     ledger = memory.Ledger(place.type)

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from harness import data, evaluate, extensions, model
+from harness import data, evaluate, extensions, model, profile_check
 from matrices.cell import Adapter, Cell, Data, Evaluate, Model
 from matrices.errors import UserError, nearest
 
@@ -27,6 +27,8 @@ def problems(cells: Sequence[Cell]) -> list[UserError]:
         _checked(found, _check_data, source, template)
     for arguments in (c.train.sft_config for c in cells if c.train is not None):
         _checked(found, _check_sft_config, arguments)
+    for spread in (cell for cell in cells if cell.profile):
+        _checked(found, profile_check.check, spread)
     for recipe in _distinct(cell.evaluate for cell in cells):
         unknown = evaluate.unknown_tasks(recipe) if _checks_path(found, recipe) else []
         found += unknown

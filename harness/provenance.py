@@ -259,6 +259,14 @@ def cpu_threads() -> int:
     return min(psutil.cpu_count(logical=False) or available, available)
 
 
+def accelerate() -> list[str]:
+    """The start of an argv for accelerate's own command line, in this environment."""
+    script = Path(sys.executable).parent / "accelerate"
+    if script.exists():
+        return [str(script)]
+    return [sys.executable, "-m", "accelerate.commands.accelerate_cli"]
+
+
 def worker_command(cell_path: Path, output_dir: Path, gpu: bool) -> list[str]:
     """argv that runs one cell by hand, in one process, as the runner would.
 
@@ -266,15 +274,9 @@ def worker_command(cell_path: Path, output_dir: Path, gpu: bool) -> list[str]:
     sets its precision itself. The number of threads is named because accelerate would otherwise
     choose one, and sums over a different number of threads differ in the last digits.
     """
-    script = Path(sys.executable).parent / "accelerate"
-    launcher = (
-        [str(script)]
-        if script.exists()
-        else [sys.executable, "-m", "accelerate.commands.accelerate_cli"]
-    )
     device = ["--config_file", str(SINGLE_PROCESS)] if gpu else ["--cpu"]
     return [
-        *launcher,
+        *accelerate(),
         "launch",
         *device,
         *("--num_processes", "1"),

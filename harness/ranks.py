@@ -20,6 +20,7 @@ from harness.record import Record, read_record
 from harness.train import Course, sft_config
 from harness.verify import VerificationError
 from matrices.cell import Cell
+from matrices.profiles import mixed_precision
 
 # What accelerate has to say of itself where a cell asks for this parallelism.
 DISTRIBUTED_TYPES = {
@@ -33,6 +34,7 @@ DISTRIBUTED_TYPES = {
 }
 # Weights are read into host memory, and each device takes its part of them from there.
 SHARDED_FROM_HOST = ("fsdp", "fsdp1")
+BACK = "every weight to {dtype}, and trains fp32 copies of what is trained"
 # Another machine's file may become visible late: NFS keeps a directory's attributes for a minute.
 FILE_WAIT_SECONDS = 120.0
 
@@ -78,6 +80,11 @@ def join(cell: Cell, output_dir: Path) -> Any:
         raise VerificationError(
             f"the cell asks for {cell.devices} ranks, and {state.num_processes} met"
         )
+    if cell.parallelism.startswith("zero"):
+        from deepspeed import init_distributed
+
+        # DeepSpeed counts ranks itself, and on a CPU accelerate does not introduce them.
+        init_distributed(auto_mpi_discovery=False)
     return sft_config(cell, None, Course(1, 0.0, prepared=True), output_dir)
 
 
@@ -120,8 +127,16 @@ def substitutions(cell: Cell) -> list[str]:
     """What ran instead of what was asked for, on these devices."""
     from harness import cpu_fsdp
 
-    overruled = cell.parallelism in ("fsdp", "fsdp1") and not device.has_cuda()
-    return [cpu_fsdp.SAID] if overruled else []
+    said = []
+    if cell.parallelism in ("fsdp", "fsdp1") and not device.has_cuda():
+        said.append(cpu_fsdp.SAID)
+    if cell.parallelism.startswith("zero") and mixed_precision(cell) != "no":
+        # deepspeed/runtime/engine.py, _cast_module_mixed_precision.
+        if cell.quantization is not None and cell.quantization.kbit_preparation:
+            said.append(f"kbit_preparation's fp32 norms and head: DeepSpeed casts {BACK}")
+        elif cell.model.weight_dtype == "fp32":
+            said.append(f"weight_dtype fp32: DeepSpeed casts {BACK}")
+    return [each.format(dtype=mixed_precision(cell)) for each in said]
 
 
 def forget() -> None:

@@ -44,6 +44,8 @@ def run(cell_path: Path, output_dir: Path) -> int:
     output_dir.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, _interrupt)
     if not ranks.is_spread(cell):
+        if _has_gpu():
+            device.see_only(cell.devices)
         job = Job(_starting_record(cell, cell_path, output_dir), output_dir)
         return _to_its_end(job, _measure)
     if ranks.rank() > 0:
@@ -82,10 +84,14 @@ def _command(cell: Cell, cell_path: Path, output_dir: Path) -> list[str]:
     beside = cell_path.parent / "record.json"
     if beside.exists():
         return [*read_record(beside).command[:-2], str(cell_path), str(output_dir)]
-    gpu = provenance.uses_gpu(provenance.stack(), provenance.hardware())
     if not ranks.is_spread(cell):
-        return provenance.worker_command(cell_path, output_dir, gpu)
+        return provenance.worker_command(cell_path, output_dir, _has_gpu())
     return [sys.executable, "-m", "harness.worker", str(cell_path), str(output_dir)]
+
+
+def _has_gpu() -> bool:
+    """Asked without CUDA, which must not be touched before a child is forked."""
+    return provenance.uses_gpu(provenance.stack(), provenance.hardware())
 
 
 def _measure(job: Job) -> None:

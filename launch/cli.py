@@ -11,7 +11,11 @@ import typer
 
 from launch.cli_claims import claims
 from launch.cli_predict import fit, predict
+from launch.cli_profiles import profiles
 from launch.cli_results import calibration, report, show
+from launch.cli_run import exit_code as _exit_code
+from launch.cli_run import run
+from launch.cli_status import status
 from launch.console import print_error, print_json
 from launch.options import (
     GpuOption,
@@ -23,13 +27,11 @@ from launch.options import (
     RetryOption,
     SeedsOption,
     SetOption,
-    SkipOption,
     TimeoutOption,
 )
 from matrices.errors import UserError
 
 if TYPE_CHECKING:
-    from harness.store import Entry
     from launch.plan import Job
     from matrices.load import Matrix
 
@@ -41,10 +43,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-# Statuses that say what a configuration does. After a run that left any other: exit code 3.
-RESULTS = ("ok", "oom", "timeout", "diverged", "invalid")
-EXIT_INCOMPLETE = 3
 
 
 def _version(wanted: bool) -> None:
@@ -69,6 +67,7 @@ def tunebench(
     tunebench predict quickstart        the memory each cell needs, on any GPU, without one
     tunebench plan quickstart           what would run, and why
     tunebench run quickstart            run it; Ctrl-C any time, run again to go on
+    tunebench status results/quickstart what runs, waits and has ended, on whatever machine
     tunebench report results/quickstart tables
 
     Exit codes: 0 all is well; 1 a bug (with its traceback); 2 something to put right (one line
@@ -141,77 +140,6 @@ def plan(
 
 
 @app.command()
-def run(
-    matrix: MatrixArgument,
-    results: ResultsOption = None,
-    set_: SetOption = None,
-    seeds: SeedsOption = None,
-    retry: RetryOption = None,
-    timeout: TimeoutOption = None,
-    skip_predicted_oom: SkipOption = False,
-    no_predict: NoPredictOption = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Run the cells of a matrix that are not measured yet.
-
-    What runs is predicted first, and every record tells how far off the prediction was. Finished
-    cells are kept, so the same command goes on where the last one stopped. Ctrl-C lets
-    the running cell write down what it has measured; a second one ends it at once.
-
-    \b
-    tunebench run quickstart
-    tunebench run method-comparison --set model=Qwen/Qwen3-1.7B --seeds 3
-    tunebench run my-sweep.yaml --results /shared/sweep --timeout 3600
-    tunebench run my-sweep.yaml --retry oom
-    tunebench run my-sweep.yaml --skip-predicted-oom
-    """
-    from functools import partial
-
-    from harness.store import Store
-    from launch.foretelling import foretell
-    from launch.listing import outcome_json, outcome_text
-    from launch.local import ProblemsFound, Runner, Stopped
-    from launch.prediction_progress import show_for_stderr
-    from launch.progress import display_for_stderr
-
-    if no_predict and skip_predicted_oom:
-        raise UserError("--skip-predicted-oom needs the predictions that --no-predict leaves out")
-    found, directory, jobs, _ = _jobs(matrix, results, set_, seeds, retry)
-    display = display_for_stderr()
-    runner = Runner(Store(directory), display, timeout or found.timeout_seconds)
-    if not no_predict:
-        past = [job.entry.record for job in jobs if job.entry is not None]
-        show = show_for_stderr()
-        runner.foretell = partial(foretell, show=show, skip=skip_predicted_oom, past=past)
-    try:
-        finished = runner.run(jobs)
-    except ProblemsFound as error:
-        # Cells share models, data and tasks, so they share problems.
-        for problem in {str(each): each for each in error.problems}.values():
-            print_error(_located(problem, found))
-        raise typer.Exit(2) from None
-    except Stopped as stopped:
-        print("tunebench: stopped before the first cell", file=sys.stderr)
-        raise typer.Exit(128 + stopped.number) from None
-    finally:
-        display.close()
-    if as_json:
-        print_json([outcome_json(job, finished.entries.get(job.key)) for job in jobs])
-    else:
-        print(outcome_text(jobs, finished.entries, directory))
-    if finished.stopped_by is not None:
-        print("tunebench: stopped; run the same command again to go on", file=sys.stderr)
-    raise typer.Exit(_exit_code(finished.entries, finished.stopped_by))
-
-
-def _exit_code(entries: dict[str, Entry], stopped_by: int | None) -> int:
-    if stopped_by is not None:
-        return 128 + stopped_by
-    complete = all(entry.record.status in RESULTS for entry in entries.values())
-    return 0 if complete else EXIT_INCOMPLETE
-
-
-@app.command()
 def rerun(
     record: Annotated[Path, typer.Argument(help="A record's directory or its record.json.")],
     timeout: TimeoutOption = None,
@@ -228,11 +156,11 @@ def rerun(
     from functools import partial
 
     from launch.foretelling import foretell
-    from launch.local import Stopped
     from launch.prediction_progress import show_for_stderr
     from launch.progress import display_for_stderr
     from launch.rerun import record_path
     from launch.rerun import rerun as repeat
+    from launch.stopping import Stopped
 
     display = display_for_stderr()
     predicting = None if no_predict else partial(foretell, show=show_for_stderr())
@@ -287,13 +215,7 @@ def matrices(as_json: JsonOption = False) -> None:
         print(aligned(("matrix", "question"), [(m.name, m.question) for m in found]))
 
 
-def _located(error: UserError, matrix: Matrix) -> UserError:
-    if error.where is None and error.key is not None:
-        return UserError(error.message, key=error.key, where=matrix.locate(error.key))
-    return error
-
-
-for command in (predict, fit, report, show, calibration, claims):
+for command in (run, status, predict, fit, report, show, calibration, claims, profiles):
     app.command()(command)
 
 

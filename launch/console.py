@@ -29,7 +29,7 @@ def print_note(text: str) -> None:
 def stopping() -> Iterator[None]:
     """For work that leaves nothing half done: Ctrl-C and SIGTERM end the command at once, with the
     exit code a shell expects, and whatever the block started is ended by its own clean-up."""
-    from launch.local import Stopped, stop_signals
+    from launch.stopping import Stopped, stop_signals
 
     try:
         with stop_signals():

@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 from harness.prediction import Prediction
 from launch.fit_search import Search, fits, judged, search_all
-from launch.ladder import Rung, climb, spread_over
+from launch.ladder import Rung, climb
 from launch.predicting import Options
 from launch.prediction_progress import Show
 from matrices import models
@@ -21,6 +21,7 @@ from matrices.errors import UserError, nearest
 from matrices.expand import expand
 from matrices.gpus import Gpu
 from matrices.load import load
+from matrices.spread import spread_over
 
 METHODS = ("full", "lora", "qlora")
 SHARED: tuple[Parallelism, ...] = ("ddp", "fsdp", "zero2", "zero3")

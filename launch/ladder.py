@@ -14,7 +14,7 @@ from launch.fit_search import fits, judged
 from launch.predicting import Options, predict
 from launch.prediction_progress import Show
 from matrices.cell import Cell, Parallelism, label
-from matrices.model_rules import SHARDS_PARAMETERS
+from matrices.spread import spread_over
 
 FEWER_TARGETS = {"all-linear": "attention", "attention": "qv", "mlp": "qv"}
 LEAST_RANK = 4
@@ -178,19 +178,18 @@ def _small_states(cell: Cell) -> tuple[Cell, str] | str:
 
 
 def _shard(cell: Cell, count: int) -> tuple[Cell, str] | str:
-    return spread_over(cell, "fsdp", count), f"fsdp over {count} GPUs"
+    changed = spread_over(cell, "fsdp", count)
+    return changed, f"fsdp over {count} GPUs{_optimizer_too(cell, changed)}"
 
 
 def _offload(cell: Cell, count: int) -> tuple[Cell, str] | str:
     changed = spread_over(cell, "zero3-offload", count)
-    return changed, f"zero3-offload over {count} GPUs, states in host memory"
+    also = _optimizer_too(cell, changed)
+    return changed, f"zero3-offload over {count} GPUs, states in host memory{also}"
 
 
-def spread_over(cell: Cell, way: Parallelism, count: int) -> Cell:
-    """The cell on `count` devices. Sharded 4-bit weights are stored in the weights' dtype: only
-    tensors of one floating dtype are sharded together (PEFT's guides to FSDP and DeepSpeed)."""
-    changes: dict[str, Any] = {"parallelism": way, "devices": count}
-    if cell.quantization is not None and way in SHARDS_PARAMETERS:
-        stored = {"quant_storage": cell.model.weight_dtype}
-        changes["quantization"] = cell.quantization.model_copy(update=stored)
-    return cell.model_copy(update=changes)
+def _optimizer_too(before: Cell, after: Cell) -> str:
+    assert before.train is not None
+    assert after.train is not None
+    was, now = before.train.optimizer, after.train.optimizer
+    return f", optimizer {was} -> {now}" if was != now else ""

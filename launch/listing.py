@@ -107,7 +107,7 @@ def outcome_row(job: Job, entry: Entry | None) -> tuple[str, ...]:
         record.cell_id[:12],
         record.status,
         bytes_text(peak),
-        f"{tokens.non_padding:,.0f}" if tokens is not None else DASH,
+        f"{tokens.non_padding:,.0f}{'?' * bool(record.contaminated)}" if tokens else DASH,
         clock(taken) if taken is not None and record.status != "invalid" else DASH,
         job.label,
         record.reason if record.status != "ok" and record.reason else entry.directory.name,
@@ -119,6 +119,8 @@ def outcome_text(jobs: Sequence[Job], entries: dict[str, Entry], results: Path) 
     rows = [outcome_row(job, entries.get(job.key)) for job in jobs]
     meters = {entry.record.memory.headline for entry in entries.values()}
     note = "\npeak is live tensor bytes by the ledger: no GPU here" if "ledger" in meters else ""
+    if any(entry.record.contaminated for entry in entries.values()):
+        note += "\n? in doubt: something else used its devices; `tunebench show` says what"
     headers = ("cell", "status", "peak", "tok/s", "time", "configuration", "record or reason")
     return (
         aligned(headers, rows)

@@ -1,64 +1,34 @@
-"""The runner on this machine: one cell after another, each in a process of its own."""
+"""The runner on this machine: each cell in processes of its own, one after another or side by side
+on devices of their own."""
 
 from __future__ import annotations
 
 import contextlib
-import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from multiprocessing import connection
 from pathlib import Path
-from types import FrameType
 
 from harness import provenance
 from harness.record import Record, Status, read_record
 from harness.store import Entry, Store
-from launch import preflight
-from launch.finish import finish_abandoned, finish_record
+from launch import preflight, profile, starting
+from launch.finish import contamination, finish_abandoned, finish_record
 from launch.foretelling import Foretold, with_prediction
 from launch.plan import Job
-from launch.process import POLL_SECONDS, start_worker, watch
+from launch.process import free_port, read_progress, start_ranks
 from launch.progress import Display
 from launch.server import start_server
+from launch.slots import Grant, Guard, Lease, Slots
+from launch.starting import Engine, Rendezvous, devices_here, first_record
+from launch.stopping import Signals, stop_signals
+from launch.stopping import Stopped as Stopped
+from launch.watching import POLL_SECONDS, Watched, limits_for
 from matrices.cell import Cell
 from matrices.errors import UserError
-
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-class Stopped(BaseException):
-    """A signal arrived while there was nothing to finish first."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
-
-
-@dataclass
-class Signals:
-    """The stop signals received. While `raising`, one ends the run where it stands."""
-
-    received: list[int] = field(default_factory=list)
-    raising: bool = True
-
-    def handle(self, number: int, frame: FrameType | None) -> None:
-        self.received.append(number)
-        if self.raising:
-            raise Stopped(number)
-
-
-@contextlib.contextmanager
-def stop_signals() -> Iterator[Signals]:
-    """Catch Ctrl-C, SIGTERM and a lost terminal for the length of the block."""
-    signals = Signals()
-    before = {number: signal.signal(number, signals.handle) for number in STOP_SIGNALS}
-    try:
-        yield signals
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 class ProblemsFound(Exception):
@@ -79,9 +49,28 @@ class Finished:
 
 
 @dataclass
+class Running:
+    """A cell that is being measured, with what it holds."""
+
+    job: Job
+    working: Path
+    watched: Watched
+    lease: Lease
+    claim: contextlib.ExitStack
+    guard: Guard
+    began: float
+
+
+@dataclass
 class Runner:
     """Runs the jobs of one plan. `worker` and `preflight` are module names; `foretell` predicts
-    the cells that are about to run."""
+    the cells that are about to run.
+
+    `grant` is what an engine has given this process: then no devices are asked for, and cells run
+    one after another. `engine`, and its `job`, are recorded. `rendezvous` is where the machines of
+    a cell on several of them meet, of which this is the first. `stopped` lets the engine say in a
+    record why it had its cell stopped.
+    """
 
     store: Store
     display: Display
@@ -90,12 +79,22 @@ class Runner:
     preflight: str | None = "harness.preflight"
     foretell: Callable[[Sequence[Cell]], Foretold] | None = None
     foretold: Foretold = field(default_factory=Foretold)
+    phase_seconds: float | None = None
+    engine: Engine = "local"
+    job: str | None = None
+    grant: Grant | None = None
+    slots: Slots | None = None
+    rendezvous: Rendezvous | None = None
+    stopped: Callable[[Record], Record] | None = None
+    running: list[Running] = field(default_factory=list)
 
     def run(self, jobs: Sequence[Job]) -> Finished:
         """Run what is to be run. Raises UserError, ProblemsFound before anything has started, and
         Stopped when stopped before the first cell."""
         self.store.check()
         to_run = [job for job in jobs if job.action in ("run", "retry")]
+        for port in {starting.fixed_port(job.cell) for job in to_run} - {0}:
+            free_port(port)
         with stop_signals() as signals:
             if to_run:
                 self._start_server([job.cell for job in to_run])
@@ -110,6 +109,10 @@ class Runner:
 
     def _start_server(self, cells: list[Cell]) -> None:
         modules = [self.worker] + ([self.preflight] if self.preflight else [])
+        # It looks for GPUs when it is imported, which a process that is forked from must not do.
+        gpu = provenance.uses_gpu(provenance.stack(), provenance.hardware())
+        if not gpu and any(cell.parallelism.startswith("zero") for cell in cells):
+            modules.append("deepspeed")
         self.server = start_server(modules)
         if self.preflight is None:
             return
@@ -137,26 +140,67 @@ class Runner:
         entries: dict[str, Entry] = {}
         waiting = deque(jobs)
         self.display.begin([job for job in jobs if job.action != "invalid"])
-        elsewhere = 0  # jobs in a row that another runner holds
-        while waiting and not signals.received:
-            job = waiting.popleft()
-            entry = self._run_if_free(job, signals)
-            if entry is not None:
-                entries[job.key] = entry
-                elsewhere = 0
-                continue
-            waiting.append(job)
-            elsewhere += 1
-            if elsewhere >= len(waiting):
-                self.display.waiting([job.label for job in waiting])
-                time.sleep(POLL_SECONDS)
-                elsewhere = 0
+        try:
+            while self.running or (waiting and not signals.received):
+                if not signals.received:
+                    self._start_some(waiting, entries)
+                sentinels = [each for one in self.running for each in one.watched.sentinels]
+                if self.running:
+                    connection.wait(sentinels, POLL_SECONDS)
+                elif waiting:
+                    time.sleep(POLL_SECONDS)
+                for one in list(self.running):
+                    entry = self._look_at(one, signals)
+                    if entry is not None:
+                        entries[one.job.key] = entry
+        finally:
+            self._give_up()
         return entries
 
-    def _run_if_free(self, job: Job, signals: Signals) -> Entry | None:
-        """The job's record; none while another runner has its claim."""
-        with self.store.claim(job.key) as claimed:
-            if not claimed:
+    def _start_some(self, waiting: deque[Job], entries: dict[str, Entry]) -> None:
+        """Start, or settle without starting, the jobs that are not held elsewhere and for which
+        there are devices."""
+        least_refused = float("inf")
+        for_devices = False
+        for job in list(waiting):
+            count = devices_here(job.cell) if job.action != "invalid" else 0
+            if count >= least_refused:
+                continue
+            lease = self._lease(job, count, started=bool(entries or self.running))
+            if lease is None:
+                least_refused, for_devices = count, True
+                continue
+            taken = self._take(job, lease)
+            if isinstance(taken, Entry):
+                entries[job.key] = taken
+            if taken is not None:
+                waiting.remove(job)
+        if waiting and not self.running:
+            self.display.waiting([job.label for job in waiting], for_devices)
+
+    def _lease(self, job: Job, count: int, started: bool) -> Lease | None:
+        """Devices for a job; none while there are none."""
+        if self.grant is not None:
+            return None if self.running and count else Lease(self.grant)
+        if count == 0:
+            return Lease(Grant((), {}, exclusive=False))
+        self.slots = self.slots or Slots()
+        if self.slots.exclusive and self.running:
+            return None
+        try:
+            # Whoever has some already, and wants more, is not to keep others from getting any.
+            return self.slots.ask(count, patient=not self.running)
+        except UserError as error:
+            if not started:
+                raise
+            return Lease(Grant((), {}, exclusive=False), refused=str(error))
+
+    def _take(self, job: Job, lease: Lease) -> Entry | Running | None:
+        """The job's record, or its processes; none while another runner has its claim. The lease
+        is given back unless a cell was started on it."""
+        with contextlib.ExitStack() as claim:
+            claim.callback(lease.release)
+            if not claim.enter_context(self.store.claim(job.key)):
                 return None
             self._recover(job.key)
             last = self.store.latest_of(job.key)
@@ -166,10 +210,18 @@ class Runner:
                 return last
             if job.action == "invalid":
                 return self._refuse(job, last, "invalid", job.why)
-            skipped = self.foretold.skipped.get(job.cell.cell_id)
+            skipped = self.foretold.skipped.get(job.cell.cell_id) or lease.refused
             if skipped:
                 return self._refuse(job, last, "skipped", skipped)
-            return self._measure(job, signals)
+            try:
+                running = self._start(job, lease)
+            except UserError as error:
+                if error.key != "main_process_port":
+                    raise
+                return self._refuse(job, last, "failed", str(error))
+            running.claim = claim.pop_all()
+        self.running.append(running)
+        return running
 
     def _refuse(self, job: Job, last: Entry | None, status: Status, why: str) -> Entry:
         """Record that a cell is not started here; once, however often it is looked at again."""
@@ -177,6 +229,7 @@ class Runner:
         if last and (last.record.status, last.record.reason) == (status, why):
             return last
         working = self.store.start(partial(first_record, job.cell), job.key)
+        profile.write(job.cell, working)
         refused = read_record(working / "record.json").model_copy(
             update={"status": status, "reason": why, "ended": provenance.now()}
         )
@@ -185,22 +238,57 @@ class Runner:
     def _with_prediction(self, record: Record) -> Record:
         return with_prediction(record, self.foretold.predictions.get(record.cell_id))
 
-    def _measure(self, job: Job, signals: Signals) -> Entry:
-        working = self.store.start(partial(first_record, job.cell), job.key)
+    def _start(self, job: Job, lease: Lease) -> Running:
+        cell, grant = job.cell, lease.grant
+        placed = starting.placement(self.engine, self.job, grant)
+        meeting = self.rendezvous if cell.nodes > 1 else None
+        if meeting is None and (port := starting.fixed_port(cell)):
+            free_port(port)
+        first = partial(first_record, cell, grant=grant, placed=placed, meeting=meeting)
+        working = self.store.start(first, job.key)
+        profile.write(cell, working)
+        ranks = starting.ranks(cell, working, grant, meeting)
+        if meeting is not None:
+            starting.announce(working, meeting)
         self.display.cell_started(job)
-        began = time.monotonic()
-        process = start_worker(self.server, self.worker, working, self.store.worker_lock(job.key))
-        show = partial(self.display.update, job)
-        outcome = watch(process, working, self.limit_seconds, lambda: signals.received, show)
-        finished = self._with_prediction(finish_record(working, outcome))
-        entry = self.store.publish(working, finished)
-        self.display.cell_finished(job, entry.record, time.monotonic() - began)
+        lock = self.store.worker_lock(job.key)
+        processes = start_ranks(self.server, self.worker, working, lock, ranks)
+        limits = limits_for(cell.devices, self.limit_seconds, self.phase_seconds)
+        return Running(
+            job=job,
+            working=working,
+            watched=Watched(processes, working, limits, ranks),
+            lease=lease,
+            claim=contextlib.ExitStack(),
+            guard=Guard(grant.devices),
+            began=time.monotonic(),
+        )
+
+    def _look_at(self, one: Running, signals: Signals) -> Entry | None:
+        """The record of a running cell, once its processes have ended."""
+        outcome = one.watched.poll(signals.received)
+        if outcome is None:
+            one.guard.look(one.watched.pids)
+            self.display.update(one.job, read_progress(one.working))
+            return None
+        record = self._with_prediction(finish_record(one.working, outcome))
+        if signals.received and self.stopped is not None and record.status == "interrupted":
+            record = self.stopped(record)
+        doubts = [*one.guard.found.values(), *contamination(record)]
+        hosts = list(dict.fromkeys(state.host for state in record.ranks if state.host))
+        placed = record.placement.model_copy(update={"hosts": hosts or record.placement.hosts})
+        record = record.model_copy(update={"contaminated": doubts, "placement": placed})
+        entry = self.store.publish(one.working, record)
+        self.running.remove(one)
+        one.claim.close()
+        self.display.cell_finished(one.job, entry.record, time.monotonic() - one.began)
         return entry
 
-
-def first_record(cell: Cell, place: Path, attempt: int) -> Record:
-    """The record an attempt starts with; its command is valid once it is published at `place`."""
-    gpu = provenance.uses_gpu(provenance.stack(), provenance.hardware())
-    by_hand = Path(f"{place.name}.by-hand")
-    command = provenance.worker_command(place / "cell.json", by_hand, gpu)
-    return provenance.new_record(cell, command, attempt)
+    def _give_up(self) -> None:
+        """Whatever still runs after an error is ended; its record is recovered by the next run."""
+        for one in self.running:
+            one.watched.kill()
+            one.claim.close()
+        self.running = []
+        if self.slots is not None:
+            self.slots.close()

@@ -41,6 +41,33 @@ TimeoutOption = Annotated[
         help="Longest time for one cell.  [default: the matrix's timeout_seconds]",
     ),
 ]
+PhaseTimeoutOption = Annotated[
+    float | None,
+    typer.Option(
+        "--phase-timeout",
+        metavar="SECONDS",
+        min=1,
+        help="Longest time without progress (a phase entered, a step ended) of any process of a "
+        "cell.  [default: the matrix's phase_timeout_seconds; else 1800 for cells on several "
+        "devices, not counting evaluation, and none for those on one]",
+    ),
+]
+SideBySideOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--side-by-side/--exclusive",
+        help="Run cells that need fewer devices than there are at the same time, on devices of "
+        "their own. Exclusive: one at a time, so that nothing disturbs its times; in SLURM, whole "
+        "nodes.  [default: exclusive on this machine; what the partition does in SLURM]",
+    ),
+]
+AllowBusyOption = Annotated[
+    bool,
+    typer.Option(
+        "--allow-busy",
+        help="Also use a GPU that another process uses; the record then says it is contaminated.",
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 GpuOption = Annotated[
     list[str] | None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from harness import provenance
@@ -19,6 +20,16 @@ Action = Literal["run", "retry", "keep", "invalid"]
 
 # A run repeats these by itself; the others are results until --retry names them.
 RETRIED: frozenset[Status] = frozenset({"failed", "interrupted", "skipped", "invalid"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """What is asked for: the cells of a matrix, which of them to repeat, where records go."""
+
+    cells: Sequence[Cell]
+    results: Path
+    retry: frozenset[Status] = RETRIED
+    score_base: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +85,7 @@ def this_machine() -> Machine:
         has_gpu=bool(gpus),
         compute_capability=float("{}.{}".format(*gpus[0].compute_capability)) if gpus else None,
         packages=stack.packages,
+        devices=len(gpus) or hardware.cpu_count,
     )
 
 
@@ -95,9 +107,13 @@ def plan_jobs(
     present: dict[str, Entry],
     retry: frozenset[Status] = RETRIED,
     score_base: bool = True,
+    machine: Machine | None = None,
 ) -> list[Job]:
-    """A job for every cell on this machine and stack: base cells first, then the matrix's order."""
-    machine = this_machine()
+    """A job for every cell on this machine and stack: base cells first, then the matrix's order.
+
+    `machine` is what the rules are asked about, when it is another one than this.
+    """
+    machine = machine or this_machine()
     stack_id = provenance.stack_id(provenance.stack(), provenance.hardware())
     reasons = {cell.cell_id: _refusal(cell, machine) for cell in cells}
     bases = _bases(cell for cell in cells if not reasons[cell.cell_id]) if score_base else []

@@ -1,35 +1,57 @@
-"""One worker process: started, watched and stopped.
+"""The worker processes of one cell: one, or one for each rank. Started here, watched in
+`launch.watching`.
 
 Runner and worker share files and an exit code, nothing else.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from multiprocessing import connection
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import psutil
 from filelock import FileLock
 
+from harness import rank_state
+from harness.launched import Place
 from launch.server import Server, follow_parent
+from matrices.errors import UserError
 
-POLL_SECONDS = 0.5
 # A worker told to stop writes its record in this time, or is killed.
 GRACE_SECONDS = 15.0
 
 ACCELERATE = "accelerate.commands.accelerate_cli"
 
-Cause = Literal["ended", "timeout", "stopped"]
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes of one cell on this machine.
+
+    `launch_arguments` are those of the recorded `accelerate launch`, up to its `--module`; empty
+    for a cell of one process. `environment` is set in every one of them before anything else.
+    """
+
+    places: tuple[Place, ...] = (Place(),)
+    launch_arguments: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def first_rank(self) -> int:
+        return self.places[0].rank
+
+    @property
+    def world_size(self) -> int:
+        return self.places[0].world_size
 
 
 @dataclass(frozen=True)
@@ -44,35 +66,6 @@ class Progress:
     message: str = ""
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How a worker process came to its end.
-
-    `exit_code` is negative for a signal, as in multiprocessing. `memory_kills` counts the
-    processes that the kernel killed for want of memory meanwhile.
-    """
-
-    exit_code: int
-    cause: Cause = "ended"
-    limit_seconds: float | None = None
-    stop_signal: int | None = None
-    memory_kills: int = 0
-
-
-def _worker_main(module: str, working: str, worker_lock: str) -> None:
-    follow_parent()
-    log = os.open(Path(working) / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    os.close(log)
-    # Held until this process is gone: a runner that dies gives up its claim a moment earlier.
-    with FileLock(worker_lock, timeout=GRACE_SECONDS, thread_local=False):
-        code = importlib.import_module(module).run(Path(working) / "cell.json", Path(working))
-        sys.stdout.flush()
-        sys.stderr.flush()
-    sys.exit(code)
-
-
 class Process(Protocol):
     """A process to watch: multiprocessing's, or one that was launched by an argv."""
 
@@ -85,77 +78,66 @@ class Process(Protocol):
     def join(self) -> None: ...
 
 
-def start_worker(server: Server, module: str, working: Path, worker_lock: Path) -> Process:
-    """Fork a worker for the `cell.json` in a working directory, leader of its own session."""
-    process = server.context.Process(
-        target=_worker_main, args=(module, str(working), str(worker_lock))
-    )
-    process.start()
-    return process
+def start_ranks(
+    server: Server, module: str, working: Path, worker_lock: Path, ranks: Ranks
+) -> list[Process]:
+    """Fork a worker for every place, each the leader of its own session, for the `cell.json` in a
+    working directory. Rank 0 holds the worker lock while it lives."""
+    (working / rank_state.DIRECTORY).mkdir(exist_ok=True)
+    processes: list[Process] = []
+    for place in ranks.places:
+        process = server.context.Process(
+            target=_rank_main, args=(module, str(working), str(worker_lock), ranks, place)
+        )
+        process.start()
+        server.keep(process.pid)
+        processes.append(process)
+    return processes
 
 
-def watch(
-    process: Process,
-    working: Path,
-    limit_seconds: float | None,
-    stop: Callable[[], list[int]],
-    show: Callable[[Progress], None],
-) -> Outcome:
-    """Wait for the end of a worker; `stop()` gives the signals received so far.
-
-    The first of them, or the limit, asks the worker to finish its record; the second, or
-    GRACE_SECONDS, kills its whole group.
-    """
-    kills = memory_kills()
-    began = time.monotonic()
-    cause: Cause = "ended"
-    kill_at = float("inf")
-    while not connection.wait([process.sentinel], POLL_SECONDS):
-        show(read_progress(working))
-        elapsed = time.monotonic() - began
-        over = limit_seconds is not None and elapsed > limit_seconds
-        if cause == "ended" and (stop() or over):
-            cause = "stopped" if stop() else "timeout"
-            kill_at = elapsed + GRACE_SECONDS
-            _ask_to_end(process)
-        if elapsed > kill_at or len(stop()) > 1:
-            _kill_group(process)
-    process.join()
-    # Whatever it started itself must not disturb the next measurement.
-    _kill_group(process)
-    return Outcome(
-        exit_code=process.exitcode if process.exitcode is not None else 255,
-        cause=cause,
-        limit_seconds=limit_seconds,
-        stop_signal=next(iter(stop()), None),
-        memory_kills=memory_kills() - kills,
-    )
+def _rank_main(module: str, working: str, worker_lock: str, ranks: Ranks, place: Place) -> None:
+    follow_parent()
+    directory = Path(working)
+    path = rank_state.log_path(directory, place.rank)
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+    os.environ.update(ranks.environment)
+    # Held until this process is gone: a runner that dies gives up its claim a moment earlier.
+    lock = FileLock(worker_lock, timeout=GRACE_SECONDS, thread_local=False)
+    with lock if place.rank == 0 else contextlib.nullcontext():
+        if ranks.launch_arguments:
+            importlib.import_module("harness.launched").enter(list(ranks.launch_arguments), place)
+        code = importlib.import_module(module).run(directory / "cell.json", directory)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    sys.exit(code)
 
 
-def _ask_to_end(process: Process) -> None:
-    """SIGTERM to the worker, which is the process itself or what `accelerate launch` started."""
-    try:
-        first = psutil.Process(process.pid)
-        behind = isinstance(process, Launched) and process.by_accelerate
-        for worker in (first.children() if behind else []) or [first]:
-            worker.terminate()
-    except psutil.NoSuchProcess:
-        return
-
-
-def _kill_group(process: Process) -> None:
-    if process.pid is None:
-        return
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
+def free_port(wanted: int = 0, address: str = "") -> int:
+    """A TCP port that nothing listens on, or the wanted one. Raises UserError when that one is in
+    use."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        # As torch's own server does: a port whose last connections are dying is free.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((address, wanted))
+        except OSError as error:
+            raise UserError(
+                f"port {wanted} cannot be had ({error.strerror}); choose another, or 0 for any "
+                "free one",
+                key="main_process_port",
+            ) from error
+        return int(probe.getsockname()[1])
 
 
 class Launched:
-    """A worker started by a command, as by hand, leader of its own session. Linux only."""
+    """Workers started by a command, as by hand, leader of its own session. Linux only."""
 
-    def __init__(self, argv: list[str], log: Path, hold: int) -> None:
+    def __init__(
+        self, argv: list[str], log: Path, hold: int, environment: Mapping[str, str] | None = None
+    ) -> None:
         """`hold` is a descriptor that the command keeps open for as long as it lives."""
         with log.open("ab") as file:
             self.popen = subprocess.Popen(  # noqa: S603 - an argv of our own making, no shell
@@ -166,20 +148,70 @@ class Launched:
                 start_new_session=True,
                 pass_fds=(hold,),
                 # `python -m` would look in the current directory first.
-                env=os.environ | {"PYTHONSAFEPATH": "1"},
+                env=os.environ | {"PYTHONSAFEPATH": "1"} | dict(environment or {}),
             )
-        # accelerate itself only waits for the worker, and dies of a signal without passing it on.
+        # accelerate itself only waits for its workers, and dies of a signal without passing it on.
         self.by_accelerate = Path(argv[0]).name == "accelerate" or ACCELERATE in argv
         self.pid: int | None = self.popen.pid
         self.sentinel = os.pidfd_open(self.popen.pid)
 
     @property
     def exitcode(self) -> int | None:
-        return self.popen.returncode
+        return self.popen.poll()
 
     def join(self) -> None:
         self.popen.wait()
         os.close(self.sentinel)
+
+
+def family(process: Process) -> list[psutil.Process]:
+    """The process and whatever descends from it, as far as it is still there."""
+    try:
+        first = psutil.Process(process.pid)
+        return [first, *first.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def ask_to_end(process: Process) -> None:
+    """SIGTERM to the worker, which is the process itself or what `accelerate launch` started."""
+    try:
+        first = psutil.Process(process.pid)
+        behind = isinstance(process, Launched) and process.by_accelerate
+        for worker in (first.children() if behind else []) or [first]:
+            worker.terminate()
+    except psutil.NoSuchProcess:
+        return
+
+
+def kill_group(process: Process) -> None:
+    """SIGKILL to the process, its group, and the sessions that its descendants have opened."""
+    if process.pid is None:
+        return
+    # torchrun puts each rank into a session of its own.
+    leaders = [each.pid for each in family(process) if _leads(each.pid)]
+    for pid in dict.fromkeys([process.pid, *leaders]):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
+
+
+def kill_strays(pids: Iterable[int], working: Path) -> None:
+    """SIGKILL to what works on a directory though the command that started it has ended."""
+    for pid in pids:
+        try:
+            ours = any(str(working) in part for part in psutil.Process(pid).cmdline())
+        except psutil.Error:
+            continue
+        if ours and _leads(pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
+
+
+def _leads(pid: int) -> bool:
+    try:
+        return os.getpgid(pid) == pid
+    except ProcessLookupError:
+        return False
 
 
 def read_progress(working: Path) -> Progress:

@@ -1,4 +1,5 @@
-"""What a person watching a sweep sees: one live line on a terminal, greppable lines elsewhere.
+"""What a person watching a sweep sees: a live line for each running cell on a terminal, greppable
+lines elsewhere.
 
 Everything here goes to standard error.
 """
@@ -34,7 +35,7 @@ class Display(Protocol):
     def update(self, job: Job, progress: Progress) -> None: ...
     def cell_finished(self, job: Job, record: Record, seconds: float) -> None: ...
     def done_elsewhere(self, job: Job, record: Record) -> None: ...
-    def waiting(self, labels: Sequence[str]) -> None: ...
+    def waiting(self, labels: Sequence[str], for_devices: bool = False) -> None: ...
     def close(self) -> None: ...
 
 
@@ -83,34 +84,34 @@ class Schedule:
     def __init__(self) -> None:
         self.jobs: dict[str, Job] = {}
         self.total = 0
-        self.done = 0
+        self.numbers: dict[str, int] = {}
+        self.running: dict[str, float] = {}
         self.seconds: dict[str, list[float]] = {}
-        self.began = time.monotonic()
 
     def begin(self, jobs: Sequence[Job]) -> None:
         self.jobs = {job.key: job for job in jobs}
         self.total = len(jobs)
 
-    def start(self) -> None:
-        self.began = time.monotonic()
+    def start(self, job: Job) -> None:
+        self.running[job.key] = time.monotonic()
 
     def end(self, job: Job, seconds: float | None) -> None:
         """Count a cell as done; seconds is none if it was not run here."""
-        if self.jobs.pop(job.key, None) is None:
-            return
-        self.done += 1
-        if seconds is not None:
+        self.position(job)
+        self.running.pop(job.key, None)
+        if self.jobs.pop(job.key, None) is not None and seconds is not None:
             self.seconds.setdefault(job.cell.method, []).append(seconds)
 
-    @property
-    def elapsed(self) -> float:
-        return time.monotonic() - self.began
+    def elapsed(self, job: Job) -> float:
+        """Seconds since a running cell began; 0 for another."""
+        now = time.monotonic()
+        return now - self.running.get(job.key, now)
 
     def remaining(self) -> float | None:
-        """Seconds until the sweep ends, the running cell counted among those left.
+        """Seconds until the sweep ends, the running cells counted among those left.
 
         A cell is expected to take the mean of the finished ones of its method, or of all if there
-        is none yet. None before any cell has finished.
+        is none yet, and as many to go on side by side as do now. None before any has finished.
         """
         durations = [second for seconds in self.seconds.values() for second in seconds]
         if not durations:
@@ -120,10 +121,13 @@ class Schedule:
             statistics.fmean(self.seconds.get(job.cell.method) or [overall])
             for job in self.jobs.values()
         ]
-        return max(0.0, sum(expected) - self.elapsed)
+        spent = sum(self.elapsed(job) for job in self.jobs.values())
+        return max(0.0, sum(expected) - spent) / max(1, len(self.running))
 
-    def position(self) -> str:
-        return f"[{self.done + 1}/{self.total}]"
+    def position(self, job: Job) -> str:
+        """Cells are numbered as they begin."""
+        number = self.numbers.setdefault(job.key, len(self.numbers) + 1)
+        return f"[{number}/{self.total}]"
 
     def eta(self) -> str:
         left = self.remaining()
@@ -135,9 +139,9 @@ class PlainDisplay:
 
     def __init__(self) -> None:
         self.schedule = Schedule()
-        self.phase = ""
-        self.written = 0.0
-        self.told_waiting = False
+        self.phases: dict[str, str] = {}
+        self.written: dict[str, float] = {}
+        self.told_waiting: set[bool] = set()
 
     def message(self, text: str) -> None:
         print(f"tunebench: {text}", file=sys.stderr, flush=True)
@@ -151,21 +155,21 @@ class PlainDisplay:
         self.schedule.begin(jobs)
 
     def _line(self, job: Job, parts: Sequence[str]) -> None:
-        prefix = f"{job.cell.cell_id[:12]} {self.schedule.position()} {job.label}"
+        prefix = f"{job.cell.cell_id[:12]} {self.schedule.position(job)} {job.label}"
         print(f"{prefix}: {', '.join(parts)}", file=sys.stderr, flush=True)
-        self.written = time.monotonic()
+        self.written[job.key] = time.monotonic()
 
     def cell_started(self, job: Job) -> None:
-        self.schedule.start()
-        self.phase = Progress().phase
-        self._line(job, [self.phase, self.schedule.eta()])
+        self.schedule.start(job)
+        self.phases[job.key] = Progress().phase
+        self._line(job, [self.phases[job.key], self.schedule.eta()])
 
     def update(self, job: Job, progress: Progress) -> None:
-        quiet = time.monotonic() - self.written < HEARTBEAT_SECONDS
-        if progress.phase == self.phase and quiet:
+        quiet = time.monotonic() - self.written.get(job.key, 0.0) < HEARTBEAT_SECONDS
+        if progress.phase == self.phases.get(job.key) and quiet:
             return
-        self.phase = progress.phase
-        elapsed = clock(self.schedule.elapsed)
+        self.phases[job.key] = progress.phase
+        elapsed = clock(self.schedule.elapsed(job))
         self._line(job, [*describe(progress), elapsed, self.schedule.eta()])
 
     def cell_finished(self, job: Job, record: Record, seconds: float) -> None:
@@ -176,28 +180,31 @@ class PlainDisplay:
         self._line(job, [record.status, "measured by another runner"])
         self.schedule.end(job, None)
 
-    def waiting(self, labels: Sequence[str]) -> None:
-        if not self.told_waiting:
-            self.message(waiting_text(labels))
-        self.told_waiting = True
+    def waiting(self, labels: Sequence[str], for_devices: bool = False) -> None:
+        if for_devices not in self.told_waiting:
+            self.message(waiting_text(labels, for_devices))
+        self.told_waiting.add(for_devices)
 
     def close(self) -> None:
         """Nothing to put back."""
 
 
-def waiting_text(labels: Sequence[str]) -> str:
+def waiting_text(labels: Sequence[str], for_devices: bool) -> str:
     shown = ", ".join(labels[:3]) + (f" and {len(labels) - 3} more" if len(labels) > 3 else "")
+    if for_devices:
+        return f"waiting for devices that another runner on this machine uses: {shown}"
     return f"waiting for what another runner is measuring: {shown}"
 
 
 class LiveDisplay:
-    """One line for the running cell, redrawn twice a second; finished cells scroll above it."""
+    """A line for each running cell, redrawn twice a second; finished cells scroll above them."""
 
     def __init__(self) -> None:
         from rich.console import Console
 
         self.console = Console(stderr=True, highlight=False)
         self.schedule = Schedule()
+        self.lines: dict[str, str] = {}
         self.live: Live | None = None
 
     def message(self, text: str) -> None:
@@ -213,11 +220,11 @@ class LiveDisplay:
     def begin(self, jobs: Sequence[Job]) -> None:
         self.schedule.begin(jobs)
 
-    def _show(self, text: str) -> None:
+    def _show(self, lines: Sequence[str]) -> None:
         from rich.live import Live
         from rich.text import Text
 
-        line = Text(text, no_wrap=True, overflow="ellipsis")
+        line = Text("\n".join(lines), no_wrap=True, overflow="ellipsis")
         if self.live is None:
             self.live = Live(line, console=self.console, auto_refresh=False, transient=True)
             self.live.start()
@@ -230,23 +237,25 @@ class LiveDisplay:
             self.live = None
 
     def cell_started(self, job: Job) -> None:
-        self.schedule.start()
+        self.schedule.start(job)
         self.update(job, Progress())
 
     def update(self, job: Job, progress: Progress) -> None:
-        parts = [*describe(progress), clock(self.schedule.elapsed), self.schedule.eta()]
+        parts = [*describe(progress), clock(self.schedule.elapsed(job)), self.schedule.eta()]
         rest = "".join(f" · {part}" for part in parts)
-        head = f"{self.schedule.position()} {job.label}"
+        head = f"{self.schedule.position(job)} {job.label}"
         # On a narrow terminal the name gives way, not the figures.
         room = max(12, self.console.width - len(rest))
-        self._show((head if len(head) <= room else head[: room - 1] + "…") + rest)
+        self.lines[job.key] = (head if len(head) <= room else head[: room - 1] + "…") + rest
+        self._show(list(self.lines.values()))
 
     def _finished(self, job: Job, status: str, parts: Sequence[str]) -> None:
         from rich.text import Text
 
         self.close()
+        self.lines.pop(job.key, None)
         style = {"ok": "green", "interrupted": "yellow", "invalid": "yellow"}.get(status, "red")
-        line = Text(f"{self.schedule.position()} {job.label} · ")
+        line = Text(f"{self.schedule.position(job)} {job.label} · ")
         line.append(parts[0], style=style)
         line.append("".join(f" · {part}" for part in parts[1:]))
         self.console.print(line)
@@ -259,5 +268,5 @@ class LiveDisplay:
         self._finished(job, record.status, [record.status, "measured by another runner"])
         self.schedule.end(job, None)
 
-    def waiting(self, labels: Sequence[str]) -> None:
-        self._show(waiting_text(labels))
+    def waiting(self, labels: Sequence[str], for_devices: bool = False) -> None:
+        self._show([waiting_text(labels, for_devices)])

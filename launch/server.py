@@ -15,21 +15,42 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing import connection, forkserver
+from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
 from typing import IO
 
 from harness import provenance
 
-GROUP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# What a terminal, `timeout` and (SIGUSR2) SLURM send to all processes at once.
+GROUP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Server:
     """The process that workers are forked from, and what it has written: libraries greet and warn
     when they are imported, which is of interest only if it fails."""
 
     context: ForkServerContext
     output: IO[bytes]
+    keeper: Connection | None = None
+
+    def keep(self, pid: int | None) -> None:
+        """Have a process group killed when this process is gone, even one that is frozen.
+
+        A worker sees to that itself (`follow_parent`), unless something has stopped it.
+        """
+        for _ in range(2):
+            if self.keeper is None:
+                receiver, self.keeper = self.context.Pipe(duplex=False)
+                keeper = self.context.Process(target=_keep, args=(receiver,), daemon=True)
+                keeper.start()
+                receiver.close()
+            try:
+                self.keeper.send(pid)
+            except OSError:
+                self.keeper = None  # somebody killed it
+            else:
+                return
 
     def said(self) -> str:
         """The end of what the server and the processes without a log of their own have written."""
@@ -93,3 +114,24 @@ def follow_parent() -> None:
         os.killpg(0, signal.SIGKILL)
 
     threading.Thread(target=die_with, args=(parent.sentinel,), daemon=True).start()
+
+
+def _keep(receiver: Connection) -> None:
+    """Kill the groups whose leaders' pids were sent, once the sender is gone."""
+    os.setsid()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # multiprocessing ends it with the runner
+    kept: dict[int, int] = {}
+    while True:
+        try:
+            pid = receiver.recv()
+        except (EOFError, OSError):
+            break
+        # A pid may be given to another process, what it opened stays with the first.
+        for ended in [pid for pid, opened in kept.items() if connection.wait([opened], 0)]:
+            os.close(kept.pop(ended))
+        with contextlib.suppress(ProcessLookupError):
+            kept[pid] = os.pidfd_open(pid)
+    for pid, opened in kept.items():
+        if not connection.wait([opened], 0):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)

@@ -307,5 +307,6 @@ def label(cell: Cell) -> str:
         target = cell.adapter.target_modules
         words += [f"r{cell.adapter.rank}", target if isinstance(target, str) else ",".join(target)]
     if cell.parallelism != "single":
-        words.append(f"{cell.parallelism} x{cell.devices}")
+        places = f"{cell.nodes}x{cell.devices // cell.nodes}"
+        words += [cell.parallelism, f"x{cell.devices}" if cell.nodes == 1 else places]
     return " ".join(words)

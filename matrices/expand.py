@@ -45,6 +45,8 @@ RECIPE = tuple(
     for leaf in ("include_path", "limit", "num_fewshot", "batch_size", "apply_chat_template")
 )
 
+GLOBAL_BATCH = "train.global_batch_size"
+
 Combination = dict[str, Any]
 
 
@@ -96,7 +98,9 @@ def _combinations(matrix: Matrix, entry: Entry | None) -> Iterator[Combination]:
         preset = chosen.get(PRESET, matrix.constants.get(PRESET))
         if preset not in bases:
             bases[preset] = DEFAULTS | _preset(preset) | dict(matrix.constants) | {PRESET: preset}
-        yield _named(bases[preset] | chosen, matrix, chosen)
+        combination = _named(bases[preset] | chosen, matrix, chosen)
+        _check_batch(matrix, entry, chosen, combination)
+        yield combination
 
 
 def _named(combination: Combination, matrix: Matrix, chosen: Combination) -> Combination:
@@ -105,6 +109,25 @@ def _named(combination: Combination, matrix: Matrix, chosen: Combination) -> Com
     if config is not None and not {"model.name"} & (chosen.keys() | matrix.constants.keys()):
         combination["model.name"] = config_name(Path(config))
     return combination
+
+
+def _check_batch(
+    matrix: Matrix, entry: Entry | None, chosen: Combination, combination: Combination
+) -> None:
+    """Refuse a global batch size beside a number of accumulation steps that somebody wrote."""
+    steps = "train.gradient_accumulation_steps"
+    if combination[GLOBAL_BATCH] is None or not {steps} & (chosen.keys() | matrix.constants.keys()):
+        return
+    places = {
+        key: entry.where if entry and key in entry.settings else matrix.locate(key)
+        for key in (steps, GLOBAL_BATCH)
+    }
+    raise UserError(
+        f"sets gradient_accumulation_steps, which is {combination[steps]} at {places[steps]}; give "
+        "one of the two",
+        key=GLOBAL_BATCH,
+        where=places[GLOBAL_BATCH],
+    )
 
 
 def _preset(name: str | None) -> Combination:
@@ -177,7 +200,7 @@ class _Builder:
             if section not in UNUSED[method]
         }
         top = {name: collapsed[name] for name in TOP_LEVEL}
-        identity = (*top.values(), *keys.items())
+        identity = (*(id(v) if type(v) is dict else v for v in top.values()), *keys.items())
         if identity in self.seen:
             return
         self.seen.add(identity)
@@ -205,7 +228,10 @@ def collapse(combination: Mapping[str, Any]) -> Combination:
 
     if found["method"] == "base":
         # Nothing is trained, and without quantization nothing is scored under autocast.
-        default("seed", "parallelism", "devices", "model.compute_dtype")
+        default("seed", "parallelism", "devices", "nodes", "model.compute_dtype")
+    if found["parallelism"] in ("single", "device-map"):
+        # accelerate starts one process, which it has nothing to tell.
+        default("profile")
     if found["adapter.alpha"] is None:
         found["adapter.alpha"] = 2 * found["adapter.rank"]
     targets = found["adapter.target_modules"]
@@ -217,6 +243,7 @@ def collapse(combination: Mapping[str, Any]) -> Combination:
     elif not found["train.autocast"] and found["method"] in ("full", "lora"):
         # Only 4-bit layers use it otherwise.
         default("model.compute_dtype")
+    _accumulate(found)
     if found["train.timing_warmup_steps"] == found["train.warmup_steps"]:
         default("train.timing_warmup_steps")
     if not found["train.gradient_checkpointing"]:
@@ -226,6 +253,16 @@ def collapse(combination: Mapping[str, Any]) -> Combination:
     if not found["evaluate.tasks"]:
         default(*RECIPE)
     return found
+
+
+def _accumulate(found: Combination) -> None:
+    """Have the accumulation steps make the global batch size. Where none do, it stays, and a rule
+    refuses the cell."""
+    alone = found["parallelism"] in ("single", "device-map")
+    together = found["train.micro_batch_size"] * (1 if alone else found["devices"])
+    if found[GLOBAL_BATCH] is not None and found[GLOBAL_BATCH] % together == 0:
+        found["train.gradient_accumulation_steps"] = found[GLOBAL_BATCH] // together
+        found[GLOBAL_BATCH] = None
 
 
 def _unmatched(matrix: Matrix, builder: _Builder) -> Iterator[str]:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from matrices import document
+from matrices import document, own_keys
 from matrices.cell import SECTIONS
 from matrices.document import Spot
 from matrices.errors import UserError, nearest
 from matrices.fingerprint import FINGERPRINTED, fingerprint, local_path
 from matrices.models import plain_config
+from matrices.profiles import profile_at
 from matrices.settings import (
     MATRIX_KEYS,
+    PROFILE,
     SHORT,
     example,
     resolve,
@@ -48,6 +49,7 @@ class Matrix:
     include: tuple[Entry, ...] = ()
     score_base: bool = True
     timeout_seconds: float | None = None
+    phase_timeout_seconds: float | None = None
     places: Mapping[str, str] = field(default_factory=dict)
     """Dotted setting, section or matrix key to `file:line`."""
     fingerprints: Mapping[str, str] = field(default_factory=dict)
@@ -91,15 +93,18 @@ def load(source: str | Path, overrides: Sequence[str] = (), seeds: int | None = 
             where=axes[key].where,
         )
     matrix = Matrix(
-        name=_name(own.get("name"), path),
+        name=own_keys.name(own.get("name"), path),
         path=path,
-        question=_text(own.get("question")),
+        question=own_keys.text(own.get("question")),
         constants={key: spot.value for key, spot in constants.items()},
         axes={key: spot.value for key, spot in axes.items()},
         exclude=reader.entries("exclude", own.get("exclude")),
         include=reader.entries("include", own.get("include")),
-        score_base=_flag(own.get("score_base")),
-        timeout_seconds=_seconds(own.get("timeout_seconds")),
+        score_base=own_keys.flag(own.get("score_base")),
+        timeout_seconds=own_keys.seconds("timeout_seconds", own.get("timeout_seconds")),
+        phase_timeout_seconds=own_keys.seconds(
+            "phase_timeout_seconds", own.get("phase_timeout_seconds")
+        ),
         fingerprints=reader.fingerprints,
         places={key: spot.where for key, spot in top.value.items()} | reader.places,
     )
@@ -141,6 +146,8 @@ class _Reader:
 
     def checked(self, key: str, spot: Spot) -> Any:
         self.places.setdefault(key, spot.where)
+        if key == PROFILE:
+            return profile_at(self.base, spot)
         value = validate(key, document.plain(spot), spot.where)
         local = local_path(key, value, self.base, spot.where)
         if local is None:
@@ -249,10 +256,10 @@ def _overridden(matrix: Matrix, overrides: Sequence[str], seeds: int | None) -> 
         if not equals or not name:
             raise UserError("write KEY=VALUE, e.g. --set rank=8 or --set rank=[8,64]", where=where)
         spot = document.parse(text, where, lines=False)
-        if name == "timeout_seconds":
-            changes[name] = _seconds(spot)
+        if name in ("timeout_seconds", "phase_timeout_seconds"):
+            changes[name] = own_keys.seconds(name, spot)
         elif name == "score_base":
-            changes[name] = _flag(spot)
+            changes[name] = own_keys.flag(spot)
         elif name in MATRIX_KEYS:
             raise UserError("can only be changed in the matrix itself", key=name, where=where)
         else:
@@ -296,52 +303,3 @@ def is_axis(key: str, spot: Spot) -> bool:
     if not isinstance(spot.value, list):
         return False
     return not takes_list(key) or any(isinstance(item.value, list) for item in spot.value)
-
-
-def _name(spot: Spot | None, path: Path) -> str:
-    # It becomes a directory name.
-    name = path.stem if spot is None else document.plain(spot)
-    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise UserError(
-            f"{show(name)} is not made of letters, digits, '.', '_' and '-'; write for example "
-            "name: my-sweep",
-            key="name",
-            where=spot.where if spot else str(path),
-        )
-    return name
-
-
-def _text(spot: Spot | None) -> str:
-    if spot is None:
-        return ""
-    if not isinstance(spot.value, str):
-        raise UserError(
-            f"{show(document.plain(spot))} is not text; put it in quotes",
-            key="question",
-            where=spot.where,
-        )
-    return spot.value
-
-
-def _flag(spot: Spot | None) -> bool:
-    if spot is None:
-        return True
-    if not isinstance(spot.value, bool):
-        raise UserError(
-            f"{show(document.plain(spot))} is not true or false", key="score_base", where=spot.where
-        )
-    return spot.value
-
-
-def _seconds(spot: Spot | None) -> float | None:
-    if spot is None or spot.value is None:
-        return None
-    number = spot.value
-    if isinstance(number, bool) or not isinstance(number, int | float) or number <= 0:
-        raise UserError(
-            f"{show(document.plain(spot))} is not a number of seconds above 0; write for example "
-            "timeout_seconds: 3600",
-            key="timeout_seconds",
-            where=spot.where,
-        )
-    return float(number)

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING
 from matrices.cell import Cell
 from matrices.errors import UserError
 from matrices.models import architecture, config_of, key_of, positions_key, read_config
+from matrices.parallel_rules import SHARDS_PARAMETERS
 
 if TYPE_CHECKING:
     from matrices.rules import Machine
-
-SHARDS_PARAMETERS = frozenset({"fsdp", "fsdp1", "zero3", "zero3-offload"})
 
 
 def model_needs_weights(cell: Cell, machine: Machine) -> str | None:
@@ -68,29 +67,6 @@ def sequence_needs_positions(cell: Cell, machine: Machine) -> str | None:
         f"max_length is {cell.data.max_length} and the model has {config[key]} positions; shorten "
         f"the sequences, or extend the model with config_overrides: {{{key}: "
         f"{cell.data.max_length}}}"
-    )
-
-
-def sharding_needs_quant_storage(cell: Cell, machine: Machine) -> str | None:
-    """qlora sharded by FSDP or ZeRO-3 with a quant_storage that cannot be sharded: uint8, and for
-    fsdp1 and ZeRO-3 any other dtype than the weights'."""
-    # accelerate/utils/fsdp_utils.py, fsdp2_prepare_model; torch/distributed/fsdp/_flat_param.py,
-    # _validate_tensors_to_flatten; PEFT's guide to DeepSpeed for ZeRO-3.
-    if cell.quantization is None or cell.parallelism not in SHARDS_PARAMETERS:
-        return None
-    storage, weights = cell.quantization.quant_storage, cell.model.weight_dtype
-    if cell.parallelism == "fsdp":
-        if storage != "uint8":
-            return None
-        return (
-            "accelerate leaves 4-bit weights stored as uint8 out of FSDP's sharding, whole on each "
-            f"device; use quant_storage {weights}"
-        )
-    if storage == weights:
-        return None
-    return (
-        f"{cell.parallelism} shards 4-bit weights together with the others, so both need one "
-        f"dtype; use quant_storage {weights}"
     )
 
 

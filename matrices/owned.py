@@ -91,6 +91,10 @@ LIBRARY_NAMES = {
     "max_seq_length": "data.max_length",
     "seeds": "seed",
     "num_processes": "devices",
+    "num_machines": "nodes",
+    "nnodes": "nodes",
+    "config_file": "profile",
+    "train_batch_size": "train.global_batch_size",
     "nproc_per_node": "devices",
     "world_size": "devices",
 }

@@ -9,6 +9,7 @@ from matrices.gpus import gpus
 from matrices.load import load, shipped
 from matrices.models import architectures
 from matrices.presets import PRESETS
+from matrices.profiles import PLACEHOLDERS
 from matrices.rules import PREDICTION_RULES, RULES, Rule
 from matrices.settings import BARE, DEFAULTS, LEAVES, MISLEADING, SCHEMAS, describe, flow
 
@@ -27,6 +28,11 @@ text. Relative paths start at the file's directory, those of `--set` at the curr
 not run, its content hash takes the place of the path in the cell's identity, and it is called after
 its file (or directory, if the file is config.json) unless `model.name` says otherwise.
 
+`profile: path/to/mine.yaml` is what `accelerate launch` is given in place of the shipped profile of
+the cell's `parallelism`; start from what `tunebench profiles` prints. Its content, and that of a
+DeepSpeed file that it names, takes the place of the path in the cell. In both,
+{placeholders} are filled in from the cell; `$$` is a dollar sign.
+
 * `name` names the results directory; the file's name if not given.
 * `question`: what the matrix is to answer; printed in reports.
 * `preset`: a named starting point, weaker than everything the matrix says; may be an axis.
@@ -38,6 +44,8 @@ its file (or directory, if the file is config.json) unless `model.name` says oth
   that is an error.
 * `score_base`: `true` (the default) scores the untouched and the quantized base too.
 * `timeout_seconds`: the longest a cell may take; no limit if not given.
+* `phase_timeout_seconds`: the longest a cell may stay in one phase (loading, the memory steps,
+  training, scoring) or at one step; no limit if not given.
 
 Weakest first: defaults, preset, constants, axes, `include`; `--set` replaces a constant or a whole
 axis. In `--set` a list is an axis (`--set rank=[8,64]`); for a setting that is a list, a list of
@@ -46,8 +54,10 @@ lists is.
 What means nothing for a combination is dropped and equal cells merge: `full` has no adapter and no
 quantization, `lora` no quantization, `base` neither, nor data, training, a seed or several devices;
 `alpha: null` is 2 x rank; `use_reentrant` without `gradient_checkpointing`, `packing_strategy`
-without `packing`, `autocast` with `compute_dtype: fp32`, `compute_dtype` without `autocast` (but
-for `qlora`) and the lm-eval recipe without `tasks` go to their defaults.
+without `packing`, `profile` without several processes, `autocast` with `compute_dtype: fp32`,
+`compute_dtype` without `autocast` (but for `qlora`) and the lm-eval recipe without `tasks` go to
+their defaults. `global_batch_size` becomes `gradient_accumulation_steps`: itself, divided by
+`micro_batch_size` times the devices.
 
 A method with its own learning rate goes into `include`:
 
@@ -85,7 +95,7 @@ my-card:
 def reference() -> str:
     """The whole page, as Markdown."""
     parts = [
-        INTRODUCTION,
+        INTRODUCTION.replace("{placeholders}", _placeholders()),
         _settings(),
         _presets(),
         _rules("Cells that are refused", RULES),
@@ -95,6 +105,10 @@ def reference() -> str:
         _matrices(),
     ]
     return "\n".join(parts)
+
+
+def _placeholders() -> str:
+    return ", ".join(f"`${name}` ({meaning})" for name, meaning in PLACEHOLDERS.items())
 
 
 def table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:

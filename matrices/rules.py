@@ -19,21 +19,28 @@ from matrices.model_rules import (
     config_must_be_complete,
     model_needs_weights,
     sequence_needs_positions,
-    sharding_needs_quant_storage,
     shards_must_not_be_empty,
 )
 from matrices.owned import LORA_RESERVED, LORA_SETTINGS, SFT_RESERVED, SFT_SETTINGS
+from matrices.parallel_rules import (
+    PARALLEL_PREDICTION_RULES,
+    PARALLEL_RULES,
+    PARALLEL_RUN_RULES,
+)
 
 
 @dataclass(frozen=True)
 class Machine:
     """What the rules need to know about where a cell would run. `has_gpu` means a CUDA or ROCm
     device, `compute_capability` is CUDA's (8.6), `packages` are installed distributions
-    (`flash-attn`) and their versions."""
+    (`flash-attn`) and their versions. `devices` are its GPUs, or without any the processors that
+    may be used, and `nodes` the machines like it that one cell can have; none is not known."""
 
     has_gpu: bool
     compute_capability: float | None = None
     packages: Mapping[str, str] = field(default_factory=dict)
+    devices: int | None = None
+    nodes: int | None = 1
 
 
 @dataclass(frozen=True)
@@ -82,8 +89,9 @@ def fp16_gradient_scaling(cell: Cell, machine: Machine) -> str | None:
     """Training under fp16 autocast where gradients come out in fp16 or bf16: full fine-tuning
     of weights that are not fp32, and qlora."""
     # Gradients have the dtype of the trained parameters. PEFT keeps lora's in fp32
-    # (autocast_adapter_dtype); TRL casts qlora's to bf16 (trl/trainer/sft_trainer.py).
-    if not machine.has_gpu or not _fp16_autocast(cell):
+    # (autocast_adapter_dtype); TRL casts qlora's to bf16 (trl/trainer/sft_trainer.py). DeepSpeed
+    # scales by itself, the gradients of its fp32 copies.
+    if not machine.has_gpu or not _fp16_autocast(cell) or cell.parallelism.startswith("zero"):
         return None
     if cell.method == "qlora":
         return (
@@ -91,6 +99,10 @@ def fp16_gradient_scaling(cell: Cell, machine: Machine) -> str | None:
             "mixed precision has no CUDA kernel for bf16 gradients (torch: "
             "_amp_foreach_non_finite_check_and_unscale_cuda); use compute_dtype bf16 or fp32"
         )
+    if cell.parallelism in ("fsdp", "fsdp1"):
+        # accelerate puts what is trained to fp32: fsdp_utils.py, fsdp2_prepare_model;
+        # accelerator.py, prepare_model.
+        return None
     if cell.method == "full" and cell.model.weight_dtype == "fp16":
         return (
             "torch's GradScaler refuses it (Attempting to unscale FP16 gradients): fp16 mixed "
@@ -229,26 +241,6 @@ def _contradiction(
     return f"{mapping} may not give {', '.join(said)}" if said else None
 
 
-def single_is_one_device(cell: Cell, machine: Machine) -> str | None:
-    """More than one device with parallelism single."""
-    if cell.parallelism != "single" or cell.devices == 1:
-        return None
-    return (
-        f"parallelism single is one device and devices is {cell.devices}; set parallelism to ddp, "
-        "fsdp or zero3, or devices to 1"
-    )
-
-
-def several_devices_are_predicted_only(cell: Cell, machine: Machine) -> str | None:
-    """Any parallelism but single, which can be predicted and not run."""
-    if cell.parallelism == "single":
-        return None
-    return (
-        f"parallelism {cell.parallelism} is only predicted so far: this version trains on one "
-        "device; set parallelism to single and devices to 1 to run it"
-    )
-
-
 RULES: tuple[Rule, ...] = (
     fp16_needs_gpu,
     fp16_gradient_scaling,
@@ -261,8 +253,8 @@ RULES: tuple[Rule, ...] = (
     head_takes_no_adapter,
     sft_config_contradicts,
     lora_config_contradicts,
-    single_is_one_device,
-    several_devices_are_predicted_only,
+    *PARALLEL_RULES,
+    *PARALLEL_RUN_RULES,
     model_needs_weights,
 )
 # About this machine, or about a run's timing and weights.
@@ -270,13 +262,13 @@ _OF_A_RUN = {
     fp16_needs_gpu,
     flash_attention_needs_package,
     steps_left_to_time,
-    several_devices_are_predicted_only,
     model_needs_weights,
+    *PARALLEL_RUN_RULES,
 }
 PREDICTION_RULES: tuple[Rule, ...] = (
     *(rule for rule in RULES if rule not in _OF_A_RUN),
     config_must_be_complete,
     sequence_needs_positions,
-    sharding_needs_quant_storage,
     shards_must_not_be_empty,
+    *PARALLEL_PREDICTION_RULES,
 )

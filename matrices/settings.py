@@ -17,8 +17,19 @@ from matrices.owned import LIBRARY_NAMES
 from matrices.presets import PRESETS
 
 PRESET = "preset"
+# Written as a path; a cell holds the content.
+PROFILE = "profile"
 # Top-level keys of a matrix that are no settings.
-MATRIX_KEYS = ("name", "question", "axes", "exclude", "include", "score_base", "timeout_seconds")
+MATRIX_KEYS = (
+    "name",
+    "question",
+    "axes",
+    "exclude",
+    "include",
+    "score_base",
+    "timeout_seconds",
+    "phase_timeout_seconds",
+)
 # `model: x` and `data: x`.
 SHORT = {"model": "model.name", "data": "data.source"}
 # Filled in by tunebench, never written by hand.
@@ -43,7 +54,7 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     dotted: schema["properties"][leaf]
     for dotted, (model, leaf) in LEAVES.items()
     for schema in (model.model_json_schema(),)
-} | {PRESET: {"enum": list(PRESETS)}}
+} | {PRESET: {"enum": list(PRESETS)}, PROFILE: {"type": "string", "format": "path"}}
 
 
 def _bare() -> dict[str, str]:
@@ -156,6 +167,8 @@ def describe(schema: dict[str, Any]) -> str:
         "object": "a mapping",
         "null": "null",
     }[schema["type"]]
+    if schema.get("format") == "path":
+        noun = "the path of a file"
     if schema.get("minLength") or schema.get("minItems"):
         noun = f"{noun} that is not empty"
     return " ".join([noun, " and ".join(limits)]) if limits else noun
@@ -163,6 +176,8 @@ def describe(schema: dict[str, Any]) -> str:
 
 def example(dotted: str) -> str:
     """A value the setting accepts, as YAML: the default where that says something."""
+    if dotted == PROFILE:
+        return "./mine.yaml"
     default = DEFAULTS.get(dotted)
     if default not in (None, {}, ()):
         return flow(default)

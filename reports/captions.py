@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from harness.record import Record
-from matrices.cell import SECTIONS
+from matrices.cell import SECTIONS, TOP_LEVEL, Cell
 from reports.columns import PACKAGES
 from reports.display import bytes_text, setting_text, short_name
 from reports.groups import Group, settings
@@ -36,7 +36,10 @@ DEFAULTS = {
     f"{section}.{leaf}": field.get_default(call_default_factory=True)
     for section, model in SECTIONS.items()
     for leaf, field in model.model_fields.items()
-} | {"adapter.alpha_per_rank": 2.0, "parallelism": "single", "devices": 1}
+} | {
+    "adapter.alpha_per_rank": 2.0,
+    **{name: Cell.model_fields[name].get_default(call_default_factory=True) for name in TOP_LEVEL},
+}
 # Said in sentences of their own, or part of the heading.
 ELSEWHERE = ("method", "model.name", "model.fingerprint", "evaluate.tasks", "evaluate.limit")
 

@@ -13,7 +13,16 @@ from typing import Any, Literal
 from harness.record import CATEGORIES, PHASES, Record
 from matrices.cell import SECTIONS, flatten
 from reports.display import short_name
-from reports.measured import phase_peak_bytes, rank_imbalance, timed_seconds
+from reports.measured import (
+    communication_bytes,
+    expected_share,
+    parameter_bytes,
+    parameter_share,
+    phase_peak_bytes,
+    rank_imbalance,
+    smallest_rank_peak,
+    timed_seconds,
+)
 
 Better = Literal["lower", "higher"]
 Source = str | Callable[[Record], Any]
@@ -78,7 +87,15 @@ def _settings() -> list[Column]:
         Column(
             "parallelism", "cell.parallelism", "string", "parallelism", "single, ddp, fsdp, ..."
         ),
-        Column("devices", "cell.devices", "Int64", "devices", "devices (ranks) of one cell"),
+        Column("devices", "cell.devices", "Int64", "devices", "devices of one cell"),
+        Column("nodes", "cell.nodes", "Int64", "machines", "machines of one cell"),
+        Column(
+            "profile",
+            lambda record: _plain(record.cell.profile),
+            "string",
+            "profile",
+            "a user's accelerate profile; empty for the shipped one",
+        ),
     ]
     for section, model in SECTIONS.items():
         for leaf, field in model.model_fields.items():
@@ -174,7 +191,7 @@ def _memory() -> list[Column]:
         Column("memory.peak_phase", "memory.peak_phase", "string", "peak in", "sets the peak"),
         Column(
             "memory.rank_imbalance", rank_imbalance, "Float64", "imbalance",
-            "largest rank over mean rank, minus 1", "ratio", "lower",
+            "largest over smallest training peak of a rank, minus 1", "ratio", "lower",
         ),
         *[_phase(phase, None, "peak") for phase in PHASES],
         *[_phase(phase, "reserved_peak_bytes", "reserved_peak") for phase in PHASES],
@@ -184,6 +201,58 @@ def _memory() -> list[Column]:
         Column(
             "memory.host_peak_rss_bytes", "memory.host_peak_rss_bytes", "Int64", "host peak RSS",
             "resident set of the process, at its largest", "bytes", "lower",
+        ),
+    ]  # fmt: skip
+
+
+def _ranks() -> list[Column]:
+    return [
+        Column(
+            "verified.world_size", "verified.world_size", "Int64", "ranks",
+            "processes found when it trained",
+        ),
+        Column(
+            "verified.distributed_type", "verified.distributed_type", "string", "distributed type",
+            "accelerate's, as found when it trained",
+        ),
+        Column(
+            "ranks.peak_min_bytes", smallest_rank_peak, "Int64", "smallest rank peak",
+            "training peak of the rank that needs least", "bytes", "lower",
+        ),
+        Column(
+            "ranks.parameter_bytes", parameter_bytes, "Int64", "parameters per rank",
+            "parameters held once prepared for training, the largest of all ranks", "bytes",
+            "lower",
+        ),
+        Column(
+            "ranks.parameter_share", parameter_share, "Float64", "share held",
+            "of the parameters, by number, the largest of all ranks", "ratio", "lower",
+        ),
+        Column(
+            "ranks.expected_share",
+            lambda record: expected_share(record.cell) if record.ranks else None,
+            "Float64", "expected share", "of the parameters, as the parallelism divides them",
+            "ratio",
+        ),
+        Column(
+            "ranks.communication_bytes", communication_bytes, "Int64", "communication per step",
+            "through collectives in one optimizer step, the largest of all ranks", "bytes",
+            "lower",
+        ),
+    ]  # fmt: skip
+
+
+def _placement() -> list[Column]:
+    return [
+        Column("placement.engine", "placement.engine", "string", "engine", "what started it"),
+        Column(
+            "placement.hosts", lambda record: ", ".join(record.placement.hosts) or None, "string",
+            "hosts", "machines it ran on",
+        ),
+        Column("placement.job", "placement.job", "string", "job", "the engine's name of the job"),
+        Column(
+            "contaminated", lambda record: "; ".join(record.contaminated) or None, "string",
+            "in doubt", "why its speed and memory are in doubt",
         ),
     ]  # fmt: skip
 
@@ -273,5 +342,6 @@ def _other() -> list[Column]:
 
 
 COLUMNS: tuple[Column, ...] = (
-    *_settings(), *_provenance(), *_memory(), *_prediction(), *_speed(), *_other()
+    *_settings(), *_provenance(), *_placement(), *_memory(), *_ranks(), *_prediction(), *_speed(),
+    *_other(),
 )  # fmt: skip

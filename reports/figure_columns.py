@@ -22,24 +22,26 @@ Compare = Callable[[Group], Estimate | str | None]
 
 def cost_columns(table: Table, baselines: Baselines) -> list[TableColumn]:
     """Memory, speed and size; a column nobody has a figure for is left out."""
-    peak = _column(table, "peak_bytes", "Peak memory", "cost", estimates.peak_bytes, "lower")
+    peak = figure_column(table, "peak_bytes", "Peak memory", "cost", estimates.peak_bytes, "lower")
     peak.unit, peak.style = bytes_style(peak.estimates)
-    step = _column(table, "step_seconds", "Step time", "cost", estimates.step_seconds, "lower")
+    step = figure_column(
+        table, "step_seconds", "Step time", "cost", estimates.step_seconds, "lower"
+    )
     step.unit, step.style = seconds_style(step.estimates)
-    rate = _column(
+    rate = figure_column(
         table, "tokens_per_second", "Tokens/s", "cost", estimates.tokens_per_second, "higher"
     )
-    change = _column(
+    change = figure_column(
         table, "peak_change", "Memory vs baseline", "cost",
         _against(baselines, estimates.peak_change), "lower",
     )  # fmt: skip
     change.style = Style(scale=100, decimals=1, suffix=" %", signed=True)
-    ratio = _column(
+    ratio = figure_column(
         table, "step_ratio", "Step vs baseline", "cost",
         _against(baselines, estimates.step_ratio), "lower",
     )  # fmt: skip
     ratio.style = Style(decimals=2, suffix="×")
-    phase = _column(table, "peak_phase", "Peak in", "cost", _peak_phase)
+    phase = figure_column(table, "peak_phase", "Peak in", "cost", _peak_phase)
     if len(set(phase.values) - {None}) == 1:  # The caption says it.
         phase.values = [None] * len(phase.values)
     sizes, predicted = _sizes(table), _predicted(table)
@@ -47,8 +49,24 @@ def cost_columns(table: Table, baselines: Baselines) -> list[TableColumn]:
         column.part = "memory"
     for column in (step, ratio, rate):
         column.part = "speed"
+    for column in (peak, change, step, ratio, rate):
+        mark_doubts(table, column)
     columns = [peak, *predicted, change, phase, step, ratio, rate, *sizes]
     return [column for column in columns if any(value is not None for value in column.values)]
+
+
+def mark_doubts(table: Table, column: TableColumn) -> None:
+    """A note at every figure of a run whose devices something else used meanwhile."""
+    for place, row in enumerate(table.rows):
+        if not isinstance(column.values[place], Estimate):
+            continue
+        records = [result.record for result in row.group.measured]
+        doubts = [
+            table.note(f"In doubt: {row.group.name}, seed {r.cell.seed}: {one_line(doubt)}.")
+            for r in records
+            for doubt in r.contaminated
+        ]
+        column.marks[place] += tuple(doubts)
 
 
 def _predicted(table: Table) -> list[TableColumn]:
@@ -58,7 +76,7 @@ def _predicted(table: Table) -> list[TableColumn]:
         peak.values.append(None if row.reference else estimates.predicted_peak_bytes(row.group))
         peak.marks.append(())
     peak.unit, peak.style = bytes_style(peak.estimates)
-    error = _column(
+    error = figure_column(
         table, "prediction_error", "Predicted vs measured", "cost", estimates.prediction_error
     )
     error.style = Style(scale=100, decimals=2, suffix=" %", signed=True)
@@ -74,9 +92,9 @@ def _sizes(table: Table) -> list[TableColumn]:
     def adapter(item: Group) -> Estimate | None:
         return estimates.exact(item, lambda record: record.artifacts.adapter_bytes)
 
-    trained = _column(table, "trainable_parameters", "Trainable", "cost", parameters)
+    trained = figure_column(table, "trainable_parameters", "Trainable", "cost", parameters)
     trained.unit, trained.style = "million parameters", Style(scale=1e-6, decimals=2)
-    stored = _column(table, "adapter_bytes", "Adapter file", "cost", adapter, "lower")
+    stored = figure_column(table, "adapter_bytes", "Adapter file", "cost", adapter, "lower")
     stored.unit, stored.style = bytes_style(stored.estimates)
     # Counted, not measured: an n would say nothing.
     trained.show_n = stored.show_n = False
@@ -114,11 +132,11 @@ def quality_columns(
         def value(item: Group, task: str = task, metric: str = metric) -> Estimate | None:
             return estimates.quality(item, task, metric)
 
-        columns.append(_column(table, name, task, "quality", value, better, references=True))
+        columns.append(figure_column(table, name, task, "quality", value, better, references=True))
         comparisons = [(f"vs {role} base", _to_base(role, newest, task, metric)) for role in roles]
         comparisons.append(("vs baseline", _against(baselines, _quality_gap(task, metric))))
         for heading, compare in comparisons:
-            column = _column(table, f"{name}.{heading}", heading, "quality", compare, better)
+            column = figure_column(table, f"{name}.{heading}", heading, "quality", compare, better)
             column.style = Style(signed=True)
             columns.append(column)
         for column in columns:
@@ -168,7 +186,7 @@ def _against(baselines: Baselines, compare: Callable[[Group, Group], Estimate | 
     return against
 
 
-def _column(
+def figure_column(
     table: Table,
     name: str,
     heading: str,

@@ -6,16 +6,19 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from harness.record import Record
-from matrices.cell import SECTIONS, TOP_LEVEL, Cell, flatten, label
+from matrices.cell import SECTIONS, TOP_LEVEL, Cell, Parallelism, flatten, label
 from reports.display import setting_text, short_name
 from reports.results import Result
 
 SETTINGS = list(TOP_LEVEL) + [
     f"{name}.{leaf}" for name, section in SECTIONS.items() for leaf in section.model_fields
 ]
+
+
+PARALLELISM = get_args(Parallelism)
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,6 +98,7 @@ def sort_key(item: Group) -> tuple[Any, ...]:
     targets = ("qv", "attention", "mlp", "all-linear")
     flat = settings(item.cell)
     target = flat.pop("adapter.target_modules", "")
+    flat["parallelism"] = PARALLELISM.index(item.cell.parallelism)
     # Quantization before rank: variants of one storage stay together.
     quantization = [str(flat.pop(name)) for name in list(flat) if name.startswith("quantization.")]
     place = targets.index(target) if target in targets else len(targets)

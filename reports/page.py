@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from harness.record import Record
 from matrices.cell import label
 from reports.captions import hardware_text, model_text
 from reports.display import DASH, one_line, seconds_text
@@ -134,7 +135,7 @@ def _runs(results: Sequence[Result], directory: Path) -> Html:
                 tag("td", str(record.cell.seed), class_="number"),
                 tag("td", tag("span", status, class_=f"chip {record.status}")),
                 tag("td", seconds_text(_took(result)), class_="number"),
-                tag("td", one_line(record.reason) if record.reason else DASH),
+                tag("td", _why(record)),
                 tag("td", tag("code", shlex.join(record.command))),
             )
         )
@@ -145,6 +146,12 @@ def _runs(results: Sequence[Result], directory: Path) -> Html:
         class_="runs",
     )
     return tag("div", table, class_="scroll")
+
+
+def _why(record: Record) -> str:
+    """Why it did not end ok, and why its figures are in doubt."""
+    doubts = [f"in doubt: {doubt}" for doubt in record.contaminated]
+    return one_line("; ".join([*([record.reason] if record.reason else []), *doubts])) or DASH
 
 
 def _took(result: Result) -> float | None:

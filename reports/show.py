@@ -23,6 +23,7 @@ from reports.figure_columns import metric_text
 from reports.measured import METERS, phase_peak_bytes, timed_seconds
 from reports.results import Result
 from reports.samples import difference, score
+from reports.show_ranks import rank_facts, rank_rows
 
 WIDTH = 100
 BAR = 30
@@ -36,6 +37,7 @@ def show(result: Result, judged: Mapping[str, Result]) -> str:
         _settings(result.record),
         _verified(result.record),
         _memory(result.record),
+        _ranks(result.record),
         _speed(result.record),
         _quality(result, judged),
         _generations(result.record, judged.get("untouched")),
@@ -81,9 +83,23 @@ def _head(result: Result) -> str:
         "stack": record.stack_id,
         "started": f"{record.started}, attempt {record.attempt}",
         "ended": record.ended or "not ended",
+        "on": _placed(record),
+        "in doubt": "; ".join(record.contaminated),
         "record": str(result.path),
     }
-    return "\n".join([*lines, *[line for item in facts.items() for line in _wrapped(*item)], ""])
+    told = [line for item in facts.items() if item[1] for line in _wrapped(*item)]
+    return "\n".join([*lines, *told, ""])
+
+
+def _placed(record: Record) -> str:
+    """The machines and the engine that started it there, where that was not this command line."""
+    placed = record.placement
+    parts = [", ".join(placed.hosts)] if placed.hosts else []
+    if placed.engine in ("slurm", "ray"):
+        parts.append(f"by {placed.engine}" + (f", job {placed.job}" if placed.job else ""))
+    if placed.exclusive is False:
+        parts.append("other cells may have run beside it")
+    return "; ".join(parts)
 
 
 def _status(record: Record) -> str:
@@ -102,7 +118,9 @@ def _settings(record: Record) -> str:
     flat = flatten(record.cell)
     lines = _wrapped("method", record.cell.method)
     if record.cell.parallelism != "single":
-        lines += _wrapped("spread", f"{record.cell.parallelism} over {record.cell.devices} devices")
+        machines = f" of {record.cell.nodes} machines" if record.cell.nodes > 1 else ""
+        spread = f"{record.cell.parallelism} over {record.cell.devices} devices{machines}"
+        lines += _wrapped("spread", spread)
     for section in SECTIONS:
         own = {name: value for name, value in flat.items() if name.startswith(f"{section}.")}
         told = [
@@ -208,6 +226,15 @@ def _memory(record: Record) -> str:
             right=(0,),
         )
     return _section("Memory", lines)
+
+
+def _ranks(record: Record) -> str:
+    rows = rank_rows(record)
+    width = len(rows[0]) if rows else 0
+    lines = _aligned(rows, right=(0, *range(3, width)))
+    for fact in rank_facts(record):
+        lines += textwrap.wrap(f"  {fact}", WIDTH, subsequent_indent="      ")
+    return _section("Ranks: peak memory by phase, parameters held, tokens, bytes a step", lines)
 
 
 def _interval(estimate: Estimate, decimals: int, sign: bool = False) -> str:

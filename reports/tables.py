@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from harness.record import Record
 from matrices.cell import Quantization
 from matrices.errors import UserError, nearest
 from reports.baseline import Default, check, first_of, lowest_rank, named, parse_baseline
@@ -19,6 +20,14 @@ from reports.display import setting_text, short_name
 from reports.effects import Estimate
 from reports.figure_columns import cost_columns, metrics_shown, quality_columns, status_column
 from reports.groups import Group, group, matches, section_key, settings, sort_key
+from reports.parallelism import (
+    AXES,
+    SPREAD,
+    batch_column,
+    loss_columns,
+    one_process,
+    rank_columns,
+)
 from reports.results import Index, Result, bases, index
 from reports.table import Row, Table, TableColumn
 
@@ -26,8 +35,8 @@ from reports.table import Row, Table, TableColumn
 @dataclass(frozen=True)
 class Spec:
     """What a table is about: the settings that may differ from the baseline, the methods it has
-    rows for, one of which must be there, the baseline when none is named, and the base models its
-    rows are judged against."""
+    rows for, one of which must be there, the baseline when none is named, the base models its
+    rows are judged against, and whether it is about what is spread over several devices."""
 
     title: str
     axes: tuple[str, ...]
@@ -35,6 +44,7 @@ class Spec:
     needs: tuple[str, ...]
     default: Default
     roles: tuple[str, ...] = ("untouched",)
+    ranks: bool = False  # rows of any number of devices together, with what each rank holds
 
 
 STORAGE = "quantization"
@@ -64,6 +74,14 @@ TABLES: dict[str, Spec] = {
         ("lora", "qlora"),
         lowest_rank,
     ),
+    "parallelism": Spec(
+        "Parallelism and method",
+        AXES,
+        ("full", "lora", "qlora"),
+        ("full", "lora", "qlora"),
+        one_process,
+        ranks=True,
+    ),
 }
 
 
@@ -73,8 +91,8 @@ def build(records: Sequence[Result], table: str, baseline: str | None = None) ->
     `baseline` is setting=value pairs (`method=lora,rank=8`) and must select exactly one row of
     each table that has such a row. Default baselines, matched to each row so that only the axes
     differ: methods, full (else lora); quantization, lora (else nf4 without double quantization);
-    rank-targets, the lowest rank with the first of qv, attention, mlp, all-linear; always among
-    the rows that were measured.
+    rank-targets, the lowest rank with the first of qv, attention, mlp, all-linear; parallelism,
+    one process with the same samples in a step; always among the rows that were measured.
 
     Raises UserError for an unknown table, and for a baseline that selects no row or several.
     """
@@ -86,7 +104,7 @@ def build(records: Sequence[Result], table: str, baseline: str | None = None) ->
     sections = _sections(newest, spec)
     if explicit is not None and sections:
         check(explicit, list(sections.values()))
-    counts = _superseded(records, newest)
+    counts = _superseded(records, newest, spec)
     return [
         _table(table, spec, groups, newest, explicit, counts.get(key, 0))
         for key, groups in sections.items()
@@ -116,20 +134,27 @@ def _sections(newest: Index, spec: Spec) -> dict[tuple[str, ...], list[Group]]:
     sections: dict[tuple[str, ...], list[Group]] = {}
     for item in sorted(group(list(newest.values())), key=sort_key):
         if item.cell.method in spec.methods:
-            sections.setdefault(section_key(item.results[0].record), []).append(item)
+            sections.setdefault(_section(item.results[0].record, spec), []).append(item)
     return {
         key: groups
         for key, groups in sections.items()
         if any(item.cell.method in spec.needs for item in groups)
+        and not (spec.ranks and all(item.cell.devices == 1 for item in groups))
     }
 
 
-def _superseded(records: Sequence[Result], newest: Index) -> dict[tuple[str, ...], int]:
+def _section(record: Record, spec: Spec) -> tuple[str, ...]:
+    """What a table holds together: without the number of devices where that is what it is about."""
+    key = section_key(record)
+    return key[:-1] if spec.ranks else key
+
+
+def _superseded(records: Sequence[Result], newest: Index, spec: Spec) -> dict[tuple[str, ...], int]:
     kept = {id(result) for result in newest.values()}
     counts: dict[tuple[str, ...], int] = {}
     for result in records:
         if id(result) not in kept and result.record.cell.method != "base":
-            key = section_key(result.record)
+            key = _section(result.record, spec)
             counts[key] = counts.get(key, 0) + 1
     return counts
 
@@ -154,7 +179,10 @@ def _table(
     status = status_column(table)
     table.columns = [
         *[_setting_column(table, setting) for setting in shown],
+        *([batch_column(table)] if spec.ranks else []),
         *cost_columns(table, baselines),
+        *(rank_columns(table) if spec.ranks else []),
+        *(loss_columns(table, baselines) if spec.ranks else []),
         *quality_columns(table, baselines, spec.roles, newest),
         *([status] if set(status.values) != {"ok"} else []),
     ]
@@ -185,7 +213,8 @@ def _references(groups: Sequence[Group], newest: Index) -> list[Group]:
 def _shown_settings(groups: Sequence[Group], spec: Spec) -> list[str]:
     """The method, the axes, then whatever else is not the same in all rows that have it."""
     values = values_by_setting(groups)
-    fixed = ["method", *[axis for axis in spec.axes if axis in values and axis != "method"]]
+    axes = SPREAD if spec.ranks else spec.axes
+    fixed = ["method", *[axis for axis in axes if axis in values and axis != "method"]]
     names = fixed + [name for name in values if len(values[name]) > 1 and name not in fixed]
     # One column says both: nf4, nf4+dq.
     return list(dict.fromkeys(STORAGE if name in STORAGE_PARTS else name for name in names))

@@ -13,7 +13,7 @@ from harness.record import Communication
 
 NAMESPACES = ("c10d", "_c10d_functional", "_c10d_functional_autograd")
 # They carry no data of the model.
-SILENT = ("barrier", "monitored_barrier_", "wait_tensor")
+SILENT = ("barrier", "monitored_barrier_", "wait_tensor", "_wrap_tensor_autograd")
 
 
 class Collectives(TorchDispatchMode):

@@ -17,8 +17,8 @@ from matrices.errors import UserError
 
 
 def environment(version: int) -> dict[str, str]:
-    """What `accelerate launch --use_fsdp` sets for full sharding, its other flags at their
-    defaults; layers are wrapped by the model's `_no_split_modules`.
+    """What `accelerate launch` sets for the shipped profiles `fsdp` and `fsdp1`: full sharding,
+    layers wrapped by the model's `_no_split_modules`.
 
     Raises UserError when accelerate is too old to know FSDP2 and would run FSDP1 instead.
     """
@@ -37,22 +37,19 @@ def environment(version: int) -> dict[str, str]:
         "FSDP_VERSION": str(version),
         "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
         "FSDP_OFFLOAD_PARAMS": "false",
-        "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+        "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
         "FSDP_ACTIVATION_CHECKPOINTING": "false",
+        # Weights then go to the devices unit by unit; with it, parameter by parameter.
+        "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+        "FSDP_SYNC_MODULE_STATES": "false",
     }
     if version == 2:
-        return common | {
-            "FSDP_RESHARD_AFTER_FORWARD": "true",
-            # Weights then go to the devices unit by unit; with it, parameter by parameter.
-            "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
-        }
+        return common | {"FSDP_RESHARD_AFTER_FORWARD": "true"}
     return common | {
         "FSDP_SHARDING_STRATEGY": "FULL_SHARD",
         "FSDP_BACKWARD_PREFETCH": "BACKWARD_PRE",
         "FSDP_FORWARD_PREFETCH": "false",
         "FSDP_USE_ORIG_PARAMS": "true",
-        "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
-        "FSDP_SYNC_MODULE_STATES": "true",
     }
 
 

@@ -24,7 +24,8 @@ STAGES = {"zero1": 1, "zero2": 2, "zero3": 3, "zero3-offload": 3}
 
 
 def environment(cell: Cell) -> dict[str, str]:
-    """What `accelerate launch --use_deepspeed` sets for a ZeRO stage, other flags at defaults.
+    """What `accelerate launch` would set for a ZeRO stage without a DeepSpeed file. The shipped
+    profiles say the same in a file (and to put the weights together when they are saved).
 
     Raises UserError when DeepSpeed is not there.
     """

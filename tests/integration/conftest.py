@@ -99,6 +99,16 @@ include:
 """
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Side by side (`-n 2`), a file stays on one worker, and so do all tests that look at the
+    sweep: what they share is then made once."""
+    for item in items:
+        shares_sweep = "sweep" in getattr(item, "fixturenames", ())
+        group = "sweep" if shares_sweep else item.path.stem
+        if "integration" in item.path.parts:
+            item.add_marker(pytest.mark.xdist_group(group))
+
+
 class Ran(NamedTuple):
     """A finished command."""
 
@@ -121,7 +131,8 @@ def environment(cache: Path) -> dict[str, str]:
         "TUNEBENCH_CACHE": str(cache),
         "HF_HUB_OFFLINE": "1",
         "HF_HOME": str(cache / "huggingface"),
-        "OMP_NUM_THREADS": "2",
+        # Two tests run side by side, and OpenMP's threads wait by spinning.
+        "OMP_NUM_THREADS": "1",
     }
 
 

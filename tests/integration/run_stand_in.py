@@ -9,18 +9,45 @@ from functools import partial
 from pathlib import Path
 
 from harness.store import Store
-from launch.cli import _exit_code
+from launch.cli_run import exit_code
+from launch.following import follow
 from launch.foretelling import Foretold
-from launch.local import ProblemsFound, Runner, Stopped
+from launch.local import ProblemsFound, Runner
 from launch.plan import plan_jobs
 from launch.progress import display_for_stderr
-from matrices.cell import Cell, Evaluate, Model
+from launch.slots import Grant, Slots
+from launch.starting import Rendezvous
+from launch.stopping import Stopped
+from matrices.cell import Cell, Data, Evaluate, Model, Train
 from matrices.errors import UserError
+from matrices.rules import Machine
+
+TWO_DEVICES = Machine(has_gpu=False, devices=2, nodes=2)
 
 
 def foretell(seed: int, cells: Sequence[Cell]) -> Foretold:
     """Predictions that name one cell to be skipped."""
     return Foretold(skipped={cell.cell_id: "predicted OOM" for cell in cells if cell.seed == seed})
+
+
+def cell(asked: argparse.Namespace, seed: int) -> Cell:
+    """A cell of one process, or of several ranks."""
+    model = Model(name=asked.model)
+    if asked.ranks == 1:
+        return Cell(method="base", seed=seed, model=model, evaluate=Evaluate(tasks=()))
+    profile = {"distributed_type": "MULTI_GPU", "main_process_port": asked.port}
+    return Cell(
+        method="full",
+        seed=seed,
+        model=model,
+        data=Data(),
+        train=Train(steps=8),
+        evaluate=Evaluate(tasks=()),
+        parallelism="ddp",
+        devices=asked.ranks,
+        nodes=2 if asked.meet else 1,
+        profile=profile if asked.port else {},
+    )
 
 
 def main() -> int:
@@ -30,18 +57,38 @@ def main() -> int:
     parser.add_argument("--limit", type=float)
     parser.add_argument("--model", default="stand-in")
     parser.add_argument("--predicted-oom", type=int, help="the seed of a cell to skip")
+    parser.add_argument("--phase-limit", type=float)
+    parser.add_argument("--granted", action="store_true", help="with devices of its own")
+    parser.add_argument("--side-by-side", action="store_true")
+    parser.add_argument("--ranks", type=int, default=1, help="each cell is spread over so many")
+    parser.add_argument("--port", type=int, help="that the cells' profile asks for")
+    parser.add_argument("--meet", help="where machines of a cell meet: the name of one start")
+    parser.add_argument("--follow", action="store_true", help="as the second of two machines")
     asked = parser.parse_args()
-    cells = [
-        Cell(method="base", seed=seed, model=Model(name=asked.model), evaluate=Evaluate(tasks=()))
-        for seed in asked.seeds
-    ]
+    cells = [cell(asked, seed) for seed in asked.seeds]
+    worker = "stand_in_worker" if asked.ranks == 1 else "stand_in_ranks"
     store = Store(asked.results)
+    meeting = Rendezvous("127.0.0.1", 29511, asked.meet) if asked.meet else None
+    if asked.follow and meeting is not None:
+        [job] = plan_jobs(cells, {}, score_base=False, machine=TWO_DEVICES)
+        return follow(store, job.key, meeting, 1, Grant(("cpu:1",), {}, False, 1), worker)
     display = display_for_stderr()
-    runner = Runner(store, display, asked.limit, "stand_in_worker", "stand_in_worker")
+    runner = Runner(
+        store,
+        display,
+        asked.limit,
+        worker,
+        worker,
+        phase_seconds=asked.phase_limit,
+        grant=Grant(("cpu:0",), {}, exclusive=False) if asked.granted else None,
+        slots=Slots(not asked.side_by_side, devices=("cpu:0", "cpu:1")),
+        rendezvous=meeting,
+    )
     if asked.predicted_oom is not None:
         runner.foretell = partial(foretell, asked.predicted_oom)
     try:
-        finished = runner.run(plan_jobs(cells, store.latest()))
+        jobs = plan_jobs(cells, store.latest(), score_base=False, machine=TWO_DEVICES)
+        finished = runner.run(jobs)
     except ProblemsFound as found:
         print(*found.problems, sep="\n", file=sys.stderr)
         return 2
@@ -54,7 +101,7 @@ def main() -> int:
         display.close()
     for entry in finished.entries.values():
         print(entry.record.cell.seed, entry.record.status, entry.directory.name)
-    return _exit_code(finished.entries, finished.stopped_by)
+    return exit_code(finished.entries, finished.stopped_by)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,9 @@ class Run:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
-            env=os.environ | {"PYTHONPATH": str(HERE)} | environment,
+            env=os.environ
+            | {"PYTHONPATH": str(HERE), "TUNEBENCH_CACHE": str(results.parent / "cache")}
+            | environment,
         )
         self.out = self.err = ""
 
@@ -258,9 +260,9 @@ def test_two_runners_share_the_work_and_both_see_all_of_it(
     start: Callable[..., Run], tmp_path: Path
 ) -> None:
     go = tmp_path / "go"
-    first = start(HANGS, OK, STAND_IN_GO=str(go))
+    first = start("--granted", HANGS, OK, STAND_IN_GO=str(go))
     first.worker()
-    second = start(HANGS, OK, STAND_IN_GO=str(go))
+    second = start("--granted", HANGS, OK, STAND_IN_GO=str(go))
     eventually(lambda: (OK, 1) in records(second), "cell measured by the second runner")
     assert len(list((first.results / ".running").iterdir())) == 1
     go.touch()
@@ -274,9 +276,9 @@ def test_two_runners_share_the_work_and_both_see_all_of_it(
 
 def test_a_runner_takes_over_from_one_that_dies(start: Callable[..., Run], tmp_path: Path) -> None:
     go = tmp_path / "go"
-    first = start(HANGS, STAND_IN_GO=str(go))
+    first = start("--granted", HANGS, STAND_IN_GO=str(go))
     worker = first.worker()
-    second = start(HANGS, STAND_IN_GO=str(go))
+    second = start("--granted", HANGS, STAND_IN_GO=str(go))
     assert second.process.stderr is not None
     for line in second.process.stderr:
         if "waiting for what" in line:

@@ -223,3 +223,24 @@ def test_a_real_cuda_out_of_memory_is_known() -> None:
     asked = device.requested_bytes(caught.value)
     assert asked is not None
     assert asked >= 2**50
+
+
+@pytest.mark.parametrize(
+    ("before", "count", "after"),
+    [
+        (None, 1, "0"),
+        (None, 2, "0,1"),
+        ("3,1,2", 1, "3"),
+        ("GPU-a,GPU-b", 2, "GPU-a,GPU-b"),
+        ("", 1, ""),
+    ],
+)
+def test_a_process_sees_the_gpus_of_its_cell(
+    monkeypatch: pytest.MonkeyPatch, before: str | None, count: int, after: str
+) -> None:
+    if before is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", before)
+    device.see_only(count)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == after

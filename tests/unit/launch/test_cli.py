@@ -14,7 +14,8 @@ import typer
 
 from harness.provenance import new_record
 from harness.store import Store, record_key
-from launch.cli import EXIT_INCOMPLETE, _exit_code, app
+from launch.cli import app
+from launch.cli_run import EXIT_INCOMPLETE, exit_code
 from launch.listing import aligned, counted, outcome_row
 from launch.plan import Job
 from matrices.cell import Adapter, Cell, Data, Train
@@ -66,7 +67,13 @@ def test_the_surface_changes_on_purpose_only() -> None:
     simulated = {"--gpus-file", "--stack", "--set", "--no-self-check", "--workers", "--json"}
     expected = {
         "plan": sweep | {"--gpu", "--gpus-file"},
-        "run": sweep | {"--timeout", "--skip-predicted-oom"},
+        "run": sweep
+        | {"--timeout", "--phase-timeout", "--skip-predicted-oom", "--on"}
+        | {"--side-by-side", "--exclusive", "--allow-busy"}
+        | {"--partition", "--time", "--account", "--qos", "--constraint", "--gres"}
+        | {"--cpus-per-task", "--mem", "--requeues", "--address", "--resource"},
+        "profiles": {"name", "--json"},
+        "status": {"target", "--results", "--set", "--seeds", "--json"},
         "predict": simulated | {"matrix", "--gpu", "--seeds", "--records", "--explain", "--engine"},
         "fit": simulated
         | {"--model", "--gpu", "--count", "--max-length", "--method", "--parallelism"}
@@ -87,7 +94,7 @@ def test_the_surface_changes_on_purpose_only() -> None:
     "command",
     [
         "", "predict", "fit", "plan", "run", "report", "calibration", "claims", "show", "rerun",
-        "doctor", "matrices",
+        "doctor", "matrices", "profiles", "status",
     ],
 )  # fmt: skip
 def test_help_teaches_by_example(command: str) -> None:
@@ -271,7 +278,7 @@ def entry_with(status: str) -> object:
 )
 def test_exit_codes_of_a_run(statuses: list[str], signal: int | None, code: int) -> None:
     entries = {str(index): entry_with(status) for index, status in enumerate(statuses)}
-    assert _exit_code(entries, signal) == code  # type: ignore[arg-type]
+    assert exit_code(entries, signal) == code  # type: ignore[arg-type]
 
 
 def test_what_was_not_measured_is_a_dash() -> None:

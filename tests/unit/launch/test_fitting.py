@@ -21,13 +21,14 @@ from launch.fitting import (
     positions,
     templates,
 )
-from launch.ladder import climb, spread_over
+from launch.ladder import climb
 from launch.predicting import Options
 from launch.prediction_progress import Silent
 from matrices import models
 from matrices.cell import Cell
 from matrices.errors import UserError
 from matrices.gpus import gpu
+from matrices.spread import spread_over
 
 GIB = 2**30
 T4, A100 = gpu("t4"), gpu("a100-80gb")
@@ -257,7 +258,7 @@ def test_words_are_checked() -> None:
 
 def test_spreading_keeps_what_is_not_sharded() -> None:
     cells = templates({"name": "gpt2"}, 128, ())
-    spread = spread_over(cells["lora"], "zero3", 4)
+    spread = spread_over(cells["lora"], "fsdp", 4)
     assert spread.model_copy(update={"parallelism": "single", "devices": 1}) == cells["lora"]
 
 

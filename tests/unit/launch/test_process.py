@@ -13,7 +13,8 @@ from harness.provenance import new_record
 from harness.record import Record, Speed, read_record
 from launch import process
 from launch.finish import finish_abandoned, finish_record
-from launch.process import Outcome, Progress, read_progress
+from launch.process import Progress, read_progress
+from launch.watching import Outcome
 from matrices.cell import Cell
 
 SIGKILL, SIGTERM = 9, 15

@@ -60,21 +60,21 @@ def test_the_sweep_ends_when_cells_go_on_as_their_method_did(
     schedule = Schedule()
     jobs = [job("a", "base"), job("b"), job("c"), job("d", "qlora")]
     schedule.begin(jobs)
-    schedule.start()
+    schedule.start(jobs[0])
     assert schedule.remaining() is None
-    assert schedule.position() == "[1/4]"
+    assert schedule.position(jobs[0]) == "[1/4]"
     schedule.end(jobs[0], 10.0)
-    schedule.start()
+    schedule.start(jobs[1])
     assert schedule.remaining() == pytest.approx(30.0)
     schedule.end(jobs[1], 40.0)
-    schedule.start()
+    schedule.start(jobs[2])
     # c takes 40 s as b did; d, of a method not seen, the mean of all: 25 s.
     assert schedule.remaining() == pytest.approx(65.0)
     now = 115.0
     assert schedule.remaining() == pytest.approx(50.0)
     schedule.end(jobs[2], None)
-    assert schedule.position() == "[4/4]"
-    assert schedule.eta() == "ETA sweep 0:10"
+    assert schedule.position(jobs[3]) == "[4/4]"
+    assert schedule.eta() == "ETA sweep 0:25"
 
 
 def test_plain_lines_at_phase_changes_and_heartbeats_only(

@@ -10,7 +10,7 @@ import pytest
 from harness.provenance import new_record
 from harness.record import Memory
 from harness.store import Entry, Store, record_key
-from launch.cli import _located
+from launch.cli_run import _located
 from launch.doctor import _hub
 from launch.reporting import find_record, record_text, table_text, write_all, write_page
 from matrices.cell import Adapter, Cell, Data, Train

@@ -50,7 +50,7 @@ def _record() -> Record:
         ("memory.load.peak_bytes", 90),
         ("memory.backward.reserved_peak_bytes", 512),
         ("memory.forward.peak_bytes", None),
-        ("memory.rank_imbalance", 400 / 300 - 1),
+        ("memory.rank_imbalance", 400 / 200 - 1),
         ("memory.weights.at_peak_bytes", 300),
         ("memory.adapters.at_peak_bytes", 0),
         ("memory.adapters.resident_bytes", None),

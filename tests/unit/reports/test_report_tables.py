@@ -218,7 +218,7 @@ def test_unknown_table_names_the_nearest(results: list[Result]) -> None:
 
 def test_build_all_uses_a_baseline_where_there_is_one(results: list[Result]) -> None:
     tables = {table.name: table for table in build_all(results, "quant_type=fp4")}
-    assert set(tables) == set(TABLES)
+    assert set(tables) == set(TABLES) - {"parallelism"}  # nothing ran on several devices
     assert all(one.caption[0] == "Baseline: 4-bit type = fp4." for one in tables.values())
     mixed = build_all(results, "method=full,gradient_checkpointing=true")
     assert [table.caption[0].startswith("Baseline: method = full, ") for table in mixed] == [

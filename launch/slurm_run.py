@@ -1,0 +1,128 @@
+"""`tunebench run --on slurm`: plan here, check here, submit, and watch."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+
+from harness.store import Entry, Store
+from launch import preflight, slurm, slurm_queue
+from launch.local import Finished, ProblemsFound, Runner
+from launch.plan import Job, Sweep, plan_jobs
+from launch.progress import Display
+from launch.server import start_server
+from launch.sightings import Published
+from launch.slurm import Array, Resources
+from launch.slurm_queue import JobState, NoAnswer, Partition
+from launch.slurm_watch import Watched, Watcher, answers
+from launch.stopping import stop_signals
+from launch.task import Order
+from matrices.errors import UserError
+
+PREFLIGHT = "harness.preflight"
+
+
+def run_on_slurm(
+    sweep: Sweep, order: Order, asked: Resources, display: Display
+) -> tuple[list[Job], Finished]:
+    """Run the cells of a sweep as SLURM jobs and wait for them.
+
+    `order` is what all their orders have in common. Jobs outlive this process: the same call goes
+    on with those that are still queued. Raises UserError and ProblemsFound before anything is
+    submitted, and Stopped when stopped before that.
+    """
+    slurm_queue.require_slurm()
+    order = dataclasses.replace(order, exclusive=asked.exclusive)
+    on = slurm_queue.partition(asked.partition)
+    store = Store(sweep.results)
+    store.check()
+    entries = Published(store).new()
+    jobs = plan_jobs(
+        sweep.cells, slurm.present(entries, on), sweep.retry, sweep.score_base, slurm.machine(on)
+    )
+    to_run = [job for job in jobs if job.action in ("run", "retry")]
+    slurm.check_fits(to_run, on, asked)
+    with stop_signals() as signals:
+        if to_run and len(queued(store, to_run)) < len(to_run):
+            check(to_run, display)
+        signals.raising = False
+        settled = Runner(store, display).run([job for job in jobs if job not in to_run])
+        watcher = Watcher(store, display, on, {})
+        if to_run and not signals.received:
+            watcher.waiting = _submit(store, to_run, entries, order, on, asked, display)
+        watcher.watch(signals)
+    if signals.received and watcher.waiting:
+        display.message(
+            "the SLURM jobs go on without this command: "
+            f"'tunebench status {sweep.results}' shows them, "
+            f"'scancel {' '.join(watcher.jobs_left()) or '--me'}' cancels them, and the same "
+            "command watches them again"
+        )
+    found = settled.entries | watcher.entries
+    return jobs, Finished(found, next(iter(signals.received), settled.stopped_by))
+
+
+def check(jobs: Sequence[Job], display: Display) -> None:
+    """Check models, data and tasks, and fetch them, once for all nodes. Raises ProblemsFound."""
+    before = dict(os.environ)
+    try:
+        server = start_server([PREFLIGHT])
+        with display.busy(
+            "importing torch, transformers, trl and lm-eval; checking models, data and tasks"
+        ):
+            found = preflight.problems(server, PREFLIGHT, [job.cell for job in jobs])
+    finally:
+        slurm.with_own_threads(before)
+    if found:
+        raise ProblemsFound(found)
+
+
+def queued(store: Store, jobs: Sequence[Job]) -> dict[str, tuple[Array, JobState]]:
+    """The jobs that are in the queue already, by cell_id. Raises UserError without an answer."""
+    try:
+        return slurm.queued(store, [job.cell.cell_id for job in jobs])
+    except NoAnswer as error:
+        raise UserError(f"SLURM does not answer: {error}") from error
+
+
+def _submit(
+    store: Store,
+    jobs: Sequence[Job],
+    entries: Sequence[Entry],
+    order: Order,
+    on: Partition,
+    asked: Resources,
+    display: Display,
+) -> dict[str, Watched]:
+    """Submit what is not in the queue yet; everything to wait for, by cell_id."""
+    attempts: dict[str, dict[str, int]] = {}
+    for entry in entries:
+        known = attempts.setdefault(entry.record.cell_id, {})
+        key = entry.directory.name.split(".")[0]
+        known[key] = max(known.get(key, 0), entry.record.attempt)
+    with slurm.submitting(store):
+        there = queued(store, jobs)
+        # A job that ended since the plan was made has published its record before it left.
+        late = {
+            entry.record.cell_id
+            for entry in Published(store).new()
+            if answers(entry, attempts.get(entry.record.cell_id, {}), on)
+        }
+        new = [job for job in jobs if job.cell.cell_id not in there.keys() | late]
+        arrays = slurm.submit(store, new, order, attempts, on, asked) if new else {}
+    if there:
+        display.message(f"{len(there)} cells are in SLURM's queue from an earlier run")
+    for job_id, array in arrays.items():
+        cells = f"{len(array.cells)} cell{'' if len(array.cells) == 1 else 's'}"
+        display.message(f"submitted {cells} to partition {on.name} as SLURM job {job_id}")
+    places = {
+        cell: (array, index) for array in arrays.values() for index, cell in enumerate(array.cells)
+    }
+    places |= {cell: (array, array.cells.index(cell)) for cell, (array, _) in there.items()}
+    waiting = {}
+    for job in jobs:
+        cell_id = job.cell.cell_id
+        array, index = places.get(cell_id, (Array("", (), ()), 0))
+        waiting[cell_id] = Watched(job, array, index, attempts.get(cell_id, {}))
+    return waiting

@@ -1,0 +1,133 @@
+"""What a cell is started with: its first record, the places of its ranks, their environment."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from harness import provenance
+from harness.files import write_atomically
+from harness.launched import Place
+from harness.record import Placement, Record
+from launch import profile
+from launch.process import Ranks, free_port
+from launch.slots import Grant
+from matrices.cell import Cell
+
+Engine = Literal["by hand", "local", "slurm", "ray"]
+THREADS_OPTION = "--num_cpu_threads_per_process"
+RENDEZVOUS_FILE = "rendezvous.json"
+
+
+@dataclass(frozen=True)
+class Rendezvous:
+    """Where the machines of one cell meet: the first one's address and port. `job` names one start
+    of one cell, so that a machine does not join an earlier one."""
+
+    address: str
+    port: int
+    job: str
+
+
+def devices_here(cell: Cell) -> int:
+    """The devices a cell needs on each of its machines."""
+    return max(1, cell.devices // cell.nodes)
+
+
+def fixed_port(cell: Cell) -> int:
+    """The port that a user's profile asks for; 0 for any."""
+    port = cell.profile.get("main_process_port")
+    return port if isinstance(port, int) else 0
+
+
+def first_record(
+    cell: Cell,
+    place: Path,
+    attempt: int,
+    grant: Grant | None = None,
+    placed: Placement | None = None,
+    meeting: Rendezvous | None = None,
+) -> Record:
+    """The record an attempt starts with; its command is valid once it is published at `place`."""
+    given = _command(cell, place, grant, meeting)
+    record = provenance.new_record(cell, given, attempt)
+    if grant is not None:
+        record.provenance.environment |= _environment(given, grant)
+    return record.model_copy(update={"placement": placed or Placement()})
+
+
+def _command(cell: Cell, place: Path, grant: Grant | None, meeting: Rendezvous | None) -> list[str]:
+    gpu = provenance.uses_gpu(provenance.stack(), provenance.hardware())
+    where = (meeting.address, meeting.port) if meeting is not None else ()
+    given = profile.command(cell, place, gpu, Path(f"{place.name}.by-hand"), *where)
+    if grant is not None and grant.cores is not None:
+        threads = max(1, grant.cores // _local_ranks(cell))
+        given[given.index(THREADS_OPTION) + 1] = str(threads)
+    return given
+
+
+def placement(engine: Engine, job: str | None, grant: Grant) -> Placement:
+    """Who starts a cell, and on what."""
+    return Placement(
+        engine=engine,
+        hosts=[socket.gethostname()],
+        devices=list(grant.devices),
+        job=job,
+        exclusive=grant.exclusive,
+    )
+
+
+def _local_ranks(cell: Cell) -> int:
+    return devices_here(cell) if profile.is_spread(cell) else 1
+
+
+def _environment(command: Sequence[str], grant: Grant) -> dict[str, str]:
+    """What is set in every process of a cell: the devices it may see, and the number of threads
+    that its recorded command names."""
+    threads = {"OMP_NUM_THREADS": command[command.index(THREADS_OPTION) + 1]}
+    return threads | grant.environment
+
+
+def ranks(
+    cell: Cell,
+    working: Path,
+    grant: Grant,
+    meeting: Rendezvous | None = None,
+    node_rank: int = 0,
+) -> Ranks:
+    """The processes of a cell on this machine, started as by its recorded command, but with the
+    profile in the working directory.
+
+    Raises UserError when the port that its profile asks for is in use.
+    """
+    given = _command(cell, working, grant, meeting)
+    variables = _environment(given, grant)
+    if not profile.is_spread(cell):
+        return Ranks(environment=variables)
+    count = devices_here(cell)
+    met = meeting or Rendezvous("127.0.0.1", free_port(fixed_port(cell)), "")
+    first = Place(0, count, node_rank, cell.nodes, met.address, met.port)
+    return Ranks(
+        places=tuple(dataclasses.replace(first, local_rank=number) for number in range(count)),
+        launch_arguments=tuple(profile.launch_arguments(given)),
+        environment=variables,
+    )
+
+
+def announce(working: Path, rendezvous: Rendezvous) -> None:
+    """Tell the other machines of a cell that this working directory is theirs too."""
+    text = json.dumps(dataclasses.asdict(rendezvous)) + "\n"
+    write_atomically(working / RENDEZVOUS_FILE, text)
+
+
+def is_announced(working: Path, rendezvous: Rendezvous) -> bool:
+    try:
+        found = json.loads((working / RENDEZVOUS_FILE).read_text())
+    except (OSError, ValueError):
+        return False  # not yet there, or published meanwhile
+    return bool(found == dataclasses.asdict(rendezvous))

@@ -1,0 +1,206 @@
+"""The login node's watch: records that come, jobs that die, with a squeue that prints what it is
+told."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from harness.provenance import new_record
+from harness.record import Placement, Record, read_record
+from harness.store import Store, record_key
+from launch import slurm_watch
+from launch.plan import Job, plan_jobs
+from launch.process import Progress
+from launch.slurm import Array
+from launch.slurm_queue import Node, Partition
+from launch.slurm_watch import Watched, Watcher
+from launch.stopping import Signals
+from matrices.cell import Cell
+
+CPU = Partition("cpu", True, True, (Node("n1", 2, 0),), 10, 60)
+Queue = Callable[..., None]
+
+
+class Told:
+    """A display that remembers."""
+
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+        self.started: list[str] = []
+        self.finished: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
+
+    @contextlib.contextmanager
+    def busy(self, text: str) -> Iterator[None]:
+        yield
+
+    def begin(self, jobs: Sequence[Job]) -> None: ...
+
+    def cell_started(self, job: Job) -> None:
+        self.started.append(job.label)
+
+    def update(self, job: Job, progress: Progress) -> None: ...
+
+    def cell_finished(self, job: Job, record: Record, seconds: float) -> None:
+        self.finished.append(record.status)
+
+    def done_elsewhere(self, job: Job, record: Record) -> None: ...
+
+    def waiting(self, labels: Sequence[str], why: str = "") -> None: ...
+
+    def close(self) -> None: ...
+
+
+@pytest.fixture
+def queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Queue:
+    """Says what the queue holds from now on; a code other than 0 is a squeue that fails."""
+    (tmp_path / "bin").mkdir()
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    monkeypatch.setattr(slurm_watch, "QUEUE_SECONDS", 0.0)
+    monkeypatch.setattr(slurm_watch, "SETTLE_SECONDS", 0.0)
+    program = tmp_path / "bin/squeue"
+
+    def says(*lines: str, code: int = 0) -> None:
+        (tmp_path / "queue").write_text("".join(f"{line}\n" for line in lines))
+        program.write_text(f"#!/bin/sh\ncat {tmp_path / 'queue'}\nexit {code}\n")
+        program.chmod(0o755)
+
+    return says
+
+
+@pytest.fixture
+def watcher(tmp_path: Path) -> Watcher:
+    store = Store(tmp_path / "results")
+    store.prepare()
+    [job] = plan_jobs([Cell(method="base")], {})
+    cell_id = job.cell.cell_id
+    array = Array("tunebench-1", (cell_id,), (job.label,))
+    return Watcher(store, Told(), CPU, {cell_id: Watched(job, array, 0, {})})
+
+
+def told(watcher: Watcher) -> Told:
+    assert isinstance(watcher.display, Told)
+    return watcher.display
+
+
+def begin(watcher: Watcher) -> Path:
+    """The working directory that a task on a node makes."""
+    record = new_record(Cell(method="base"), ["true"])
+    placed = record.model_copy(
+        update={"placement": Placement(engine="slurm", job="5_0"), "reason": "still running"}
+    )
+
+    def first(place: Path, attempt: int) -> Record:
+        return placed.model_copy(update={"attempt": attempt})
+
+    return watcher.store.start(first, record_key(record.cell_id, record.stack_id))
+
+
+def publish(watcher: Watcher, status: str) -> None:
+    working = begin(watcher)
+    record = read_record(working / "record.json")
+    changes = {"status": status, "ended": record.started, "reason": "why"}
+    watcher.store.publish(working, record.model_copy(update=changes))
+
+
+@contextlib.contextmanager
+def claimed(watcher: Watcher, working: Path) -> Iterator[None]:
+    lock = watcher.store.claims / f"{working.name.split('.')[0]}.lock"
+    held = os.open(lock, os.O_RDWR | os.O_CREAT)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    yield
+    os.close(held)
+
+
+def test_a_cell_is_followed_from_the_queue_to_its_record(watcher: Watcher, queue: Queue) -> None:
+    queue("tunebench-1|0|5_0|PENDING|Resources|")
+    watcher.look()
+    watcher.look()
+    assert told(watcher).messages == ["slurm: 1 waiting (Resources)"], "said once"
+    working = begin(watcher)
+    queue("tunebench-1|0|5_0|RUNNING|None|n1")
+    with claimed(watcher, working):
+        watcher.look()
+    assert told(watcher).started == ["base"]
+    working.rename(working.parent.parent / "elsewhere")
+    publish(watcher, "ok")
+    watcher.look()
+    assert told(watcher).finished == ["ok"]
+    assert [entry.record.status for entry in watcher.entries.values()] == ["ok"]
+    assert watcher.waiting == {}
+
+
+def test_an_interrupted_attempt_is_waited_for_while_its_job_is_queued(
+    watcher: Watcher, queue: Queue
+) -> None:
+    publish(watcher, "interrupted")
+    queue("tunebench-1|0|5_0|PENDING|BeginTime|")
+    watcher.look()
+    assert watcher.waiting
+    queue("tunebench-1|0|5_0|CANCELLED|None|n1")
+    watcher.look()
+    assert [entry.record.status for entry in watcher.entries.values()] == ["interrupted"]
+    assert "SLURM job 5_0 ended as CANCELLED on n1" in told(watcher).messages[-1]
+
+
+def test_what_a_dead_job_left_is_kept_with_slurms_word_for_its_end(
+    watcher: Watcher, queue: Queue
+) -> None:
+    working = begin(watcher)
+    queue("tunebench-1|0|5_0|NODE_FAIL|None|n1")
+    with claimed(watcher, working):
+        watcher.look()
+    assert watcher.waiting, "somebody still measures it"
+    watcher.look()
+    [entry] = watcher.entries.values()
+    assert entry.record.status == "interrupted"
+    assert entry.record.reason == "the runner died; SLURM: NODE_FAIL on n1"
+    assert entry.directory.name == working.name.split(".")[0]
+
+
+def test_a_job_that_leaves_nothing_is_said_with_the_end_of_its_log(
+    watcher: Watcher, queue: Queue
+) -> None:
+    folder = watcher.store.root / ".slurm" / "tunebench-1"
+    folder.mkdir(parents=True)
+    (folder / "5_0_log.err").write_text("first\nImportError: no torch here\n\n")
+    queue("tunebench-1|N/A|5|FAILED|NonZeroExitCode|n1")
+    watcher.look()
+    assert watcher.waiting == {}
+    assert watcher.entries == {}
+    last = told(watcher).messages[-1]
+    assert "ended as FAILED on n1 without a finished record" in last
+    assert "(ImportError: no torch here)" in last
+
+
+def test_a_job_the_queue_has_forgotten_is_gone(watcher: Watcher, queue: Queue) -> None:
+    queue("tunebench-1|0|5_0|RUNNING|None|n1")
+    watcher.look()
+    queue()
+    watcher.look()
+    assert watcher.waiting == {}
+    assert "ended as gone (last RUNNING) on n1" in told(watcher).messages[-1]
+
+
+def test_a_queue_that_does_not_answer_ends_nothing(watcher: Watcher, queue: Queue) -> None:
+    queue("slurm_load_jobs error: Unable to contact slurm controller", code=1)
+    watcher.look()
+    watcher.look()
+    assert watcher.waiting
+    assert len(told(watcher).messages) == 1
+    assert "Unable to contact slurm controller; asking again" in told(watcher).messages[0]
+
+
+def test_a_signal_ends_the_watch_and_names_what_is_left(watcher: Watcher, queue: Queue) -> None:
+    queue("tunebench-1|0|5_0|RUNNING|None|n1")
+    watcher.look()
+    watcher.watch(Signals(received=[2], raising=False))
+    assert watcher.jobs_left() == ["5"]

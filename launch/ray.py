@@ -10,14 +10,15 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from harness import provenance
 from harness.record import read_record
-from harness.store import INCONCLUSIVE, Entry, Store, record_key
+from harness.store import Entry, Store, record_key
+from launch.elsewhere import check, present
 from launch.finish import finish_abandoned
 from launch.local import Finished, Runner
 from launch.plan import Job, Sweep, plan_jobs
@@ -34,8 +35,6 @@ from launch.ray_cluster import (
 )
 from launch.ray_task import Errand, ProcessDied, run_errand
 from launch.sightings import Published, running
-from launch.slurm import same_software, used_gpu
-from launch.slurm_run import check
 from launch.stopping import Signals, stop_signals
 from launch.task import Order, Report
 from matrices.errors import UserError
@@ -100,26 +99,6 @@ def plan(sweep: Sweep, nodes: Sequence[Node], there: Sequence[Entry]) -> list[Jo
     machine = Machine(has_gpu=gpus, packages=provenance.stack().packages, nodes=None)
     found = present(there, gpus)
     return plan_jobs(sweep.cells, found, sweep.retry, sweep.score_base, machine)
-
-
-def present(entries: Iterable[Entry], gpus: bool) -> dict[str, Entry]:
-    """The record in force of every cell measured with this software, by the key that a plan made
-    on this machine looks it up with."""
-    stack_id = provenance.stack_id(provenance.stack(), provenance.hardware())
-    found: dict[str, Entry] = {}
-    for entry in entries:
-        record = entry.record
-        if not same_software(record) or used_gpu(record) != gpus:
-            continue
-        key = record_key(record.cell_id, stack_id)
-        if key not in found or _rank(found[key]) < _rank(entry):
-            found[key] = entry
-    return found
-
-
-def _rank(entry: Entry) -> tuple[bool, str]:
-    record = entry.record
-    return record.status not in INCONCLUSIVE, record.ended or record.started
 
 
 @dataclass

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,8 +21,7 @@ from filelock import FileLock
 
 from harness import provenance
 from harness.files import write_atomically
-from harness.record import Record
-from harness.store import Entry, Store, disk_errors, record_key
+from harness.store import Store, disk_errors
 from launch import slurm_queue
 from launch.plan import Job
 from launch.slurm_queue import JobState, Partition
@@ -74,43 +72,6 @@ def machine(on: Partition) -> Machine:
 def on_gpu(on: Partition) -> bool:
     """Whether cells of this partition compute on GPUs: a CPU-only build of torch cannot."""
     return on.has_gpus and not provenance.stack().packages.get("torch", "").endswith("+cpu")
-
-
-def present(entries: Iterable[Entry], on: Partition) -> dict[str, Entry]:
-    """The record in force of every cell that counts as measured on this partition, by the key that
-    a plan made on this machine looks it up with.
-
-    The machine that submits is another than the one that runs, so a record counts when its
-    packages and python are those installed here and it is of a GPU if the partition's would be.
-    """
-    here = provenance.stack()
-    key_id = provenance.stack_id(here, provenance.hardware())
-    found: dict[str, Entry] = {}
-    for entry in entries:
-        record = entry.record
-        if not (same_software(record) and used_gpu(record) == on_gpu(on)):
-            continue
-        key = record_key(record.cell_id, key_id)
-        if key not in found or _rank(found[key].record) < _rank(record):
-            found[key] = entry
-    return found
-
-
-def same_software(record: Record) -> bool:
-    """Whether a record's measured packages and python are those of this environment."""
-    here = provenance.stack()
-    if record.stack.python.split(".")[:2] != here.python.split(".")[:2]:
-        return False
-    names = provenance.MEASURED_PACKAGES
-    return all(record.stack.packages.get(name) == here.packages.get(name) for name in names)
-
-
-def used_gpu(record: Record) -> bool:
-    return provenance.uses_gpu(record.stack, record.hardware)
-
-
-def _rank(record: Record) -> tuple[bool, str]:
-    return record.status not in ("interrupted", "skipped"), record.ended or record.started
 
 
 def check_fits(jobs: Sequence[Job], on: Partition, asked: Resources) -> None:
@@ -287,12 +248,3 @@ def logs(store: Store, array: Array, index: int) -> list[Path]:
     if not found and len(array.cells) == 1:
         found = sorted((store.root / ".slurm" / array.name).glob("*_0_log.err"))
     return found
-
-
-def with_own_threads(environment: Mapping[str, str]) -> None:
-    """Put OMP_NUM_THREADS back as the user has it: sbatch hands the environment on, and this
-    machine's number of cores is not the node's."""
-    if "OMP_NUM_THREADS" in environment:
-        os.environ["OMP_NUM_THREADS"] = environment["OMP_NUM_THREADS"]
-    else:
-        os.environ.pop("OMP_NUM_THREADS", None)

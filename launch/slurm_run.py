@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Sequence
 
 from harness.store import Entry, Store
-from launch import preflight, slurm, slurm_queue
-from launch.local import Finished, ProblemsFound, Runner
+from launch import elsewhere, slurm, slurm_queue
+from launch.local import Finished, Runner
 from launch.plan import Job, Sweep, plan_jobs
 from launch.progress import Display
-from launch.server import start_server
 from launch.sightings import Published
 from launch.slurm import Array, Resources
 from launch.slurm_queue import JobState, NoAnswer, Partition
@@ -19,8 +17,6 @@ from launch.slurm_watch import Watched, Watcher, answers
 from launch.stopping import stop_signals
 from launch.task import Order
 from matrices.errors import UserError
-
-PREFLIGHT = "harness.preflight"
 
 
 def run_on_slurm(
@@ -39,13 +35,17 @@ def run_on_slurm(
     store.check()
     entries = Published(store).new()
     jobs = plan_jobs(
-        sweep.cells, slurm.present(entries, on), sweep.retry, sweep.score_base, slurm.machine(on)
+        sweep.cells,
+        elsewhere.present(entries, slurm.on_gpu(on)),
+        sweep.retry,
+        sweep.score_base,
+        slurm.machine(on),
     )
     to_run = [job for job in jobs if job.action in ("run", "retry")]
     slurm.check_fits(to_run, on, asked)
     with stop_signals() as signals:
         if to_run and len(queued(store, to_run)) < len(to_run):
-            check(to_run, display)
+            elsewhere.check(to_run, display)
         signals.raising = False
         settled = Runner(store, display).run([job for job in jobs if job not in to_run])
         watcher = Watcher(store, display, on, {})
@@ -61,21 +61,6 @@ def run_on_slurm(
         )
     found = settled.entries | watcher.entries
     return jobs, Finished(found, next(iter(signals.received), settled.stopped_by))
-
-
-def check(jobs: Sequence[Job], display: Display) -> None:
-    """Check models, data and tasks, and fetch them, once for all nodes. Raises ProblemsFound."""
-    before = dict(os.environ)
-    try:
-        server = start_server([PREFLIGHT])
-        with display.busy(
-            "importing torch, transformers, trl and lm-eval; checking models, data and tasks"
-        ):
-            found = preflight.problems(server, PREFLIGHT, [job.cell for job in jobs])
-    finally:
-        slurm.with_own_threads(before)
-    if found:
-        raise ProblemsFound(found)
 
 
 def queued(store: Store, jobs: Sequence[Job]) -> dict[str, tuple[Array, JobState]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from harness.record import Record
 from harness.store import Entry, Store
-from launch import slurm, slurm_queue
+from launch import elsewhere, slurm, slurm_queue
 from launch.finish import finish_abandoned
 from launch.listing import seconds_taken
 from launch.local import Signals
@@ -183,7 +183,9 @@ def answers(entry: Entry, attempts: Mapping[str, int], on: Partition) -> bool:
     key = entry.directory.name.split(".")[0]
     record = entry.record
     new = record.attempt > attempts.get(key, 0)
-    return new and slurm.same_software(record) and slurm.used_gpu(record) == slurm.on_gpu(on)
+    return (
+        new and elsewhere.same_software(record) and elsewhere.used_gpu(record) == slurm.on_gpu(on)
+    )
 
 
 def wrote(state: JobState | None, entry: Entry) -> bool:

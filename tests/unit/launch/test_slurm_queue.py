@@ -12,7 +12,7 @@ import pytest
 from harness.provenance import new_record
 from harness.record import Record
 from harness.store import Entry, Store
-from launch import slurm, slurm_queue, slurm_task
+from launch import elsewhere, slurm, slurm_queue, slurm_task
 from launch.plan import Job, plan_jobs
 from launch.slurm import Resources
 from launch.slurm_queue import JobState, NoAnswer, Node, Partition
@@ -181,18 +181,20 @@ def test_records_of_the_same_software_and_kind_of_device_count_whatever_the_host
     other_cpu = ok.hardware.model_copy(update={"cpu": "another", "accelerator": None})
     stack = ok.stack.model_copy(update={"packages": ok.stack.packages | {"torch": "2.13.0"}})
     monkeypatch.setattr(slurm.provenance, "stack", lambda: stack)
-    elsewhere = ok.model_copy(update={"hardware": other_cpu, "stack": stack, "stack_id": "f" * 64})
+    there = ok.model_copy(update={"hardware": other_cpu, "stack": stack, "stack_id": "f" * 64})
     older = stack.model_copy(update={"packages": stack.packages | {"trl": "0.1"}})
     on_gpu = other_cpu.model_copy(update={"accelerator": "NVIDIA A100"})
 
     def found(record: Record, on: Partition) -> list[Job]:
         entries = [Entry(Path("r"), record)]
-        return plan_jobs([record.cell], slurm.present(entries, on), machine=slurm.machine(on))
+        return plan_jobs(
+            [record.cell], elsewhere.present(entries, slurm.on_gpu(on)), machine=slurm.machine(on)
+        )
 
-    assert [job.action for job in found(elsewhere, CPU)] == ["keep"]
-    assert [job.action for job in found(elsewhere, GPU)] == ["run"]
-    assert [j.action for j in found(elsewhere.model_copy(update={"stack": older}), CPU)] == ["run"]
-    measured = elsewhere.model_copy(update={"hardware": on_gpu})
+    assert [job.action for job in found(there, CPU)] == ["keep"]
+    assert [job.action for job in found(there, GPU)] == ["run"]
+    assert [j.action for j in found(there.model_copy(update={"stack": older}), CPU)] == ["run"]
+    measured = there.model_copy(update={"hardware": on_gpu})
     assert [job.action for job in found(measured, GPU)] == ["keep"]
     assert [job.action for job in found(measured, CPU)] == ["run"]
 
@@ -201,7 +203,7 @@ def test_an_interrupted_attempt_does_not_hide_a_result() -> None:
     ok = record_of(0)
     later = ok.model_copy(update={"status": "interrupted", "attempt": 2, "ended": "2999-01-01"})
     entries = [Entry(Path("1"), ok), Entry(Path("2"), later)]
-    [kept] = slurm.present(entries, CPU).values()
+    [kept] = elsewhere.present(entries, gpus=False).values()
     assert kept.record.status == "ok"
 
 

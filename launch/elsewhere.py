@@ -1,0 +1,77 @@
+"""What a machine that only orders cells has to know while others (SLURM's, Ray's) measure them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+
+from harness import provenance
+from harness.record import Record
+from harness.store import INCONCLUSIVE, Entry, record_key
+from launch import preflight
+from launch.local import ProblemsFound
+from launch.plan import Job
+from launch.progress import Display
+from launch.server import start_server
+
+PREFLIGHT = "harness.preflight"
+
+
+def present(entries: Iterable[Entry], gpus: bool) -> dict[str, Entry]:
+    """The record in force of every cell that counts as measured there, by the key that a plan made
+    on this machine looks it up with.
+
+    Which machine a cell comes to is known when it gets there, so a record counts when its packages
+    and python are those installed here, and it is of a GPU if theirs would be (`gpus`).
+    """
+    stack_id = provenance.stack_id(provenance.stack(), provenance.hardware())
+    found: dict[str, Entry] = {}
+    for entry in entries:
+        record = entry.record
+        if not same_software(record) or used_gpu(record) != gpus:
+            continue
+        key = record_key(record.cell_id, stack_id)
+        if key not in found or _rank(found[key].record) < _rank(record):
+            found[key] = entry
+    return found
+
+
+def same_software(record: Record) -> bool:
+    """Whether a record's measured packages and python are those of this environment."""
+    here = provenance.stack()
+    if record.stack.python.split(".")[:2] != here.python.split(".")[:2]:
+        return False
+    names = provenance.MEASURED_PACKAGES
+    return all(record.stack.packages.get(name) == here.packages.get(name) for name in names)
+
+
+def used_gpu(record: Record) -> bool:
+    return provenance.uses_gpu(record.stack, record.hardware)
+
+
+def _rank(record: Record) -> tuple[bool, str]:
+    return record.status not in INCONCLUSIVE, record.ended or record.started
+
+
+def check(jobs: Sequence[Job], display: Display) -> None:
+    """Check models, data and tasks, and fetch them, once for all nodes. Raises ProblemsFound."""
+    before = dict(os.environ)
+    try:
+        server = start_server([PREFLIGHT])
+        with display.busy(
+            "importing torch, transformers, trl and lm-eval; checking models, data and tasks"
+        ):
+            found = preflight.problems(server, PREFLIGHT, [job.cell for job in jobs])
+    finally:
+        _with_own_threads(before)
+    if found:
+        raise ProblemsFound(found)
+
+
+def _with_own_threads(environment: Mapping[str, str]) -> None:
+    """Put OMP_NUM_THREADS back as the user has it: the environment is handed on to jobs, and this
+    machine's number of cores is not the node's."""
+    if "OMP_NUM_THREADS" in environment:
+        os.environ["OMP_NUM_THREADS"] = environment["OMP_NUM_THREADS"]
+    else:
+        os.environ.pop("OMP_NUM_THREADS", None)

@@ -15,8 +15,9 @@ from harness.record import Record
 from matrices.cell import Method, Parallelism
 from matrices.errors import UserError
 from reports.captions import hardware_text, software_text
-from reports.display import DASH, one_line, setting_text, short_name
+from reports.display import DASH, bytes_text, one_line, setting_text, short_name
 from reports.groups import settings
+from reports.measured import global_batch
 from reports.parallelism import AXES
 from reports.render import escape_markdown
 from reports.results import index, load_records
@@ -28,6 +29,17 @@ HEADER = """\
 Generated from the records of real runs by `python -m reports.compatibility`; do not edit it.
 **ok** trained to its end on as many processes as it has devices, and was measured. **invalid** was
 refused before it started, for the reason in the note. A dash has not been tried.
+"""
+LOSSES = """
+## The same training
+
+Losses of cells that differ in nothing but how the same samples of each step were spread. The
+difference is the largest of any step, relative to one process. Share: of the model's parameters,
+what a rank holds once prepared. ZeRO trains fp32 copies of QLoRA's adapters, which TRL turns to
+bf16, and the others do not.
+
+| method | parallelism | first loss | last loss | difference | share | peak of a rank |
+|---|---|---|---|---|---|---|
 """
 # What the settings of a combination are about, if several of them ended differently.
 UNTOLD = (*AXES, "method")
@@ -51,6 +63,67 @@ def compatibility_text(records: Sequence[Record]) -> str:
     lines += ["| " + " | ".join(row) + " |" for row in rows]
     lines += ["", *[f"{number}. {escape_markdown(note)}" for number, note in enumerate(notes, 1)]]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def losses_text(records: Sequence[Record]) -> str:
+    """What was trained, beside one process with the same samples in every step: losses of the
+    first and the last step, the largest relative difference of any step, what a rank held.
+
+    Empty where no cell of one process was measured.
+    """
+    measured = [record for record in records if record.status == "ok" and record.cell.train]
+    rows = []
+    for record in sorted(measured, key=_order):
+        alone = _alone(record, measured)
+        losses = record.quality.train_loss
+        if alone is None or not losses:
+            continue
+        shares = [rank.parameter_share for rank in record.ranks if rank.parameter_share]
+        rows.append(
+            [
+                record.cell.method,
+                record.cell.parallelism,
+                f"{losses[0]:.5f}",
+                f"{losses[-1]:.5f}",
+                DASH if alone is record else f"{_difference(record, alone):.0e}",
+                f"{max(shares):.1%}" if shares else DASH,
+                bytes_text(record.memory.peak_bytes),
+            ]
+        )
+    if not rows:
+        return ""
+    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return f"{LOSSES}{table}\n"
+
+
+def _order(record: Record) -> tuple[int, int]:
+    names = get_args(Parallelism)
+    return METHODS.index(record.cell.method), names.index(record.cell.parallelism)
+
+
+def _alone(record: Record, measured: Sequence[Record]) -> Record | None:
+    """The cell of one process that differs in nothing but how the same samples are spread."""
+    wanted = _but_spread(record)
+    return next(
+        (
+            other
+            for other in measured
+            if other.cell.parallelism == "single" and _but_spread(other) == wanted
+        ),
+        None,
+    )
+
+
+def _but_spread(record: Record) -> dict[str, Any]:
+    told = settings(record.cell)
+    return {"samples": global_batch(record.cell)} | {
+        name: value for name, value in told.items() if name not in AXES
+    }
+
+
+def _difference(record: Record, alone: Record) -> float:
+    pairs = zip(record.quality.train_loss, alone.quality.train_loss, strict=True)
+    return max(abs(mine - other) / abs(other) for mine, other in pairs)
 
 
 def _of(records: Sequence[Record], parallelism: str, method: str) -> list[Record]:
@@ -139,7 +212,8 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     try:
         newest = index(load_records(Path(arguments[0])))
-        print(compatibility_text([result.record for result in newest.values()]), end="")
+        found = [result.record for result in newest.values()]
+        print(compatibility_text(found) + losses_text(found), end="")
     except UserError as error:
         print(f"tunebench: error: {error}", file=sys.stderr)
         return 2

@@ -24,7 +24,7 @@ from harness.record import (
 from matrices.cell import Cell
 from matrices.errors import UserError
 from reports.columns import COLUMNS
-from reports.compatibility import compatibility_text, main
+from reports.compatibility import compatibility_text, losses_text, main
 from reports.effects import Estimate
 from reports.render import render
 from reports.results import Result, load_records
@@ -330,3 +330,24 @@ def test_compatibility_needs_a_trained_cell(
     made.write(tmp_path, spread_record(spread_cell("ddp", 2), [1.0]))
     assert main([str(tmp_path)]) == 0
     assert "ok (2 processes)" in capsys.readouterr().out
+
+
+def test_losses_stand_beside_those_of_one_process_with_the_same_samples() -> None:
+    records = [
+        spread_record(spread_cell("single", 1, micro=2, steps=2), [4.0, 2.0]),
+        spread_record(spread_cell("single", 1, micro=2, steps=4), [9.0, 9.0]),  # other samples
+        spread_record(spread_cell("zero3", 2, micro=2, steps=1), [4.0, 2.5], share=0.5),
+        spread_record(spread_cell("ddp", 2, micro=2, steps=1), [], status="oom"),
+        spread_record(spread_cell("fsdp", 2, method="full"), [1.0, 1.0]),  # nothing beside it
+    ]
+    rows = [line.strip("| ").split(" | ") for line in losses_text(records).splitlines()[-3:]]
+    told = {(row[1], *row[2:6]) for row in rows}
+    assert told == {
+        ("single", "4.00000", "2.00000", "–", "–"),
+        ("single", "9.00000", "9.00000", "–", "–"),
+        ("zero3", "4.00000", "2.50000", "2e-01", "50.0%"),  # 0.5 / 2.0 = 0.25
+    }
+
+
+def test_without_a_cell_of_one_process_no_losses_are_compared() -> None:
+    assert losses_text([spread_record(spread_cell("zero3", 2), [1.0, 1.0])]) == ""

@@ -99,16 +99,6 @@ include:
 """
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Side by side (`-n 2`), a file stays on one worker, and so do all tests that look at the
-    sweep: what they share is then made once."""
-    for item in items:
-        shares_sweep = "sweep" in getattr(item, "fixturenames", ())
-        group = "sweep" if shares_sweep else item.path.stem
-        if "integration" in item.path.parts:
-            item.add_marker(pytest.mark.xdist_group(group))
-
-
 class Ran(NamedTuple):
     """A finished command."""
 

@@ -14,7 +14,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Command, Sweep
+from conftest import ROOT, Command
 
 from harness.record import read_record
 
@@ -108,35 +108,6 @@ def _group_leader_writing(directory: Path) -> int:
         if log in targets and os.getpgid(int(process.name)) == int(process.name):
             return int(process.name)
     raise AssertionError(f"nobody writes {log}")
-
-
-@pytest.mark.slow
-def test_a_local_model_directory_scores_as_the_packaged_model(
-    sweep: Sweep, cache: Path, tunebench: Command, tmp_path: Path
-) -> None:
-    shutil.copytree(cache / "models/tiny-llama", tmp_path / "mine")
-    (tmp_path / "local.yaml").write_text(
-        "model: ./mine\nmethod: base\n"
-        "evaluate: {tasks: [python_reference_bpb, python_reference_topic], limit: 8}\n"
-    )
-    ran = tunebench("run", "local.yaml", "--no-predict", cwd=tmp_path)
-    assert ran.code == 0, ran.err
-    [record] = [read_record(path) for path in (tmp_path / "results/local").glob("*/record.json")]
-    assert record.cell.model.fingerprint
-    assert record.quality.tasks == sweep.records["base"].quality.tasks
-
-
-@pytest.mark.slow
-def test_a_report_of_real_records(sweep: Sweep, tunebench: Command) -> None:
-    ran = tunebench("report", "results/axes", "--output", "out", cwd=sweep.directory)
-    assert ran.code == 0, ran.err
-    names = {path.name for path in (sweep.directory / "out").iterdir()}
-    assert names == {"records.parquet", "records.csv", "report.md", "report.html"}
-    assert "diverged" in ran.out
-    assert "fp16" in ran.out, "an impossible cell keeps its row and its reason"
-    shown = tunebench("show", sweep.records[403].cell_id[:12], cwd=sweep.directory)
-    assert "nf4" in shown.out
-    assert "quantization state" in shown.out
 
 
 @pytest.mark.slow

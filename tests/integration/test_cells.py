@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -314,3 +315,32 @@ def test_no_memory_is_a_result(tunebench: Command, tmp_path: Path, cache: Path) 
     # The first eager attention's scores, in bf16: batch x heads x length x length.
     assert failure.requested_bytes == 128 * 4 * 2048 * 2048 * 2
     assert records[0].memory.by_category["weights"] > 0, "the ledger until then is kept"
+
+
+@pytest.mark.slow
+def test_a_local_model_directory_scores_as_the_packaged_model(
+    sweep: Sweep, cache: Path, tunebench: Command, tmp_path: Path
+) -> None:
+    shutil.copytree(cache / "models/tiny-llama", tmp_path / "mine")
+    (tmp_path / "local.yaml").write_text(
+        "model: ./mine\nmethod: base\n"
+        "evaluate: {tasks: [python_reference_bpb, python_reference_topic], limit: 8}\n"
+    )
+    ran = tunebench("run", "local.yaml", "--no-predict", cwd=tmp_path)
+    assert ran.code == 0, ran.err
+    [record] = [read_record(path) for path in (tmp_path / "results/local").glob("*/record.json")]
+    assert record.cell.model.fingerprint
+    assert record.quality.tasks == sweep.records["base"].quality.tasks
+
+
+@pytest.mark.slow
+def test_a_report_of_real_records(sweep: Sweep, tunebench: Command) -> None:
+    ran = tunebench("report", "results/axes", "--output", "out", cwd=sweep.directory)
+    assert ran.code == 0, ran.err
+    names = {path.name for path in (sweep.directory / "out").iterdir()}
+    assert names == {"records.parquet", "records.csv", "report.md", "report.html"}
+    assert "diverged" in ran.out
+    assert "fp16" in ran.out, "an impossible cell keeps its row and its reason"
+    shown = tunebench("show", sweep.records[403].cell_id[:12], cwd=sweep.directory)
+    assert "nf4" in shown.out
+    assert "quantization state" in shown.out

@@ -16,6 +16,7 @@ from pydantic import BaseModel
 
 from harness import packaged, provenance
 from launch.plan import this_machine
+from launch.slots import local_devices
 from matrices.cell import SECTIONS, Adapter, Cell, Data, Model, Quantization, Train
 from matrices.rules import Machine, refusals
 
@@ -30,6 +31,7 @@ CHOICES = (
     "quantization.quant_type",
     "quantization.quant_storage",
     "train.optimizer",
+    "parallelism",
 )
 
 
@@ -37,7 +39,7 @@ CHOICES = (
 class Finding:
     """`state`: ok, no (cannot be had here), or note (worth knowing)."""
 
-    topic: Literal["software", "machine", "meters", "models", "network", "settings"]
+    topic: Literal["software", "machine", "meters", "models", "network", "engines", "settings"]
     name: str
     state: Literal["ok", "no", "note"]
     detail: str
@@ -55,6 +57,7 @@ def findings(network: bool = False) -> list[Finding]:
         *_meters(machine),
         *_models(),
         *([_hub()] if network else []),
+        *_engines(),
         *settings(machine),
     ]
 
@@ -145,6 +148,25 @@ def _hub() -> Finding:
         return Finding("network", "hub", "no", f"{constants.ENDPOINT}: {error}")
 
 
+def _engines() -> Iterator[Finding]:
+    """Where `tunebench run` can have cells run."""
+    count = len(local_devices())
+    kind = "GPU" if provenance.nvml().gpus else "processor"
+    detail = f"cells on up to {count} {kind}{'s' if count != 1 else ''}"
+    yield Finding("engines", "local", "ok", detail)
+    extras = {"slurm": "submitit", "ray": "ray"}
+    for engine, package in extras.items():
+        installed = provenance.version(package)
+        if installed is None:
+            why = f"{package} is not installed: pip install 'tunebench[{engine}]'"
+            yield Finding("engines", f"--on {engine}", "note", why)
+        elif engine == "slurm" and shutil.which("sbatch") is None:
+            why = f"{package} {installed}, but no sbatch: this is no node of a SLURM cluster"
+            yield Finding("engines", f"--on {engine}", "note", why)
+        else:
+            yield Finding("engines", f"--on {engine}", "ok", f"{package} {installed}")
+
+
 def settings(machine: Machine) -> Iterator[Finding]:
     """For each choice a machine can rule out: what runs, and the reasons for the rest."""
     for key in CHOICES:
@@ -171,6 +193,8 @@ def _cell_with(key: str, value: str) -> Cell:
         quantization=Quantization(**given.get("quantization", {}))  # type: ignore[arg-type]
         if method == "qlora"
         else None,
+        parallelism=value if key == "parallelism" else "single",  # type: ignore[arg-type]
+        devices=2 if key == "parallelism" and value != "single" else 1,
         adapter=Adapter() if method in ("lora", "qlora") else None,
         data=None if method == "base" else Data(),
         train=None if method == "base" else Train(**given.get("train", {})),  # type: ignore[arg-type]

@@ -256,6 +256,9 @@ def test_doctor_tells_what_runs_and_why_not_the_rest() -> None:
     assert (flash["state"], bool(flash["detail"])) == ("no", True)
     assert "network" not in {finding["topic"] for finding in found}
     assert by_name["torch"]["detail"]
+    assert by_name["local"]["state"] == "ok"
+    assert {"--on slurm", "--on ray"} <= by_name.keys()
+    assert by_name["parallelism: ddp"]["state"] == ("ok" if (os.cpu_count() or 1) > 1 else "no")
 
 
 def entry_with(status: str) -> object:

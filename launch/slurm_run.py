@@ -56,8 +56,8 @@ def run_on_slurm(
         display.message(
             "the SLURM jobs go on without this command: "
             f"'tunebench status {sweep.results}' shows them, "
-            f"'scancel {' '.join(watcher.jobs_left()) or '--me'}' cancels them, and the same "
-            "command watches them again"
+            f"'scancel {' '.join(watcher.jobs_left())}' cancels them, and the same command watches "
+            "them again"
         )
     found = settled.entries | watcher.entries
     return jobs, Finished(found, next(iter(signals.received), settled.stopped_by))
@@ -105,9 +105,12 @@ def _submit(
         cell: (array, index) for array in arrays.values() for index, cell in enumerate(array.cells)
     }
     places |= {cell: (array, array.cells.index(cell)) for cell, (array, _) in there.items()}
+    numbers = {cell: job_id for job_id, array in arrays.items() for cell in array.cells}
     waiting = {}
     for job in jobs:
         cell_id = job.cell.cell_id
         array, index = places.get(cell_id, (Array("", (), ()), 0))
-        waiting[cell_id] = Watched(job, array, index, attempts.get(cell_id, {}))
+        state = there[cell_id][1] if cell_id in there else None
+        seen = attempts.get(cell_id, {})
+        waiting[cell_id] = Watched(job, array, index, seen, state, numbers.get(cell_id))
     return waiting

@@ -38,6 +38,7 @@ class Watched:
     index: int
     attempts: Mapping[str, int]
     state: JobState | None = None
+    submitted: str | None = None  # the array's number, known before the queue is first looked at
     started: bool = False
     ended_at: float | None = None  # when the queue was first seen without it
     last: Entry | None = None  # an attempt that was interrupted; another may follow
@@ -173,8 +174,11 @@ class Watcher:
 
     def jobs_left(self) -> list[str]:
         """Ids of the arrays that still hold cells of this run."""
-        states = [each.state for each in self.waiting.values() if each.state is not None]
-        return list(dict.fromkeys(state.job.split("_")[0] for state in states))
+        jobs = [
+            each.state.job if each.state is not None else each.submitted
+            for each in self.waiting.values()
+        ]
+        return list(dict.fromkeys(job.split("_")[0] for job in jobs if job is not None))
 
 
 def answers(entry: Entry, attempts: Mapping[str, int], on: Partition) -> bool:

@@ -80,10 +80,10 @@ def test_only_what_shards_parameters_halves_them(
             assert rank.parameter_share == pytest.approx(share, abs=0.002), (kind, rank)
             assert rank.parameter_bytes is not None
             assert rank.whole_parameter_bytes is not None
-            # All in fp32: bytes tell the same.
-            assert rank.parameter_bytes / rank.whole_parameter_bytes == pytest.approx(
-                share, abs=0.002
-            )
+            if method != "qlora":  # whose adapters TRL turns to bf16
+                # All in fp32: bytes tell the same.
+                held = rank.parameter_bytes / rank.whole_parameter_bytes
+                assert held == pytest.approx(share, abs=0.002)
 
 
 @pytest.mark.parametrize("kind", [*WHOLE, *SHARDED])
@@ -105,7 +105,9 @@ def test_ddp_sends_the_gradients_of_what_is_trained(ran: dict[tuple[str, str], R
     for method in METHODS:
         record = ran[method, "ddp"].record
         assert record.artifacts.trainable_parameters is not None
-        gradients = 4 * record.artifacts.trainable_parameters
+        # TRL turns QLoRA's adapters to bf16.
+        each = 2 if method == "qlora" else 4
+        gradients = each * record.artifacts.trainable_parameters
         for rank in record.ranks:
             assert rank.communication is not None
             sent = rank.communication.bytes["allreduce_"]

@@ -38,8 +38,8 @@ difference is the largest of any step, relative to one process. Share: of the mo
 what a rank holds once prepared. ZeRO trains fp32 copies of QLoRA's adapters, which TRL turns to
 bf16, and the others do not.
 
-| method | parallelism | first loss | last loss | difference | share | peak of a rank |
-|---|---|---|---|---|---|---|
+| model | method | parallelism | first loss | last loss | difference | share | peak of a rank |
+|---|---|---|---|---|---|---|---|
 """
 # What the settings of a combination are about, if several of them ended differently.
 UNTOLD = (*AXES, "method")
@@ -81,6 +81,7 @@ def losses_text(records: Sequence[Record]) -> str:
         shares = [rank.parameter_share for rank in record.ranks if rank.parameter_share]
         rows.append(
             [
+                escape_markdown(record.cell.model.name),
                 record.cell.method,
                 record.cell.parallelism,
                 f"{losses[0]:.5f}",
@@ -96,9 +97,13 @@ def losses_text(records: Sequence[Record]) -> str:
     return f"{LOSSES}{table}\n"
 
 
-def _order(record: Record) -> tuple[int, int]:
+def _order(record: Record) -> tuple[str, int, int]:
     names = get_args(Parallelism)
-    return METHODS.index(record.cell.method), names.index(record.cell.parallelism)
+    return (
+        record.cell.model.name,
+        METHODS.index(record.cell.method),
+        names.index(record.cell.parallelism),
+    )
 
 
 def _alone(record: Record, measured: Sequence[Record]) -> Record | None:

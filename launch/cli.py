@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -13,8 +13,7 @@ from launch.cli_claims import claims
 from launch.cli_predict import fit, predict
 from launch.cli_profiles import profiles
 from launch.cli_results import calibration, report, show
-from launch.cli_run import exit_code as _exit_code
-from launch.cli_run import run
+from launch.cli_run import exit_code, run, sweep_of
 from launch.cli_status import status
 from launch.console import print_error, print_json
 from launch.options import (
@@ -30,10 +29,6 @@ from launch.options import (
     TimeoutOption,
 )
 from matrices.errors import UserError
-
-if TYPE_CHECKING:
-    from launch.plan import Job
-    from matrices.load import Matrix
 
 app = typer.Typer(
     name="tunebench",
@@ -75,29 +70,6 @@ def tunebench(
     """
 
 
-def _jobs(
-    source: str,
-    results: Path | None,
-    overrides: list[str] | None,
-    seeds: int | None,
-    retry: str | None,
-) -> tuple[Matrix, Path, list[Job], int]:
-    from harness.store import Store
-    from launch.plan import plan_jobs, retried_statuses
-    from matrices.expand import expand
-    from matrices.load import load
-
-    statuses = retried_statuses(retry)
-    matrix = load(source, overrides or [], seeds)
-    expansion = expand(matrix)
-    for note in expansion.notes:
-        print(f"tunebench: note: {note}", file=sys.stderr)
-    directory = results or Path("results") / matrix.name
-    present = Store(directory).latest()
-    jobs = plan_jobs(expansion.cells, present, statuses, matrix.score_base)
-    return matrix, directory, jobs, expansion.combinations
-
-
 @app.command()
 def plan(
     matrix: MatrixArgument,
@@ -123,11 +95,15 @@ def plan(
     tunebench plan my-sweep.yaml --set rank=[8,64] --seeds 3
     tunebench plan my-sweep.yaml --json | jq '.[] | select(.action == "invalid")'
     """
+    from harness.store import Store
     from launch.cli_predict import predictions_of
     from launch.listing import plan_text
+    from launch.plan import plan_jobs
     from launch.prediction_listing import footer
 
-    found, _, jobs, combinations = _jobs(matrix, results, set_, seeds, retry)
+    found, sweep, combinations = sweep_of(matrix, results, set_, seeds, retry)
+    present = Store(sweep.results).latest()
+    jobs = plan_jobs(sweep.cells, present, sweep.retry, sweep.score_base)
     predictions = {} if no_predict else predictions_of(jobs, gpu, gpus_file)
     if as_json:
         print_json([job.as_json(predictions.get(job.cell.cell_id)) for job in jobs])
@@ -171,7 +147,7 @@ def rerun(
     finally:
         display.close()
     print(entry.directory / "record.json")
-    raise typer.Exit(_exit_code({"": entry}, stopped_by))
+    raise typer.Exit(exit_code({"": entry}, stopped_by))
 
 
 @app.command()

@@ -116,7 +116,7 @@ def run(
     }
     _only_on("slurm", engine, given)
     _only_on("ray", engine, {"address": address, "resource": resource})
-    found, sweep = _sweep(matrix, results, set_, seeds, retry)
+    found, sweep, _ = sweep_of(matrix, results, set_, seeds, retry)
     limits = (timeout or found.timeout_seconds, phase_timeout or found.phase_timeout_seconds)
     display = display_for_stderr()
     try:
@@ -172,13 +172,15 @@ def _only_on(engine: str, chosen: str, given: Mapping[str, Any]) -> None:
             raise UserError(f"{option} is for --on {engine}, and this would run on {chosen}")
 
 
-def _sweep(
+def sweep_of(
     source: str,
     results: Path | None,
     overrides: list[str] | None,
     seeds: int | None,
     retry: str | None,
-) -> tuple[Matrix, Sweep]:
+) -> tuple[Matrix, Sweep, int]:
+    """What the options name: the matrix, its cells, and how many combinations gave them. Raises
+    UserError."""
     from launch.plan import Sweep, retried_statuses
     from matrices.expand import expand
     from matrices.load import load
@@ -189,7 +191,8 @@ def _sweep(
     for note in expansion.notes:
         print(f"tunebench: note: {note}", file=sys.stderr)
     directory = results or Path("results") / matrix.name
-    return matrix, Sweep(expansion.cells, directory, statuses, matrix.score_base)
+    sweep = Sweep(expansion.cells, directory, statuses, matrix.score_base)
+    return matrix, sweep, expansion.combinations
 
 
 def _here(

@@ -15,6 +15,7 @@ import torch
 
 from harness import device, extensions
 from harness.launched import Place, torchruns
+from harness.lifetime import end_with_parent
 from harness.rank_state import record_path
 from harness.record import Record, read_record
 from harness.train import Course, sft_config
@@ -181,8 +182,10 @@ def in_child(work: Callable[[], int]) -> int:
     """
     sys.stdout.flush()
     sys.stderr.flush()
+    parent = os.getpid()
     child = os.fork()
     if child == 0:
+        end_with_parent(parent)
         _run_and_exit(work)
     try:
         _, status = os.waitpid(child, 0)

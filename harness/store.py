@@ -228,13 +228,14 @@ def _remove_parts(working: Path) -> None:
     """What a process that was killed had begun to write, files and directories."""
     for path in [*working.rglob(f"{TEMPORARY_PREFIX}*")]:
         if path.is_dir():
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:
-    with path.open("rb") as file:
+    # A rank on another machine goes on for a moment, and replaces its own files.
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
         os.fsync(file.fileno())
 
 

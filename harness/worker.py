@@ -16,6 +16,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":
+    from harness import lifetime
+
+    if os.environ.get(lifetime.VARIABLE):  # before the imports, which take many seconds
+        lifetime.end_with_parent(os.getppid())
+
 import bitsandbytes  # noqa: F401
 import lm_eval.evaluator
 import lm_eval.models.huggingface  # noqa: F401

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from launch.entry import main as begin
+
+    begin()
+
 import importlib.metadata
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from launch import entry
 from launch.cli_claims import claims
 from launch.cli_predict import fit, predict
 from launch.cli_profiles import profiles
 from launch.cli_results import calibration, report, show
 from launch.cli_run import exit_code, run, sweep_of
 from launch.cli_status import status
-from launch.console import print_error, print_json
+from launch.console import print_json
 from launch.options import (
     GpuOption,
     GpusFileOption,
@@ -28,7 +33,6 @@ from launch.options import (
     SetOption,
     TimeoutOption,
 )
-from matrices.errors import UserError
 
 app = typer.Typer(
     name="tunebench",
@@ -136,14 +140,11 @@ def rerun(
     from launch.progress import display_for_stderr
     from launch.rerun import record_path
     from launch.rerun import rerun as repeat
-    from launch.stopping import Stopped
 
     display = display_for_stderr()
     predicting = None if no_predict else partial(foretell, show=show_for_stderr())
     try:
         entry, stopped_by = repeat(record_path(record), display, timeout, predicting)
-    except Stopped as stopped:
-        raise typer.Exit(128 + stopped.number) from None
     finally:
         display.close()
     print(entry.directory / "record.json")
@@ -195,14 +196,4 @@ for command in (run, status, predict, fit, report, show, calibration, claims, pr
     app.command()(command)
 
 
-def main() -> None:
-    """Entry point: the one place where a user's mistake becomes a line and an exit code."""
-    try:
-        app()
-    except UserError as error:
-        print_error(error)
-        sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()
+main = entry.main

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import os
-import signal
 import traceback
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 
+from launch.process import FORKS, died, kill_group, memory_kills
 from launch.server import Server, follow_parent
 from matrices.cell import Cell
 from matrices.errors import UserError
@@ -17,26 +16,25 @@ from matrices.errors import UserError
 def problems(server: Server, module: str, cells: Sequence[Cell]) -> list[UserError]:
     """What the user has to put right before these cells can run.
 
-    Waits for the fork server's imports first. Raises RuntimeError with the process's own
-    traceback when the check itself breaks.
+    Waits for the fork server's imports first. Raises UserError when the server or the check is
+    killed, and RuntimeError with the process's own traceback when the check itself breaks.
     """
+    kills = memory_kills()
     receiver, sender = server.context.Pipe(duplex=False)
-    process = server.context.Process(target=_main, args=(module, list(cells), sender))
     try:
-        process.start()
+        process = server.start(_main, module, list(cells), sender)
     except (EOFError, OSError) as error:
-        raise RuntimeError(f"the stack cannot be imported:\n{server.said()}") from error
+        raise died(FORKS, None, server, kills) from error
     sender.close()
     try:
         found, broken = receiver.recv()
     except EOFError:
         process.join()
-        code = process.exitcode
-        raise RuntimeError(f"preflight died with exit code {code}:\n{server.said()}") from None
+        who = "the check of models, data and tasks"
+        raise died(who, process.exitcode, server, kills) from None
     except BaseException:
         # Stopped by the user: whatever it is importing or downloading is of no use now.
-        if process.pid is not None and process.is_alive():
-            os.killpg(process.pid, signal.SIGKILL)
+        kill_group(process)
         raise
     process.join()
     if broken:

@@ -51,13 +51,21 @@ def render(table: Table, format: str, relative_to: Path | None = None) -> str:
     Links to records (md, html) are relative to the directory `relative_to`; without one there are
     none. Raises UserError for another format.
     """
-    if format not in FORMATS:
-        raise UserError(f"no format {format!r}{nearest(format, FORMATS)}", key="--format")
+    check_format(format)
     if format == "md":
         return _markdown(table, relative_to)
     if format == "html":
         return _html(table, relative_to)
     return {"csv": _csv, "latex": _latex, "text": _text}[format](table)
+
+
+def check_format(format: str) -> None:
+    """Raises UserError for a word that is no format."""
+    if format not in FORMATS:
+        raise UserError(
+            f"no format {format!r}{nearest(format, FORMATS)}; there are {', '.join(FORMATS)}",
+            key="--format",
+        )
 
 
 def record_link(result: Result, relative_to: Path) -> str:

@@ -12,7 +12,6 @@ import json
 import os
 import platform
 import subprocess
-import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,7 +66,6 @@ ENVIRONMENT = (
     "TRANSFORMERS_OFFLINE",
 )
 CHECKOUT = Path(__file__).resolve().parents[1]
-SINGLE_PROCESS = Path(__file__).resolve().parent / "single_process.yaml"
 
 
 class Gpu(NamedTuple):
@@ -257,38 +255,6 @@ def cpu_threads() -> int:
         return int(setting)
     available = usable_cpus()
     return min(psutil.cpu_count(logical=False) or available, available)
-
-
-def accelerate() -> list[str]:
-    """The start of an argv for accelerate's own command line, in this environment."""
-    script = Path(sys.executable).parent / "accelerate"
-    if script.exists():
-        return [str(script)]
-    return [sys.executable, "-m", "accelerate.commands.accelerate_cli"]
-
-
-def worker_command(cell_path: Path, output_dir: Path, gpu: bool) -> list[str]:
-    """argv that runs one cell by hand, in one process, as the runner would.
-
-    Every default that a user's own accelerate configuration could change is given. The worker
-    sets its precision itself. The number of threads is named because accelerate would otherwise
-    choose one, and sums over a different number of threads differ in the last digits.
-    """
-    device = ["--config_file", str(SINGLE_PROCESS)] if gpu else ["--cpu"]
-    return [
-        *accelerate(),
-        "launch",
-        *device,
-        *("--num_processes", "1"),
-        *("--num_machines", "1"),
-        *("--mixed_precision", "no"),
-        *("--dynamo_backend", "no"),
-        *("--num_cpu_threads_per_process", str(cpu_threads())),
-        "--quiet",  # the worker tells what went wrong; a second traceback hides it
-        *("--module", "harness.worker"),
-        str(cell_path),
-        str(output_dir),
-    ]
 
 
 def new_record(cell: Cell, command: list[str], attempt: int = 1) -> Record:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from harness import device, extensions
+from harness.command import is_spread
 from harness.launched import Place, torchruns
 from harness.lifetime import end_with_parent
 from harness.rank_state import record_path
@@ -46,11 +47,6 @@ def rank() -> int:
 
 def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def is_spread(cell: Cell) -> bool:
-    """Whether the cell trains in several processes."""
-    return cell.train is not None and cell.parallelism not in ("single", "device-map")
 
 
 def join(cell: Cell, output_dir: Path) -> Any:

@@ -171,11 +171,9 @@ class Store:
         If that name has appeared meanwhile (results copied in), the attempt gets the next one.
         """
         key = record_key(record.cell_id, record.stack_id)
-        planned = self.place(key, record.attempt)
         attempt = self.next_attempt(key)
         target = self.place(key, attempt)
-        command = [part.replace(str(planned), str(target)) for part in record.command]
-        record = record.model_copy(update={"attempt": attempt, "command": command})
+        record = record.model_copy(update={"attempt": attempt})
         with disk_errors(self.root):
             write_atomically(working / "record.json", record.to_json())
             _remove_parts(working)

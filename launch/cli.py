@@ -27,6 +27,7 @@ from launch.options import (
     JsonOption,
     MatrixArgument,
     NoPredictOption,
+    PhaseTimeoutOption,
     ResultsOption,
     RetryOption,
     SeedsOption,
@@ -123,12 +124,20 @@ def plan(
 def rerun(
     record: Annotated[Path, typer.Argument(help="A record's directory or its record.json.")],
     timeout: TimeoutOption = None,
+    phase_timeout: PhaseTimeoutOption = None,
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option(
+            "--trust-remote-code",
+            help="Let the cell run code that comes with its model or its evaluation tasks.",
+        ),
+    ] = False,
     no_predict: NoPredictOption = False,
 ) -> None:
-    """Repeat one recorded cell by its recorded command.
+    """Repeat one recorded cell by `accelerate launch`, as by hand.
 
-    The new record is the next attempt beside the old one, which stays as it is. Its path is
-    printed.
+    The command is made from the record's cell. The new record is the next attempt beside the old
+    one, which stays as it is. Its path is printed.
 
     \b
     tunebench rerun results/quickstart/4f0c22d9a1b3-494adca8
@@ -138,13 +147,14 @@ def rerun(
     from launch.foretelling import foretell
     from launch.prediction_progress import show_for_stderr
     from launch.progress import display_for_stderr
-    from launch.rerun import record_path
+    from launch.rerun import Options, record_path
     from launch.rerun import rerun as repeat
 
     display = display_for_stderr()
     predicting = None if no_predict else partial(foretell, show=show_for_stderr())
     try:
-        entry, stopped_by = repeat(record_path(record), display, timeout, predicting)
+        options = Options(timeout, phase_timeout, predicting, trust_remote_code)
+        entry, stopped_by = repeat(record_path(record), display, options)
     finally:
         display.close()
     print(entry.directory / "record.json")

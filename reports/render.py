@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import quote
 
+from harness.command import of_record
 from matrices.errors import UserError, nearest
 from reports.display import DASH, harmless, printable
 from reports.effects import Estimate
@@ -72,6 +73,13 @@ def record_link(result: Result, relative_to: Path) -> str:
     """A relative URL of a record, safe in an attribute and in a Markdown link."""
     path = os.path.relpath(result.path.absolute(), relative_to.absolute())
     return quote(Path(path).as_posix())
+
+
+def command_text(result: Result, relative_to: Path) -> str:
+    """What reproduces a cell by hand, called in the directory `relative_to`."""
+    directory = Path(os.path.relpath(result.directory.absolute(), relative_to.absolute()))
+    output = Path(f"{result.directory.absolute().name}.by-hand")
+    return shlex.join(of_record(result.record, directory, output))
 
 
 def short_id(result: Result) -> str:
@@ -225,7 +233,7 @@ def _html_records(row: Row, relative_to: Path) -> Html:
             "p",
             tag("a", short_id(result), href=record_link(result, relative_to)),
             f" seed {result.record.cell.seed}, {result.record.status}",
-            tag("code", shlex.join(result.record.command)),
+            tag("code", command_text(result, relative_to)),
         )
         for result in row.group.results
     ]

@@ -66,10 +66,14 @@ def load_records(results: Path) -> list[Result]:
     """
     if not results.is_dir():
         raise UserError("no such results directory", where=str(results))
+    found = sorted(results.rglob("record.json"))
+    places = {path.parent for path in found} - {results}
     paths = [
         path
-        for path in sorted(results.rglob("record.json"))
+        for path in found
         if not any(part.startswith(".") for part in path.relative_to(results).parts)
+        # A cell repeated by hand in the directory of its record.
+        and places.isdisjoint(path.parent.parents)
     ]
     if not paths:
         raise UserError(

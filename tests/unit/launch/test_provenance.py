@@ -133,15 +133,3 @@ def test_threads_are_the_setting_else_cores(monkeypatch: pytest.MonkeyPatch) -> 
     assert provenance.cpu_threads() == 3
     monkeypatch.delenv("OMP_NUM_THREADS")
     assert 1 <= provenance.cpu_threads() <= len(os.sched_getaffinity(0))
-
-
-@pytest.mark.parametrize("gpu", [False, True])
-def test_the_command_leaves_nothing_to_a_users_own_configuration(gpu: bool) -> None:
-    command = provenance.worker_command(Path("c.json"), Path("out"), gpu)
-    assert command[-4:] == ["--module", "harness.worker", "c.json", "out"]
-    assert ("--cpu" in command) == (not gpu)
-    for flag in ("--num_processes", "--num_machines"):
-        assert command[command.index(flag) + 1] == "1"
-    assert command[command.index("--mixed_precision") + 1] == "no"
-    if gpu:
-        assert Path(command[command.index("--config_file") + 1]).is_file()

@@ -15,6 +15,8 @@ and ranks 8 and 64, full fine-tuning stays, as the cell that rank 8 collapses to
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -78,13 +80,8 @@ def expand(matrix: Matrix) -> Expansion:
     contradict each other, nothing is left, or there are more than a million combinations."""
     _check_size(matrix)
     builder = _Builder(matrix)
-    kept = 0
-    for combination in _combinations(matrix, None):
-        if not builder.excluded(combination):
-            kept += 1
-            builder.add(combination)
-    for entry in matrix.include:
-        kept += _include(matrix, builder, entry)
+    with _no_collection():
+        kept = _build(matrix, builder)
     if not builder.cells:
         raise UserError(
             "every combination is excluded, so nothing is left to run; remove an entry",
@@ -93,6 +90,29 @@ def expand(matrix: Matrix) -> Expansion:
         )
     notes = (*builder.notes, *_unmatched(matrix, builder), *_idle_axes(matrix, builder.methods))
     return Expansion(tuple(builder.cells.values()), kept, notes)
+
+
+def _build(matrix: Matrix, builder: _Builder) -> int:
+    """Add every combination; how many are left after exclude."""
+    kept = 0
+    for combination in _combinations(matrix, None):
+        if not builder.excluded(combination):
+            kept += 1
+            builder.add(combination)
+    return kept + sum(_include(matrix, builder, entry) for entry in matrix.include)
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Without python's search for cycles, of which cells have none: it would look at each cell
+    again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _check_size(matrix: Matrix) -> None:

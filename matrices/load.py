@@ -278,9 +278,13 @@ def _overridden(matrix: Matrix, overrides: Sequence[str], seeds: int | None) -> 
                 key="seed",
                 where=where,
             )
-        axis = Spot([Spot(seed, where) for seed in range(seeds)], where)
-        _once(written, {"seed": axis})
+        _once(written, {"seed": Spot(seeds, where)})
+        del written["seed"]
     constants, axes = dict(matrix.constants), dict(matrix.axes)
+    if seeds is not None:
+        reader.places["seed"] = f"--seeds {seeds}"
+        constants.pop("seed", None)
+        axes["seed"] = tuple(range(seeds))
     for key, spot in written.items():
         if is_axis(key, spot):
             constants.pop(key, None)

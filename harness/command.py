@@ -21,7 +21,6 @@ from matrices.profiles import DEEPSPEED_FILE
 CELL, PROFILE, DEEPSPEED = "cell.json", "profile.yaml", "deepspeed.json"
 BY_HAND = "by-hand"
 SINGLE_PROCESS = Path(__file__).resolve().parent / "single_process.yaml"
-THREADS_OPTION = "--num_cpu_threads_per_process"
 # Where the first of several machines listens: torchrun's own default.
 PORT = 29500
 HERE = Path()
@@ -74,7 +73,7 @@ def by_hand(
     ending = ["--quiet"]  # the worker tells what went wrong; a second traceback hides it
     ending += ["--module", "harness.worker"]
     ending += [str(directory / CELL), str(output or directory / BY_HAND)]
-    threaded = [THREADS_OPTION, str(threads)]
+    threaded = [provenance.THREADS_OPTION, str(threads)]
     profile = ["--config_file", str(directory / PROFILE)]
     if not is_spread(cell):
         return [
@@ -126,16 +125,8 @@ def of_record(
     gpu = provenance.uses_gpu(record.stack, record.hardware)
     hosts = [host for host in record.placement.hosts if _HOST.fullmatch(host)]
     meeting = (hosts[0] if hosts else "localhost", PORT)
-    threads = recorded_threads(record) or threads_of(record.cell)
+    threads = provenance.recorded_threads(record) or threads_of(record.cell)
     return by_hand(record.cell, gpu, threads, directory, output, program, meeting)
-
-
-def recorded_threads(record: Record) -> int | None:
-    """Threads of each process of a recorded cell; none where it does not say."""
-    said = record.provenance.environment.get("OMP_NUM_THREADS", "")
-    if THREADS_OPTION in record.command[:-1]:
-        said = record.command[record.command.index(THREADS_OPTION) + 1]
-    return int(said) if said.isdigit() and int(said) > 0 else None
 
 
 def copy_profile(source: Path, target: Path) -> None:

@@ -170,7 +170,8 @@ class Store:
 
         If that name has appeared meanwhile (results copied in), the attempt gets the next one.
         """
-        key = record_key(record.cell_id, record.stack_id)
+        named = _WORKING_NAME.fullmatch(working.name)
+        key = named["key"] if named else record_key(record.cell_id, record.stack_id)
         attempt = self.next_attempt(key)
         target = self.place(key, attempt)
         record = record.model_copy(update={"attempt": attempt})

@@ -210,18 +210,20 @@ def _here(
     from launch.plan import plan_jobs
     from launch.prediction_progress import show_for_stderr
     from launch.slots import Slots
+    from launch.starting import devices_here
 
     side_by_side, allow_busy = slots
     no_predict, skip_predicted_oom = predicting
     store = Store(sweep.results)
-    jobs = plan_jobs(sweep.cells, store.latest(), sweep.retry, sweep.score_base)
-    runner = Runner(
-        store,
-        display,
-        limits[0],
-        phase_seconds=limits[1],
-        slots=Slots(exclusive=not side_by_side, allow_busy=allow_busy),
+    slots = Slots(exclusive=not side_by_side, allow_busy=allow_busy)
+    jobs = plan_jobs(
+        sweep.cells,
+        store.latest(),
+        sweep.retry,
+        sweep.score_base,
+        cores=lambda cell: slots.cores(devices_here(cell)),
     )
+    runner = Runner(store, display, limits[0], phase_seconds=limits[1], slots=slots)
     if not no_predict:
         past = [job.entry.record for job in jobs if job.entry is not None]
         show = show_for_stderr()

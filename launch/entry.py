@@ -5,6 +5,7 @@ Imports little, so that a signal finds a handler soon after the interpreter has 
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
@@ -28,7 +29,13 @@ def main() -> NoReturn:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _leave)
     sys.unraisablehook = _unraisable
-    sys.exit(_run())
+    code = _run()
+    atexit._run_exitfuncs()
+    # Taking the interpreter down lasts, and a signal would find no handler any more.
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _leave(number: int, frame: FrameType | None) -> None:

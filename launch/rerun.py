@@ -16,14 +16,14 @@ from functools import partial
 from pathlib import Path
 
 from harness import provenance
-from harness.command import is_spread, recorded_threads, threads_of
+from harness.command import is_spread, threads_of
 from harness.launched import Place
 from harness.record import Record, read_record
-from harness.store import Entry, Store, disk_errors, record_key
+from harness.store import Entry, Store, disk_errors
 from launch import profile
 from launch.finish import contamination, finish_abandoned, finish_record
 from launch.foretelling import Foretold, with_prediction
-from launch.plan import Job, this_machine
+from launch.plan import Job, key_of, this_machine
 from launch.process import Launched, Ranks
 from launch.progress import Display
 from launch.slots import Grant, Lease, Slots
@@ -69,7 +69,7 @@ def differences(record: Record) -> str:
     was |= record.provenance.environment
     now |= provenance.environment()
     # The command names the threads, and the runner the devices it gives the command.
-    set_anew = {"OMP_NUM_THREADS"} if recorded_threads(record) is not None else set()
+    set_anew = {"OMP_NUM_THREADS"} if provenance.recorded_threads(record) is not None else set()
     set_anew |= {"CUDA_VISIBLE_DEVICES"} if record.placement.devices else set()
     names = [name for name in (*was, *now) if was.get(name) != now.get(name)]
     names = [name for name in names if name not in set_anew]
@@ -133,8 +133,8 @@ def rerun(
         display.message(f"the stack is not the recorded one: {found}")
     store = Store(path.absolute().parent.parent)
     store.prepare()
-    threads = recorded_threads(record) or threads_of(cell)
-    key = record_key(cell.cell_id, provenance.stack_id(provenance.stack(), provenance.hardware()))
+    threads = provenance.recorded_threads(record) or threads_of(cell)
+    key = key_of(cell, threads)
     with contextlib.ExitStack() as held:
         signals = held.enter_context(stop_signals())
         if not held.enter_context(store.claim(key)):

@@ -57,7 +57,8 @@ def first_record(
     threads = threads or threads_of(cell, grant.cores if grant is not None else None)
     gpu = provenance.uses_gpu(provenance.stack(), provenance.hardware())
     met = (meeting.address, meeting.port) if meeting is not None else (socket.gethostname(), PORT)
-    record = provenance.new_record(cell, by_hand(cell, gpu, threads, meeting=met), attempt)
+    command = by_hand(cell, gpu, threads, meeting=met)
+    record = provenance.new_record(cell, command, attempt, threads)
     if grant is not None:
         record.provenance.environment |= _environment(threads, grant)
     return record.model_copy(update={"placement": placed or Placement()})

@@ -247,6 +247,9 @@ SECTIONS: dict[str, type[Section]] = {
     "evaluate": Evaluate,
 }
 
+# Those that a cell may be without.
+_OPTIONAL = [name for name in SECTIONS if Cell.model_fields[name].default is None]
+
 # Settings whose content is known by a fingerprint beside them.
 LOCAL_PATHS = {"model": ("name", "config"), "data": ("source",)}
 
@@ -287,8 +290,7 @@ def section_json(name: str, section: Section | None) -> str:
         for key in LOCAL_PATHS.get(name, ()):
             plain.pop(key, None)
     # A section that is there but all default must differ from one that is not there.
-    optional = Cell.model_fields[name].get_default() is None
-    return f'"{name}":{_sorted_json(plain)}' if plain or optional else ""
+    return f'"{name}":{_sorted_json(plain)}' if plain or name in _OPTIONAL else ""
 
 
 def _sorted_json(plain: Any) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from harness import provenance
 from harness.record import Record, read_record
 from matrices.errors import UserError
 
@@ -39,7 +40,22 @@ class Result:
         return _read_samples(path) if path.exists() else None
 
 
-Index = dict[tuple[str, str], Result]
+class Index(dict[tuple[str, str], Result]):
+    """The results in force, by cell and by what of the stack it used."""
+
+    @functools.cached_property
+    def by_environment(self) -> dict[tuple[str, str], Result]:
+        """The newest of each cell in each environment, whatever of it the cell used."""
+        found: dict[tuple[str, str], Result] = {}
+        for result in self.values():
+            key = (result.record.cell_id, environment(result.record))
+            if key not in found or _age(result) > _age(found[key]):
+                found[key] = result
+        return found
+
+
+def environment(record: Record) -> str:
+    return provenance.environment_id(record.stack, record.hardware)
 
 
 def _read_samples(path: Path) -> pd.DataFrame:
@@ -86,23 +102,25 @@ def load_records(results: Path) -> list[Result]:
 def index(results: Iterable[Result]) -> Index:
     """By cell and stack the result in force: the newest conclusive attempt, or the newest attempt
     when none is conclusive."""
-    newest: Index = {}
+    newest = Index()
     for result in results:
-        key = (result.record.cell_id, result.record.stack_id)
+        key = (result.record.cell_id, provenance.recorded_stack_id(result.record))
         if key not in newest or _age(result) > _age(newest[key]):
             newest[key] = result
     return newest
 
 
-def _age(result: Result) -> tuple[bool, int, str]:
+def _age(result: Result) -> tuple[bool, str, int]:
+    # Attempts made by an older tunebench have a count of their own.
     record = result.record
-    return record.status not in INCONCLUSIVE, record.attempt, record.started
+    return record.status not in INCONCLUSIVE, record.started, record.attempt
 
 
 def bases(result: Result, newest: Index) -> dict[str, Result]:
-    """The `untouched` and `quantized` results to judge this one against: same stack, scored."""
+    """The `untouched` and `quantized` results to judge this one against: of the same environment,
+    scored."""
     found = {
-        role: newest.get((cell_id, result.record.stack_id))
+        role: newest.by_environment.get((cell_id, environment(result.record)))
         for role, cell_id in result.record.base_cell_ids.items()
     }
     return {role: base for role, base in found.items() if base and base.record.status == "ok"}

@@ -20,6 +20,7 @@ from reports.display import setting_text, short_name
 from reports.effects import Estimate
 from reports.figure_columns import cost_columns, metrics_shown, quality_columns, status_column
 from reports.groups import Group, group, matches, section_key, settings, sort_key
+from reports.origins import mark
 from reports.parallelism import (
     AXES,
     SPREAD,
@@ -177,8 +178,10 @@ def _table(
     )
     shown = _shown_settings(groups, spec)
     status = status_column(table)
+    ran_on, where = mark(table.rows)
     table.columns = [
         *[_setting_column(table, setting) for setting in shown],
+        *([ran_on] if ran_on is not None else []),
         *([batch_column(table)] if spec.ranks else []),
         *cost_columns(table, baselines),
         *(rank_columns(table) if spec.ranks else []),
@@ -188,7 +191,7 @@ def _table(
     ]
     hidden = metrics_shown(groups)[1]
     shown = [*shown, *STORAGE_PARTS] if STORAGE in shown else shown
-    table.caption = [baselines.told, *caption(groups, shown, hidden, superseded)]
+    table.caption = [baselines.told, *caption(groups, shown, hidden, superseded, where)]
     return table
 
 

@@ -199,7 +199,7 @@ def _here(
     sweep: Sweep,
     display: Display,
     limits: tuple[float | None, float | None],
-    slots: tuple[bool, bool],
+    devices: tuple[bool, bool],
     predicting: tuple[bool, bool],
 ) -> tuple[list[Job], Finished]:
     from functools import partial
@@ -212,7 +212,7 @@ def _here(
     from launch.slots import Slots
     from launch.starting import devices_here
 
-    side_by_side, allow_busy = slots
+    side_by_side, allow_busy = devices
     no_predict, skip_predicted_oom = predicting
     store = Store(sweep.results)
     slots = Slots(exclusive=not side_by_side, allow_busy=allow_busy)

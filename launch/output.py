@@ -97,7 +97,8 @@ def _is_open(number: int) -> bool:
 def _bytes(stream: IO[str]) -> IO[bytes]:
     assert isinstance(stream, io.TextIOWrapper)
     stream.flush()
-    return stream.detach()
+    found: IO[bytes] = stream.detach()
+    return found
 
 
 def _plain(error: UnicodeError) -> tuple[str, int]:

@@ -98,8 +98,8 @@ def ranks(
     if not is_spread(cell):
         return Ranks(environment=variables)
     gpu = provenance.uses_gpu(provenance.stack(), provenance.hardware())
-    where = (meeting.address, meeting.port) if meeting is not None else ()
-    given = profile.command(cell, working, gpu, None, *where, threads=threads)
+    address, port = (meeting.address, meeting.port) if meeting is not None else (None, PORT)
+    given = profile.command(cell, working, gpu, None, address, port, threads)
     count = devices_here(cell)
     met = meeting or Rendezvous("127.0.0.1", free_port(fixed_port(cell)), "")
     first = Place(0, count, node_rank, cell.nodes, met.address, met.port)

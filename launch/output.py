@@ -14,6 +14,7 @@ import sys
 from typing import IO
 
 from matrices.errors import UserError
+from matrices.text import visible
 
 # What tables and lines hold beside ASCII, for outputs that cannot show it.
 PLAIN = {
@@ -38,11 +39,11 @@ class OutputLost(UserError):
 
 
 class Results(io.TextIOWrapper):
-    """Standard output; raises OutputLost."""
+    """Standard output, without control characters; raises OutputLost."""
 
     def write(self, text: str) -> int:
         try:
-            return super().write(text)
+            return super().write(visible(text))
         except OSError as error:
             raise OutputLost(error) from None
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from harness import provenance
+from harness import hub, provenance
 from harness.prediction import Prediction
 from harness.record import Record, Status
 from harness.store import Entry, record_key
@@ -145,13 +145,14 @@ def _refusal(cell: Cell, machine: Machine) -> str:
 
 def decide(record: Record | None, refused: str, retry: frozenset[Status]) -> tuple[Action, str]:
     """What to do about a cell, given its last record here and why this machine refuses it."""
-    if record is not None and record.status not in retry:
+    changed = hub.changed_since(record) if record is not None else ""
+    if record is not None and record.status not in retry and not changed:
         return "keep", f"{record.status} since {(record.ended or record.started)[:16]}Z"
     if refused:
         return "invalid", refused
     if record is None:
         return "run", "not measured on this stack"
-    reason = f" ({record.reason})" if record.reason else ""
+    reason = f" ({changed or record.reason})" if changed or record.reason else ""
     return "retry", f"attempt {record.attempt} was {record.status}{reason}"
 
 

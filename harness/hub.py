@@ -86,5 +86,5 @@ def changed_since(record: Record) -> str:
         today, then = known_commit(name, revision, kind), read.get("commit")
         if today is not None and then != today:
             was = f"commit {then[:12]}" if then else "an unknown commit"
-            return f"was of {was} of {name}, whose {revision or 'main'} is {today[:12]} now"
+            return f"it measured {was} of {name}, whose {revision or 'main'} is {today[:12]} now"
     return ""

@@ -157,8 +157,10 @@ def _refusal(cell: Cell, machine: Machine) -> str:
 def decide(record: Record | None, refused: str, retry: frozenset[Status]) -> tuple[Action, str]:
     """What to do about a cell, given its last record here and why this machine refuses it."""
     changed = hub.changed_since(record) if record is not None else ""
-    if record is not None and record.status not in retry and not changed:
-        return "keep", f"{record.status} since {(record.ended or record.started)[:16]}Z"
+    # A result outlives a refusal.
+    if record is not None and record.status not in retry and (refused or not changed):
+        since = f"{record.status} since {(record.ended or record.started)[:16]}Z"
+        return "keep", f"{since}, but {changed}" if changed else since
     if refused:
         return "invalid", refused
     if record is None:

@@ -40,8 +40,9 @@ def observed(
     args: Any,
     packing: bool,
     *rest: Any,
-) -> tuple[Dataset, Preparation]:
-    """What TRL's `_prepare_dataset` makes of `rows`, and the count of what happened to them.
+) -> tuple[Dataset, Preparation | None]:
+    """What TRL's `_prepare_dataset` makes of `rows`, and the count of what happened to them; none
+    of a TRL that leaves labels to its collator.
 
     Raises UserError when nothing is left that could be learnt.
     """
@@ -50,10 +51,11 @@ def observed(
     only_tokenize.shuffle_dataset = False
     tokenized: Dataset | None = prepare(rows, processing_class, only_tokenize, False, *rest)
     if tokenized is None or not {"input_ids", "labels"} <= set(tokenized.column_names):
-        # A TRL that makes its labels elsewhere: what it cuts cannot be seen.
         tokenized = None
     start = rows if tokenized is None else tokenized
     made = prepare(start, processing_class, args, packing, *rest)
+    if "labels" not in made.column_names:
+        return made, None
     counted = _prepared(len(rows), made)
     if tokenized is not None:
         strategy = args.packing_strategy if packing else None
@@ -78,7 +80,7 @@ def _prepared(read: int, made: Dataset) -> Preparation:
 
 def _batches(rows: Dataset) -> Iterator[tuple[Labels, Any]]:
     """Labels of the rows, and the lengths of the documents that they are made of."""
-    if "labels" not in rows.column_names or len(rows) == 0:
+    if len(rows) == 0:
         return
     apart = "seq_lengths" in rows.column_names
     columns = rows.select_columns(["labels", "seq_lengths"] if apart else ["labels"])

@@ -5,12 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from datasets import Dataset, load_dataset
 
 from harness import hub, reference_text
-from harness.meters.clock import Count
 from harness.packaged import cache_directory
 from matrices.cell import Data
 from matrices.errors import UserError, nearest
@@ -167,32 +165,3 @@ def provenance(data: Data, rows: Dataset) -> dict[str, str]:
     if data.source == PACKAGED:
         found["reference_sha256"] = reference_text.fingerprint()
     return found
-
-
-class CountingCollator:
-    """TRL's collator, and a note of how many tokens each micro batch holds.
-
-    Counts are taken before the batch goes to the device, so that none costs a synchronization.
-    Batches are fetched ahead but in order: the n-th count belongs to the n-th micro batch.
-    """
-
-    def __init__(self, collator: Any) -> None:
-        self._collator = collator
-        self.counts: list[Count] = []
-
-    def __call__(self, examples: list[dict[str, Any]]) -> Any:
-        batch = self._collator(examples)
-        self.counts.append(count_tokens(batch, len(examples)))
-        return batch
-
-
-def count_tokens(batch: dict[str, Any], samples: int) -> Count:
-    """Tokens of one micro batch. The first label of a row predicts nothing: labels are shifted."""
-    everything = int(batch["input_ids"].numel())
-    mask = batch.get("attention_mask")
-    return Count(
-        all=everything,
-        non_padding=everything if mask is None else int(mask.sum()),
-        loss=int((batch["labels"][..., 1:] != -100).sum()),
-        samples=samples,
-    )

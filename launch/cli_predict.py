@@ -71,7 +71,7 @@ def predict(
     from launch.prediction_listing import explanation, predictions_text
     from launch.prediction_progress import show_for_stderr
     from matrices.expand import expand
-    from matrices.load import load
+    from launch.matrix_file import load
 
     expansion = expand(load(matrix, set_ or [], seeds))
     for note in expansion.notes:

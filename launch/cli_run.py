@@ -183,7 +183,7 @@ def sweep_of(
     UserError."""
     from launch.plan import Sweep, retried_statuses
     from matrices.expand import expand
-    from matrices.load import load
+    from launch.matrix_file import load
 
     statuses = retried_statuses(retry)
     matrix = load(source, overrides or [], seeds)

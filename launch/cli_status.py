@@ -41,7 +41,7 @@ def status(
     from launch.plan import plan_jobs
     from launch.status import look, status_text, statuses
     from matrices.expand import expand
-    from matrices.load import load
+    from launch.matrix_file import load
 
     cells = []
     if Path(target).is_dir() and not (set_ or seeds):

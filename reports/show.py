@@ -149,6 +149,7 @@ def _verified(record: Record) -> str:
         "optimizer": found.optimizer,
         "attention": found.attn_implementation,
         "weights": dtypes,
+        "not in use": _unexpected(record.provenance.unexpected_weights),
         "4-bit modules": _modules(found.quantized_modules, found.quant_types),
         "adapters": _modules(modules, found.adapter_modules),
         "instead": "; ".join(found.substitutions),
@@ -161,6 +162,14 @@ def _verified(record: Record) -> str:
     told = {name: text for name, text in facts.items() if text and text != DASH}
     lines = [line for name, text in told.items() for line in _wrapped(name, text)]
     return _section("Verified on the loaded model", lines)
+
+
+def _unexpected(weights: Mapping[str, int]) -> str:
+    """Tensors of the checkpoint that the model has no place for."""
+    if not weights:
+        return ""
+    first = ", ".join(list(weights)[:3]) + (", ..." if len(weights) > 3 else "")
+    return f"{sum(weights.values())} tensors of the checkpoint ({first})"
 
 
 def _modules(number: int | None, names: Sequence[str]) -> str:

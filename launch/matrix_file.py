@@ -1,4 +1,4 @@
-"""A matrix as a command reads it: `matrices.load`, and a word when local files take long to hash."""
+"""A matrix as a command reads it, with a word when local files take long to hash."""
 
 from __future__ import annotations
 

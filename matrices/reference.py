@@ -26,10 +26,10 @@ text. Relative paths start at the file's directory, those of `--set` at the curr
 
 A local model or data file is written as a path (`./mine`, `/data/mine`, `~/mine`; data also by its
 ending). What has the form of a hub id (`org/name`) is one: where a directory of that name is there
-too, it is refused until it is written `./org/name`. Local files are hashed whole; a cell whose model
-or data has another hash when it starts fails. What came from the hub is told apart by its commit:
-it is in the record, in tables beside the revision (`main@0123456789ab`), and a result of another
-commit than the local copy's is measured again.
+too, it is refused until it is written `./org/name`. Local files are hashed whole; a cell whose
+model or data has another hash when it starts fails. What came from the hub is told apart by its
+commit: it is in the record, in tables beside the revision (`main@0123456789ab`), and a result of
+another commit than the local copy's is measured again.
 
 `model: {config: path/to/config.json}` is an architecture without weights: it can be predicted and
 not run, its content hash takes the place of the path in the cell's identity, and it is called after

@@ -10,7 +10,7 @@ from launch.console import print_note
 from matrices.load import Matrix
 from matrices.load import load as read
 
-# Nobody looks at a still screen for longer without wondering.
+# A command that says nothing for longer looks stuck.
 SILENT_SECONDS = 1.0
 
 

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from harness import data, device, model, ranks, verify
+from harness import arguments, data, device, model, ranks, verify
 from harness.files import TEMPORARY_PREFIX
 from harness.job import Job
 from harness.meters import memory, shards, speed
@@ -211,6 +211,7 @@ def timed_steps(job: Job, loaded: Any, tokenizer: Any, rows: Any) -> ObservedTra
             optimizer, train.optimizer
         )
         verified.substitutions += ranks.substitutions(cell)
+        arguments.verify_optimizer_arguments(train.sft_config, optimizer)
         job.save()
 
     def report(step: int, loss: float, seconds: float) -> None:
@@ -229,6 +230,10 @@ def timed_steps(job: Job, loaded: Any, tokenizer: Any, rows: Any) -> ObservedTra
             cell, loaded, tokenizer, rows, course, output_dir=Path(scratch), observer=clock
         )
         record.verified = verify.verify_model(loaded, cell)
+        record.verified.passed_through = arguments.seen(train.sft_config, trainer.args)
+        if cell.adapter is not None:
+            held = loaded.peft_config["default"]
+            record.verified.passed_through |= arguments.seen(cell.adapter.lora_config, held)
         device.reset_peaks()
         started = time.perf_counter()
         try:

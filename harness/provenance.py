@@ -42,6 +42,7 @@ NOTED_PACKAGES = (
     "flash-attn",
     "huggingface-hub",
     "kernels",
+    "liger-kernel",
     "nvidia-ml-py",
     "pandas",
     "pyarrow",

@@ -10,7 +10,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from harness import arguments, data, evaluate, extensions, model, profile_check
+from harness import (
+    arguments,
+    data,
+    evaluate,
+    extensions,
+    loading_info,
+    model,
+    plan_checks,
+    profile_check,
+)
 from harness.problems import Findings, Problem, shared
 from matrices.cell import Adapter, Cell, Data, Evaluate, Model
 from matrices.errors import UserError
@@ -19,11 +28,12 @@ from matrices.errors import UserError
 def problems(cells: Sequence[Cell]) -> list[Problem]:
     """Everything the user has to put right, each said once; empty when all cells can start."""
     found = Findings()
+    plan_checks.check(found, cells)
     _check_models(found, cells)
     # What follows needs the model's tokenizer.
     for (source, chosen), having in shared(found.without(cells), _trained_on):
         found.check(having, _check_data, source, chosen)
-    for _, having in shared(cells, _trained_with):
+    for _, having in shared(found.without(cells), _trained_with):
         found.check(having, arguments.check_sft, having[0])
     for spread in (cell for cell in cells if cell.profile):
         found.check([spread], profile_check.check, spread)
@@ -36,7 +46,7 @@ def problems(cells: Sequence[Cell]) -> list[Problem]:
 
 
 def _check_models(found: Findings, cells: Sequence[Cell]) -> None:
-    for chosen, having in shared(cells, lambda cell: cell.model):
+    for chosen, having in shared(found.without(cells), lambda cell: cell.model):
         skeleton = found.check(having, _skeleton, chosen)
         if skeleton is None:
             continue
@@ -75,7 +85,7 @@ def _skeleton(chosen: Model) -> Any:
         config = AutoConfig.from_pretrained(name, **keywords)
         model.load_tokenizer(chosen)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(
+            skeleton = AutoModelForCausalLM.from_config(
                 config, trust_remote_code=chosen.trust_remote_code
             )
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -85,6 +95,8 @@ def _skeleton(chosen: Model) -> Any:
             "a hub id",
             key="model.name",
         ) from error
+    loading_info.check(chosen, skeleton)
+    return skeleton
 
 
 def _check_adapter(adapter: Adapter, skeleton: Any) -> None:

@@ -29,9 +29,9 @@ def problems(cells: Sequence[Cell]) -> list[Problem]:
     """Everything the user has to put right, each said once; empty when all cells can start."""
     found = Findings()
     plan_checks.check(found, cells)
-    _check_models(found, cells)
-    # What follows needs the model's tokenizer.
-    for (source, chosen), having in shared(found.without(cells), _trained_on):
+    # A directory that is no model is not loaded; and rows are prepared with the model's tokenizer.
+    loadable = _check_models(found, found.without(cells))
+    for (source, chosen), having in shared(loadable, _trained_on):
         found.check(having, _check_data, source, chosen)
     for _, having in shared(found.without(cells), _trained_with):
         found.check(having, arguments.check_sft, having[0])
@@ -45,13 +45,17 @@ def problems(cells: Sequence[Cell]) -> list[Problem]:
     return found.problems
 
 
-def _check_models(found: Findings, cells: Sequence[Cell]) -> None:
-    for chosen, having in shared(found.without(cells), lambda cell: cell.model):
+def _check_models(found: Findings, cells: Sequence[Cell]) -> list[Cell]:
+    """Check models and adapters; the cells whose model can be loaded."""
+    loadable: list[Cell] = []
+    for chosen, having in shared(cells, lambda cell: cell.model):
         skeleton = found.check(having, _skeleton, chosen)
         if skeleton is None:
             continue
+        loadable += having
         for adapter, adapted in shared(having, lambda cell: cell.adapter):
             found.check(adapted, _check_adapter, adapter, skeleton)
+    return loadable
 
 
 def _trained_on(cell: Cell) -> tuple[Data, Model] | None:

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from harness import data, device, loading_info, model, ranks, verify
+from harness import arguments, data, device, loading_info, model, ranks, verify
 from harness.files import TEMPORARY_PREFIX
 from harness.job import Job
 from harness.meters import losses, memory, shards, speed
@@ -216,6 +216,7 @@ def timed_steps(job: Job, loaded: Any, tokenizer: Any, rows: Any) -> ObservedTra
             optimizer, train.optimizer
         )
         verified.substitutions += ranks.substitutions(cell)
+        arguments.verify_optimizer_arguments(train.sft_config, optimizer)
         verified.loss_terms = losses.further_terms(trainer)
         job.save()
 
@@ -236,6 +237,10 @@ def timed_steps(job: Job, loaded: Any, tokenizer: Any, rows: Any) -> ObservedTra
             cell, loaded, tokenizer, rows, course, output_dir=Path(scratch), observer=clock
         )
         record.verified = verify.verify_model(loaded, cell)
+        record.verified.passed_through = arguments.seen(train.sft_config, trainer.args)
+        if cell.adapter is not None:
+            held = loaded.peft_config["default"]
+            record.verified.passed_through |= arguments.seen(cell.adapter.lora_config, held)
         record.preparation = trainer.preparation
         trainer.data_collator = CountingCollator(trainer.data_collator)
         device.reset_peaks()

@@ -243,6 +243,16 @@ class Artifacts(Part):
     adapter_path: str | None = Field(None, description="relative to the record's directory")
 
 
+class PassedThrough(Part):
+    """An argument of sft_config or lora_config as the library's object held it, and the library's
+    default. `classified` is false where tunebench's tables do not know the argument."""
+
+    asked: Any = None
+    held: Any = None
+    default: Any = None
+    classified: bool = True
+
+
 class Verified(Part):
     """What was found on the loaded modules and objects, not what was asked for."""
 
@@ -265,6 +275,9 @@ class Verified(Part):
     )
     substitutions: list[str] = Field(
         default_factory=list, description="what ran instead of what was asked, and why"
+    )
+    passed_through: dict[str, PassedThrough] = Field(
+        default_factory=dict, description="arguments of sft_config and lora_config, by their names"
     )
 
 

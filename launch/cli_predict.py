@@ -72,8 +72,9 @@ def predict(
     from launch.prediction_listing import explanation, predictions_text
     from launch.prediction_progress import show_for_stderr
     from matrices.expand import expand
+    from matrices.passed_through import merged
 
-    expansion = expand(load(matrix, set_ or [], seeds))
+    expansion = merged(expand(load(matrix, set_ or [], seeds)))
     for note in expansion.notes:
         print_note(note)
     show = show_for_stderr()

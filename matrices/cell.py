@@ -297,7 +297,8 @@ def base_cells(cell: Cell) -> dict[str, Cell]:
 
 
 def label(cell: Cell) -> str:
-    """A short human name: `qlora nf4+dq r8 attention`. Not an identity."""
+    """A short human name of a cell alone: `qlora nf4+dq r8 attention`. Not an identity; the cells
+    of a sweep are told apart by `matrices.labels`."""
     words: list[str] = [cell.method]
     if cell.quantization is not None:
         words.append(
@@ -305,7 +306,8 @@ def label(cell: Cell) -> str:
         )
     if cell.adapter is not None:
         target = cell.adapter.target_modules
-        words += [f"r{cell.adapter.rank}", target if isinstance(target, str) else ",".join(target)]
+        text = target if isinstance(target, str) else ",".join(target)
+        words += [f"r{cell.adapter.rank}", text if len(text) <= 40 else f"{text[:39]}…"]
     if cell.parallelism != "single":
         places = f"{cell.nodes}x{cell.devices // cell.nodes}"
         words += [cell.parallelism, f"x{cell.devices}" if cell.nodes == 1 else places]

@@ -6,7 +6,7 @@ import shlex
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 
-from harness.record import CATEGORIES, PHASES, Memory, Record
+from harness.record import CATEGORIES, PHASES, Memory, PassedThrough, Record
 from matrices.cell import SECTIONS, flatten, label
 from reports.display import (
     DASH,
@@ -153,6 +153,7 @@ def _verified(record: Record) -> str:
         "4-bit modules": _modules(found.quantized_modules, found.quant_types),
         "adapters": _modules(modules, found.adapter_modules),
         "instead": "; ".join(found.substitutions),
+        "passed through": "; ".join(_passed(*item) for item in found.passed_through.items()),
         "trainable": count_text(record.artifacts.trainable_parameters)
         + f" of {count_text(record.artifacts.total_parameters)} parameters",
         "adapter file": bytes_text(record.artifacts.adapter_bytes),
@@ -170,6 +171,12 @@ def _unexpected(weights: Mapping[str, int]) -> str:
         return ""
     first = ", ".join(list(weights)[:3]) + (", ..." if len(weights) > 3 else "")
     return f"{sum(weights.values())} tensors of the checkpoint ({first})"
+
+
+def _passed(name: str, told: PassedThrough) -> str:
+    default = "the default" if told.held == told.default else f"default {told.default}"
+    unknown = "" if told.classified else ", unknown to this release of tunebench"
+    return f"{name} {told.held} ({default}{unknown})"
 
 
 def _modules(number: int | None, names: Sequence[str]) -> str:

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from harness import data, device, model, ranks, verify
+from harness import behaviour, data, device, model, ranks, verify
 from harness.files import TEMPORARY_PREFIX
 from harness.job import Job
 from harness.meters import memory, shards, speed
@@ -46,7 +46,10 @@ def load(job: Job) -> Any:
             loaded = model.prepare_kbit(loaded, cell)
         _keep_phase(record, "kbit_preparation", read_phase(), ledger.events)
     ledger.close()
+    seen = behaviour.look(loaded, cell)
     loaded = model.add_adapter(loaded, cell)
+    record.verified = verify.verify_model(loaded, cell)
+    behaviour.note(record, seen, loaded)
     record.artifacts.trainable_parameters, record.artifacts.total_parameters = (
         model.count_parameters(loaded) if cell.train else (0, model.count_parameters(loaded)[1])
     )
@@ -207,10 +210,8 @@ def timed_steps(job: Job, loaded: Any, tokenizer: Any, rows: Any) -> ObservedTra
     def begin(optimizer: Any) -> None:
         verified = record.verified
         verified.distributed_type, verified.world_size = ranks.verify(trainer.accelerator, cell)
-        verified.optimizer, verified.substitutions = verify.verify_optimizer(
-            optimizer, train.optimizer
-        )
-        verified.substitutions += ranks.substitutions(cell)
+        verified.optimizer, replaced = verify.verify_optimizer(optimizer, train.optimizer)
+        verified.substitutions += [*replaced, *ranks.substitutions(cell)]
         job.save()
 
     def report(step: int, loss: float, seconds: float) -> None:
@@ -228,7 +229,7 @@ def timed_steps(job: Job, loaded: Any, tokenizer: Any, rows: Any) -> ObservedTra
         trainer = build_trainer(
             cell, loaded, tokenizer, rows, course, output_dir=Path(scratch), observer=clock
         )
-        record.verified = verify.verify_model(loaded, cell)
+        record.verified.weight_dtypes = verify.verify_again(loaded, cell)
         device.reset_peaks()
         started = time.perf_counter()
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -101,26 +102,46 @@ def add_adapter(model: Any, cell: Cell) -> Any:
 
     if cell.adapter is None:
         return model
+    config = lora_config(cell.adapter, model)
     # As SFTTrainer does before it attaches an adapter itself, so that losses agree with it.
     set_seed(cell.seed)
-    return get_peft_model(model, lora_config(cell.adapter, model))
+    return get_peft_model(model, config)
 
 
 def lora_config(adapter: Adapter, model: Any) -> Any:
+    """PEFT's configuration of an adapter on `model`. Raises UserError for what PEFT refuses."""
     from peft import LoraConfig
 
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=adapter.rank,
-        lora_alpha=alpha(adapter),
-        lora_dropout=adapter.dropout,
-        target_modules=target_modules(adapter.target_modules, model),
-        **adapter.lora_config,
-    )
+    names = target_modules(adapter.target_modules, model)
+    try:
+        return LoraConfig(
+            task_type="CAUSAL_LM",
+            r=adapter.rank,
+            lora_alpha=alpha(adapter),
+            lora_dropout=adapter.dropout,
+            target_modules=names,
+            # PEFT changes what it is given.
+            **copy.deepcopy(adapter.lora_config),
+        )
+    except LIBRARY_REFUSALS as error:
+        raise refused_by_peft(error) from error
+
+
+# What PEFT raises for values that it does not take.
+LIBRARY_REFUSALS = (ValueError, TypeError, AttributeError, KeyError, ImportError)
+
+
+def refused_by_peft(error: Exception) -> UserError:
+    said = " ".join(str(error).split()) or type(error).__name__
+    return UserError(f"PEFT refuses it: {said}", key="adapter.lora_config")
 
 
 def alpha(adapter: Adapter) -> int:
     return adapter.alpha if adapter.alpha is not None else 2 * adapter.rank
+
+
+# LoRA can be put on these too, where they are asked for by name.
+_BY_NAME_ONLY = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def adaptable_modules(model: Any) -> list[str]:
@@ -153,11 +174,12 @@ def target_modules(wanted: str | Sequence[str], model: Any) -> list[str]:
                 key="adapter.target_modules",
             )
         return shortest_endings(chosen, names)
+    names += [full for full, module in model.named_modules() if isinstance(module, _BY_NAME_ONLY)]
     for name in explicit:
         if not any(_ends_with(full, name) for full in names):
             leaves = sorted({_leaf(full) for full in names})
             raise UserError(
-                f"{name!r} matches no linear layer; this model has {', '.join(leaves)}"
+                f"{name!r} matches no layer LoRA can be put on; this model has {', '.join(leaves)}"
                 + nearest(name, leaves),
                 key="adapter.target_modules",
             )

@@ -19,7 +19,8 @@ from harness import device
 from harness.lora_layers import ADAPTER
 from harness.mismatch import VerificationError
 from harness.record import Record
-from matrices.cell import Cell
+from matrices.cell import Cell, Model
+from matrices.errors import UserError
 
 TOKENS = 16
 # Largest difference between two models' logits, as root mean squares, that rounding explains.
@@ -222,8 +223,13 @@ def _left_as_it_was(model: Any) -> Iterator[None]:
                     parameter.data = before
 
 
-def attends_both_ways(skeleton: Any) -> bool:
-    """Whether every attention layer says that it is no causal one: an encoder, told without
-    weights."""
+def refuse_encoder(skeleton: Any, chosen: Model) -> None:
+    """Raise UserError for a model whose attention layers all say that they are not causal: what can
+    be told without weights."""
     said = {bool(module.is_causal) for module in skeleton.modules() if hasattr(module, "is_causal")}
-    return said == {False}
+    if said == {False}:
+        raise UserError(
+            f"{chosen.name!r} is an encoder ({type(skeleton).__name__}): its tokens see later "
+            "ones, so it cannot be trained as a causal language model; give a decoder",
+            key="model.name",
+        )

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from harness import device, packaged
+from harness import device, packaged, quantization
+from harness.quantization import whole_numel
 from matrices.cell import Adapter, Cell, Model, Quantization
 from matrices.errors import UserError, nearest
 
@@ -54,7 +55,10 @@ def load_base(cell: Cell, place: torch.device | None = None, directory: Path | N
         keywords["quantization_config"] = quantization_config(
             cell.quantization, cell.model.compute_dtype
         )
-    return AutoModelForCausalLM.from_pretrained(name, **keywords)
+    loaded = AutoModelForCausalLM.from_pretrained(name, **keywords)
+    if cell.quantization is not None:
+        quantization.keep_kernels_that_can(loaded)
+    return loaded
 
 
 def _device_map(cell: Cell, place: torch.device | None) -> Any:
@@ -105,7 +109,10 @@ def add_adapter(model: Any, cell: Cell) -> Any:
     config = lora_config(cell.adapter, model)
     # As SFTTrainer does before it attaches an adapter itself, so that losses agree with it.
     set_seed(cell.seed)
-    return get_peft_model(model, config)
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise refused_by_peft(error) from error
 
 
 def lora_config(adapter: Adapter, model: Any) -> Any:
@@ -252,11 +259,6 @@ def provenance(model: Model, loaded: Any) -> dict[str, str]:
     if model.name == "smollm2-135m":
         found |= {"wheel": packaged.WHEEL, "wheel_sha256": packaged.WHEEL_SHA256}
     return found
-
-
-def whole_numel(parameter: torch.Tensor) -> int:
-    """Elements of a parameter; of one that ZeRO-3 has divided among ranks, of the whole."""
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

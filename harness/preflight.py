@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from harness import data, evaluate, extensions, model, profile_check
+from harness import adapter_check, behaviour, data, evaluate, extensions, model, profile_check
 from matrices.cell import Adapter, Cell, Data, Evaluate, Model
 from matrices.errors import UserError, nearest
 
@@ -20,9 +20,9 @@ def problems(cells: Sequence[Cell]) -> list[UserError]:
     for chosen in _distinct(cell.model for cell in cells):
         skeleton = _checked(found, _skeleton, chosen)
         if skeleton is not None:
-            adapters = (c.adapter for c in cells if c.model == chosen and c.adapter is not None)
-            for adapter in _distinct(adapters):
-                _checked(found, _check_adapter, adapter, skeleton)
+            adapted = (c for c in cells if c.model == chosen and c.adapter is not None)
+            for adapter, in_4bit in _distinct((c.adapter, c.method == "qlora") for c in adapted):
+                _checked(found, _check_adapter, adapter, skeleton, in_4bit)
     for source, template in _distinct((c.data, c.model) for c in cells if c.data is not None):
         _checked(found, _check_data, source, template)
     for arguments in (c.train.sft_config for c in cells if c.train is not None):
@@ -67,7 +67,7 @@ def _skeleton(chosen: Model) -> Any:
         config = AutoConfig.from_pretrained(name, **keywords)
         model.load_tokenizer(chosen)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(
+            skeleton = AutoModelForCausalLM.from_config(
                 config, trust_remote_code=chosen.trust_remote_code
             )
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -77,9 +77,11 @@ def _skeleton(chosen: Model) -> Any:
             "a hub id",
             key="model.name",
         ) from error
+    behaviour.refuse_encoder(skeleton, chosen)
+    return skeleton
 
 
-def _check_adapter(adapter: Adapter, skeleton: Any) -> None:
+def _check_adapter(adapter: Adapter, skeleton: Any, in_4bit: bool) -> None:
     from peft import LoraConfig
 
     fields = {field.name for field in dataclasses.fields(LoraConfig)}
@@ -90,6 +92,8 @@ def _check_adapter(adapter: Adapter, skeleton: Any) -> None:
                 key="adapter.lora_config",
             )
     model.target_modules(adapter.target_modules, skeleton)
+    adapter_check.check(adapter, skeleton, in_4bit)
+    adapter_check.attach(adapter, skeleton)
 
 
 def _check_data(source: Data, chosen: Model) -> None:

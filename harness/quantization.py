@@ -8,7 +8,7 @@ they are, so a "4-bit" model may hold most of its weights elsewhere.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -17,7 +17,6 @@ from torch import nn
 from harness import device
 from harness.lora_layers import places
 from harness.mismatch import VerificationError, demand
-from harness.model import whole_numel
 from harness.record import MOSTLY_IN_4BIT
 from matrices.cell import Quantization
 
@@ -69,20 +68,33 @@ def verify(model: Any, wanted: Quantization, compute_dtype: str) -> None:
         demand(layer.compute_dtype, device.DTYPES[compute_dtype], f"compute_dtype of {name}")
 
 
-def share(model: nn.Module) -> float:
-    """Of the base model's weights, those in 4 bit, by number; shared ones count once."""
+def keep_kernels_that_can(model: nn.Module) -> None:
+    """Keep bitsandbytes' packed CPU kernel off the layers it fails on: for inference it re-packs
+    every 4-bit weight, whatever its shape (functional.py, _convert_weight_packed_for_cpu)."""
+    import bitsandbytes as bnb
+
+    for layer in model.modules():
+        state = getattr(getattr(layer, "weight", None), "quant_state", None)
+        if not isinstance(layer, bnb.nn.Linear4bit) or state is None:
+            continue
+        if layer.out_features % 32 or layer.in_features % state.blocksize:
+            layer.support_avx512bf16_for_cpu = False
+
+
+def share(parameters: Iterable[nn.Parameter]) -> float:
+    """Of these weights, those in 4 bit, by number; shared ones count once."""
     four_bit = total = 0
-    counted: set[int] = set()
-    for place in places(model):
-        for parameter in place.module.parameters(recurse=False):
-            if id(parameter) in counted:
-                continue
-            counted.add(id(parameter))
-            state = getattr(parameter, "quant_state", None)
-            size = whole_numel(parameter) if state is None else torch.Size(state.shape).numel()
-            total += size
-            four_bit += size if state is not None else 0
+    for parameter in {id(each): each for each in parameters}.values():
+        state = getattr(parameter, "quant_state", None)
+        size = whole_numel(parameter) if state is None else torch.Size(state.shape).numel()
+        total += size
+        four_bit += size if state is not None else 0
     return four_bit / total if total else 0.0
+
+
+def base_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The base model's parameters, without what an adapter adds."""
+    return [p for place in places(model) for p in place.module.parameters(recurse=False)]
 
 
 def said_of_share(model: nn.Module, share_: float) -> str | None:
@@ -99,3 +111,8 @@ def said_of_share(model: nn.Module, share_: float) -> str | None:
         f"4 bit asked for; {share_:.0%} of the weights are in 4 bit, since transformers converts "
         f"nn.Linear and Conv1D layers only and most of this model is in {names}"
     )
+
+
+def whole_numel(parameter: torch.Tensor) -> int:
+    """Elements of a parameter; of one that ZeRO-3 has divided among ranks, of the whole."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))

@@ -12,7 +12,7 @@ from torch import nn
 from harness import device, lora_layers, quantization, verify_adapter
 from harness.mismatch import VerificationError as VerificationError
 from harness.mismatch import demand
-from harness.model import whole_numel
+from harness.quantization import whole_numel
 from harness.record import Verified
 from matrices.cell import Cell
 
@@ -127,7 +127,9 @@ def _named(name: str, wanted: Collection[str]) -> bool:
 def _findings(model: Any) -> Verified:
     linear4bit = quantization.linear4bit(model)
     adapters = _adapters(model)
-    share = quantization.share(model) if linear4bit or _asked_for_4bit(model) else None
+    share = None
+    if linear4bit or getattr(model, "is_loaded_in_4bit", False):
+        share = quantization.share(quantization.base_parameters(model))
     said = quantization.said_of_share(model, share) if share is not None else None
     return Verified(
         quantized_modules=len(linear4bit),
@@ -140,10 +142,6 @@ def _findings(model: Any) -> Verified:
         weight_dtypes=_dtypes(model),
         substitutions=[said] if said else [],
     )
-
-
-def _asked_for_4bit(model: Any) -> bool:
-    return bool(getattr(model, "is_loaded_in_4bit", False))
 
 
 def _module_of(name: str, layer: Any) -> str:

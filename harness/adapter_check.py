@@ -23,7 +23,6 @@ from matrices.errors import UserError, nearest
 # They start from activations or gradients of data, which is a pass of its own before training
 # (peft/tuners/lora/eva.py, corda.py, loraga.py).
 DATA_DRIVEN_INITS = ("eva", "corda", "lora_ga")
-# They take the base weight apart, and a base in 4 bit or without values is not what they expect.
 BIASES = ("none", "all", "lora_only")
 
 
@@ -39,11 +38,12 @@ def check(adapter: Adapter, model: Any, in_4bit: bool = False) -> None:
     for name, look in _CHECKS.items():
         if adapter.lora_config.get(name) is not None:
             look(config, model, found)
+    _check_tied_head(config, model)
     if in_4bit:
-        _check_saved_in_4bit(config, found)
+        _check_in_4bit(config, model, found)
 
 
-def attach(adapter: Adapter, skeleton: Any) -> None:
+def attach(adapter: Adapter, skeleton: Any, in_4bit: bool = False) -> None:
     """Have PEFT put the adapter on a copy of `skeleton` (meta tensors), for what it refuses itself.
     Initial values need real weights: those are tried on one small layer."""
     from peft import get_peft_model
@@ -54,14 +54,14 @@ def attach(adapter: Adapter, skeleton: Any) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            _initialize_small_layer(config)
+            _initialize_small_layer(config, in_4bit)
             config.init_lora_weights = False
             get_peft_model(copy.deepcopy(skeleton), config)
     except LIBRARY_REFUSALS as error:
         raise refused_by_peft(error) from error
 
 
-def _initialize_small_layer(config: Any) -> None:
+def _initialize_small_layer(config: Any, in_4bit: bool) -> None:
     from peft import LoraModel
 
     small = copy.deepcopy(config)
@@ -70,7 +70,19 @@ def _initialize_small_layer(config: Any) -> None:
     small.modules_to_save = small.trainable_token_indices = None
     small.r, small.rank_pattern, small.alpha_pattern = 2, {}, {}
     with torch.random.fork_rng(devices=[]):
-        LoraModel(nn.Sequential(nn.Linear(16, 16)), small, lora_layers.ADAPTER)
+        try:
+            LoraModel(nn.Sequential(_small_layer(in_4bit)), small, lora_layers.ADAPTER)
+        except (RuntimeError, AssertionError) as error:
+            # Bytes without gradients, or a device that is not there.
+            raise ValueError(f"init_lora_weights {config.init_lora_weights!r}: {error}") from error
+
+
+def _small_layer(in_4bit: bool) -> nn.Module:
+    if not in_4bit:
+        return nn.Linear(64, 64, dtype=torch.bfloat16)
+    import bitsandbytes as bnb
+
+    return bnb.nn.Linear4bit(64, 64, quant_type="nf4").to("cpu")
 
 
 def _refusal(argument: str, said: str) -> UserError:
@@ -138,7 +150,8 @@ _TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def _leaves(names: Iterable[str]) -> list[str]:
-    return sorted({name.rpartition(".")[2] for name in names if name})
+    leaves = {name.rpartition(".")[2] for name in names}
+    return sorted(leaf for leaf in leaves if leaf and not leaf.isdigit())
 
 
 def _nothing(argument: str, wanted: Any, there: Iterable[str], what: str) -> UserError:
@@ -207,19 +220,26 @@ def _check_saved(config: Any, model: Any, found: list[Place]) -> None:
             raise _nothing("modules_to_save", name, (p.name for p in found), "module")
 
 
-def _check_saved_in_4bit(config: Any, found: list[Place]) -> None:
-    """A copy of a layer in 4 bit cannot be trained: its weight is no number that has a gradient."""
-    from harness.quantization import converts
+def _check_in_4bit(config: Any, model: Any, found: list[Place]) -> None:
+    """A weight in 4 bit is no number that has a gradient, and no matrix an adapter can be added to:
+    neither a copy of it can be trained nor a parameter adapted."""
+    from harness.quantization import is_or_will_be_4bit, left_as_they_are
 
-    places = {place.name: place.module for place in found}
+    kept = left_as_they_are(model)
+    held = [p.name for p in found if is_or_will_be_4bit(p.name, p.module, kept)]
     for name in lora_layers.modules_to_save(config, found):
-        below = [n for n in places if n == name or n.startswith(f"{name}.")]
-        held = [n for n in below if converts(n, places[n], places)]
-        if held:
+        within = [each for each in held if each == name or each.startswith(f"{name}.")]
+        if within:
             raise _refusal(
                 "modules_to_save",
-                f"{name!r} holds layers in 4 bit ({held[0]}), which cannot be trained; name "
+                f"{name!r} holds layers in 4 bit ({within[0]}), which cannot be trained; name "
                 "modules that stay as they are (the head, embeddings, norms)",
+            )
+    for name in lora_layers.target_parameters(config, found):
+        if name.rpartition(".")[0] in held:
+            raise _refusal(
+                "target_parameters",
+                f"{name!r} is in 4 bit; name its layer in target_modules instead",
             )
 
 
@@ -231,11 +251,17 @@ def _check_parameters(config: Any, model: Any, found: list[Place]) -> None:
 
 
 def _check_tokens(config: Any, model: Any, found: list[Place]) -> None:
+    saved = lora_layers.modules_to_save(config, found)
     for name, ids in lora_layers.token_indices(config, model).items():
         rows = [p.module for p in found if p.name.endswith(name) and _rows(p.module) is not None]
         if not rows:
             there = [p.name for p in found if isinstance(p.module, nn.Embedding)]
             raise _nothing("trainable_token_indices", name, there, "embedding")
+        if any(p.name.endswith(name) for p in found if p.name in saved):
+            raise _refusal(
+                "trainable_token_indices",
+                f"{name} is trained whole by modules_to_save; give one of the two",
+            )
         count = min(rows_ for module in rows if (rows_ := _rows(module)) is not None)
         beyond = [each for each in ids if each >= count]
         if beyond:
@@ -245,6 +271,29 @@ def _check_tokens(config: Any, model: Any, found: list[Place]) -> None:
             )
         if not ids or len(set(ids)) < len(ids):
             raise _refusal("trainable_token_indices", f"{ids} names no token, or one of them twice")
+
+
+def _check_tied_head(config: Any, model: Any) -> None:
+    """TRL computes the loss from the head's own weight and bias (trl/trainer/utils.py,
+    add_fused_lm_head), past a wrapper that PEFT puts on a tied head."""
+    head = model.get_output_embeddings()
+    if head is None or not getattr(model.config.get_text_config(), "tie_word_embeddings", False):
+        return
+    embedding = lora_layers.input_embedding(model)
+    if any(embedding.endswith(name) for name in lora_layers.token_indices(config, model)):
+        raise _refusal(
+            "trainable_token_indices",
+            "the head is tied to the embedding here, so PEFT wraps it too, and TRL, which computes "
+            "the loss from the head itself, fails on that; train all rows instead "
+            "(modules_to_save: [embed_tokens])",
+        )
+    tied = getattr(config, "ensure_weight_tying", False)
+    if tied and any(lora_layers.ends_with(embedding, name) for name in config.target_modules):
+        raise _refusal(
+            "ensure_weight_tying",
+            "PEFT puts the embedding's adapter on the tied head too, and TRL refuses an adapter "
+            "there, as it would never be trained; leave it out",
+        )
 
 
 def _rows(module: nn.Module) -> int | None:

@@ -123,7 +123,8 @@ def own_parameters(place: Place) -> dict[str, nn.Parameter]:
 
 def modules_to_save(config: Any, found: list[Place]) -> list[str]:
     """Names of the modules of which a copy is trained (peft/utils/other.py, _set_trainable)."""
-    wanted = tuple(config.modules_to_save or ())
+    # With ensure_weight_tying PEFT names what is tied to them too.
+    wanted = (*(config.modules_to_save or ()), *(getattr(config, "modules_to_tie", None) or ()))
     return [p.name for p in found if wanted and p.name.endswith(wanted)]
 
 

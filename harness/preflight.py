@@ -93,7 +93,7 @@ def _check_adapter(adapter: Adapter, skeleton: Any, in_4bit: bool) -> None:
             )
     model.target_modules(adapter.target_modules, skeleton)
     adapter_check.check(adapter, skeleton, in_4bit)
-    adapter_check.attach(adapter, skeleton)
+    adapter_check.attach(adapter, skeleton, in_4bit)
 
 
 def _check_data(source: Data, chosen: Model) -> None:

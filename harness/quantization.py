@@ -52,6 +52,13 @@ def converts(name: str, module: nn.Module, kept: Collection[str]) -> bool:
     return convertible and should_convert_module(name, list(kept))
 
 
+def is_or_will_be_4bit(name: str, module: nn.Module, kept: Collection[str]) -> bool:
+    """The same of a skeleton, whose layers may have been exchanged already."""
+    import bitsandbytes as bnb
+
+    return isinstance(module, bnb.nn.Linear4bit) or converts(name, module, kept)
+
+
 def verify(model: Any, wanted: Quantization, compute_dtype: str) -> None:
     """Every layer that transformers converts is in 4 bit, stored and computed as the cell says."""
     kept = left_as_they_are(model)

@@ -45,6 +45,8 @@ def _verify_config(config: Any, model: Any, wanted: Adapter) -> None:
     names = lora_layers.targets(ours, found)
     demand(lora_layers.targets(config, found), names, "adapted modules")
     for name, value in wanted.lora_config.items():
+        if name == "modules_to_save" and config.ensure_weight_tying:
+            continue  # PEFT adds what is tied to them
         kept = getattr(config, name)
         if isinstance(kept, set) and isinstance(value, list | tuple):
             value = set(value)

@@ -21,7 +21,7 @@ import lm_eval.evaluator
 import lm_eval.models.huggingface  # noqa: F401
 import peft
 import torch  # noqa: F401
-from transformers import AutoModelForCausalLM  # noqa: F401
+from transformers import AutoModelForCausalLM, set_seed  # noqa: F401
 from transformers.utils import logging as transformers_logging
 
 from harness import device, evaluate, gathered, measuring, model, provenance, ranks
@@ -184,7 +184,10 @@ def _as_shipped(job: Job) -> Any:
     job.enter("evaluation", "loading what was trained")
     if cell.adapter is None:
         return model.load_base(cell, directory=job.output_dir / measuring.TRAINED)
-    return peft.PeftModel.from_pretrained(model.load_base(cell), job.output_dir / "adapter")
+    base = model.load_base(cell)
+    # PiSSA's fast decomposition takes the base apart with random numbers, as it did for training.
+    set_seed(cell.seed)
+    return peft.PeftModel.from_pretrained(base, job.output_dir / "adapter")
 
 
 def _evaluate(job: Job, scored: Any, tokenizer: Any) -> None:

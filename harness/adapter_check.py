@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from harness import lora_layers
+from harness import device, lora_layers
 from harness.lora_layers import Place
 from harness.model import LIBRARY_REFUSALS, lora_config, refused_by_peft
-from matrices.cell import Adapter
+from matrices.cell import Adapter, Quantization
 from matrices.errors import UserError, nearest
 
 # They start from activations or gradients of data, which is a pass of its own before training
@@ -26,7 +26,7 @@ DATA_DRIVEN_INITS = ("eva", "corda", "lora_ga")
 BIASES = ("none", "all", "lora_only")
 
 
-def check(adapter: Adapter, model: Any, in_4bit: bool = False) -> None:
+def check(adapter: Adapter, model: Any, quantization: Quantization | None = None) -> None:
     """Raise UserError for the first argument that matches nothing in `model`, has no effect there,
     or would make another model of it. Names and shapes alone count: weights may be meta tensors.
     """
@@ -39,8 +39,10 @@ def check(adapter: Adapter, model: Any, in_4bit: bool = False) -> None:
         if adapter.lora_config.get(name) is not None:
             look(config, model, found)
     _check_tied_head(config, model)
-    if in_4bit:
+    if quantization is not None:
         _check_in_4bit(config, model, found)
+        if quantization.kbit_preparation:
+            _check_norm_biases(config, found)
 
 
 def attach(adapter: Adapter, skeleton: Any, in_4bit: bool = False) -> None:
@@ -240,6 +242,20 @@ def _check_in_4bit(config: Any, model: Any, found: list[Place]) -> None:
             raise _refusal(
                 "target_parameters",
                 f"{name!r} is in 4 bit; name its layer in target_modules instead",
+            )
+
+
+def _check_norm_biases(config: Any, found: list[Place]) -> None:
+    """TRL turns what is trained beside a 4-bit model to bf16 (trl/trainer/sft_trainer.py), k-bit
+    preparation the rest to fp32; CUDA's autocast brings the two together, the CPU's does not."""
+    if config.bias != "all" or device.has_cuda():
+        return
+    for place in found:
+        if isinstance(place.module, nn.LayerNorm) and place.module.bias is not None:
+            raise _refusal(
+                "bias",
+                f"'all' trains the bias of {place.name} in bf16 beside its fp32 weight, which "
+                "torch's layer_norm refuses on a CPU; use lora_only, or kbit_preparation false",
             )
 
 

@@ -23,7 +23,7 @@ from harness import (
     profile_check,
 )
 from harness.problems import Findings, Problem, shared
-from matrices.cell import Adapter, Cell, Data, Evaluate, Model
+from matrices.cell import Adapter, Cell, Data, Evaluate, Model, Quantization
 from matrices.errors import UserError, nearest
 
 
@@ -53,13 +53,12 @@ def _check_models(found: Findings, cells: Sequence[Cell]) -> None:
         skeleton = found.check(having, _skeleton, chosen)
         if skeleton is None:
             continue
-        for (adapter, in_4bit), adapted in shared(having, _adapted):
-            found.check(adapted, _check_adapter, adapter, skeleton, in_4bit)
+        for (adapter, quantization), adapted in shared(having, _adapted):
+            found.check(adapted, _check_adapter, adapter, skeleton, quantization)
 
 
-def _adapted(cell: Cell) -> tuple[Adapter, bool] | None:
-    """The adapter, and whether its base is in 4 bit."""
-    return (cell.adapter, cell.quantization is not None) if cell.adapter is not None else None
+def _adapted(cell: Cell) -> tuple[Adapter, Quantization | None] | None:
+    return (cell.adapter, cell.quantization) if cell.adapter is not None else None
 
 
 def _trained_on(cell: Cell) -> tuple[Data, Model] | None:
@@ -101,7 +100,7 @@ def _skeleton(chosen: Model) -> Any:
     return skeleton
 
 
-def _check_adapter(adapter: Adapter, skeleton: Any, in_4bit: bool) -> None:
+def _check_adapter(adapter: Adapter, skeleton: Any, quantization: Quantization | None) -> None:
     from peft import LoraConfig
 
     fields = {field.name for field in dataclasses.fields(LoraConfig)}
@@ -112,8 +111,8 @@ def _check_adapter(adapter: Adapter, skeleton: Any, in_4bit: bool) -> None:
                 key="adapter.lora_config",
             )
     model.target_modules(adapter.target_modules, skeleton)
-    adapter_check.check(adapter, skeleton, in_4bit)
-    adapter_check.attach(adapter, skeleton, in_4bit)
+    adapter_check.check(adapter, skeleton, quantization)
+    adapter_check.attach(adapter, skeleton, quantization is not None)
 
 
 def _check_data(source: Data, chosen: Model) -> None:

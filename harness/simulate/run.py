@@ -124,7 +124,7 @@ def _simulate(
     blank = weights.skeleton(cell, config)
     behaviour.refuse_encoder(blank, cell.model)
     if cell.adapter is not None:
-        adapter_check.check(cell.adapter, blank, cell.quantization is not None)
+        adapter_check.check(cell.adapter, blank, cell.quantization)
     workspace = cublas_bytes(gpu) if gpu is not None else 0
     ledger = SimulatedLedger("cuda" if on_cuda else "cpu", workspace)
     ledger.experts = weights.experts(config)

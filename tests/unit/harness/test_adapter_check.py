@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from harness import adapter_check, behaviour
-from matrices.cell import Adapter, Model
+from matrices.cell import Adapter, Model, Quantization
 from matrices.errors import UserError
 
 SIZES = {
@@ -26,6 +26,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", SIZES),
     "tied": ("llama", SIZES | {"tie_word_embeddings": True}),
     "qwen2": ("qwen2", SIZES),
+    "neox": ("gpt_neox", SIZES),
     "mixtral": ("mixtral", SIZES | {"num_local_experts": 4}),
 }
 
@@ -39,7 +40,7 @@ def skeleton(name: str) -> Any:
 
 def check(name: str, arguments: dict[str, Any], in_4bit: bool = False, **adapter: Any) -> None:
     wanted = Adapter(lora_config=arguments, **adapter)
-    adapter_check.check(wanted, skeleton(name), in_4bit)
+    adapter_check.check(wanted, skeleton(name), Quantization() if in_4bit else None)
     adapter_check.attach(wanted, skeleton(name), in_4bit)
 
 
@@ -60,7 +61,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"bias": "some"}, "one of none, all, lora_only"),
     ("llama", {"layer_replication": [[0, 2], [0, 2]]}, "another experiment"),
     ("llama", {"init_lora_weights": "foo"}, "PEFT refuses it: .*foo"),
-    ("llama", {"init_lora_weights": "pissa_niter_x"}, "PEFT refuses it: .*pissa_niter_x"),
+    ("llama", {"init_lora_weights": "pissa_niter_x"}, "PEFT refuses it: .*'x'"),
     ("llama", {"init_lora_weights": "eva"}, "pass over data"),
     ("llama", {"lora_bias": True, "use_dora": True}, "PEFT refuses it: .*lora_bias"),
     ("llama", {"target_parameters": ["q_proj.weight"]}, "PEFT refuses it: .*q_proj"),
@@ -110,6 +111,17 @@ def test_in_4bit_what_has_no_gradient_is_refused() -> None:
             check("llama", arguments, in_4bit=True)
 
 
+def test_biases_of_norms_in_4bit_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPT-NeoX's norms have biases, Qwen2's have not."""
+    check("qwen2", {"bias": "all"}, in_4bit=True)
+    check("neox", {"bias": "all"})
+    check("neox", {"bias": "lora_only"}, in_4bit=True)
+    with pytest.raises(UserError, match=r"bias of gpt_neox\.layers\.0\.input_layernorm in bf16"):
+        check("neox", {"bias": "all"}, in_4bit=True)
+    monkeypatch.setattr(adapter_check.device, "has_cuda", lambda: True)
+    check("neox", {"bias": "all"}, in_4bit=True)
+
+
 def test_embeddings_are_adapted_when_they_are_named() -> None:
     check("llama", {"use_rslora": True}, target_modules=("embed_tokens", "q_proj"))
     with pytest.raises(UserError, match=r"'embed_token' matches no layer.*'embed_tokens'"):
@@ -125,7 +137,7 @@ def test_an_encoder_is_told_without_weights() -> None:
             AutoModelForCausalLM.from_config(AutoConfig.for_model("bert", **sizes, is_decoder=each))
             for each in (False, True)
         )
-    with pytest.raises(UserError, match="'mine' is an encoder .BertLMHeadModel"):
+    with pytest.raises(UserError, match="'mine' is an encoder"):
         behaviour.refuse_encoder(encoder, Model(name="mine"))
     behaviour.refuse_encoder(decoder, Model(name="mine"))
     behaviour.refuse_encoder(skeleton("mixtral"), Model(name="mine"))

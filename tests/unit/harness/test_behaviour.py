@@ -19,6 +19,7 @@ SIZES = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
 }
+MORE = {"mixtral": {"num_key_value_heads": 2, "num_local_experts": 4}}
 PARTS: dict[str, Any] = {"model": Model(name="tiny-llama"), "train": Train()}
 
 
@@ -39,7 +40,7 @@ def packed(strategy: str, **sections: Any) -> Cell:
     [("llama", True), ("gpt_neox", True), ("mixtral", True), ("falcon", False), ("opt", False)],
 )
 def test_documents_in_one_row(kind: str, isolated: bool) -> None:
-    loaded = made(kind, **({"num_local_experts": 4} if kind == "mixtral" else {}))
+    loaded = made(kind, **MORE.get(kind, {}))
     seen = behaviour.look(loaded, packed("bfd"))
     assert (seen.causal, seen.isolated) == (True, isolated)
     # The other way to see it: a changed first document leaves the second one's logits.

@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from harness import (
+    adapter_check,
     arguments,
+    behaviour,
     data,
     evaluate,
     extensions,
@@ -21,7 +23,7 @@ from harness import (
     profile_check,
 )
 from harness.problems import Findings, Problem, shared
-from matrices.cell import Adapter, Cell, Data, Evaluate, Model
+from matrices.cell import Adapter, Cell, Data, Evaluate, Model, Quantization
 from matrices.errors import UserError
 
 
@@ -53,9 +55,13 @@ def _check_models(found: Findings, cells: Sequence[Cell]) -> list[Cell]:
         if skeleton is None:
             continue
         loadable += having
-        for adapter, adapted in shared(having, lambda cell: cell.adapter):
-            found.check(adapted, _check_adapter, adapter, skeleton)
+        for (adapter, quantization), adapted in shared(having, _adapted):
+            found.check(adapted, _check_adapter, adapter, skeleton, quantization)
     return loadable
+
+
+def _adapted(cell: Cell) -> tuple[Adapter, Quantization | None] | None:
+    return (cell.adapter, cell.quantization) if cell.adapter is not None else None
 
 
 def _trained_on(cell: Cell) -> tuple[Data, Model] | None:
@@ -99,17 +105,20 @@ def _skeleton(chosen: Model) -> Any:
             "a hub id",
             key="model.name",
         ) from error
+    behaviour.refuse_encoder(skeleton, chosen)
     loading_info.check(chosen, skeleton)
     return skeleton
 
 
-def _check_adapter(adapter: Adapter, skeleton: Any) -> None:
+def _check_adapter(adapter: Adapter, skeleton: Any, quantization: Quantization | None) -> None:
     try:
         model.lora_config(adapter, skeleton)
     except (TypeError, ValueError, ImportError) as error:
         raise UserError(
             f"LoraConfig refuses it: {_first_line(error)}", key="adapter.lora_config"
         ) from error
+    adapter_check.check(adapter, skeleton, quantization)
+    adapter_check.attach(adapter, skeleton, quantization is not None)
 
 
 def _check_data(source: Data, chosen: Model) -> None:

@@ -144,7 +144,10 @@ class Data(Section):
     max_length: int = Field(256, ge=2, description="longest sequence, in tokens")
     packing: bool = Field(True, description="fill every sequence up to max_length")
     packing_strategy: Literal["wrapped", "bfd", "bfd_split"] = Field(
-        "wrapped", description="TRL's packing_strategy"
+        "wrapped",
+        description="TRL's packing_strategy; wrapped fills rows across documents, which see each "
+        "other; with bfd and bfd_split it depends on the model's attention whether they do "
+        "(falcon's do), and the record says it (verified.documents_isolated)",
     )
 
 

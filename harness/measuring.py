@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from harness import data, device, model, ranks, verify
+from harness import data, device, loading_info, model, ranks, verify
 from harness.files import TEMPORARY_PREFIX
 from harness.job import Job
 from harness.meters import losses, memory, shards, speed
@@ -33,12 +33,13 @@ def load(job: Job) -> Any:
     place = ranks.load_device(cell)
     ledger = memory.Ledger(place.type)
     device.reset_peaks()
+    record.provenance.model = model.provenance(cell.model)
     started = time.perf_counter()
     loaded = model.load_base(cell, place)
     device.synchronize()
     record.speed.load_seconds = time.perf_counter() - started
     record.memory.phases["load"] = [read_phase()]
-    record.provenance.model = model.provenance(cell.model, loaded)
+    record.provenance.unexpected_weights = loading_info.unexpected(loaded)
     memory.tag_model(ledger, loaded)
     if cell.quantization is not None and cell.quantization.kbit_preparation and cell.train:
         job.enter("kbit_preparation")

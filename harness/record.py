@@ -385,6 +385,11 @@ class Provenance(Part):
 
     model: dict[str, str] = Field(default_factory=dict)
     data: dict[str, str] = Field(default_factory=dict)
+    unexpected_weights: dict[str, int] = Field(
+        default_factory=dict,
+        description="tensors of the checkpoint that the model has no place for: names with * for "
+        "numbers, and how many each",
+    )
     environment: dict[str, str] = Field(
         default_factory=dict, description="variables that change results, as they were"
     )

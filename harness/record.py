@@ -108,7 +108,7 @@ class Memory(Part):
         description="exact (unrounded) bytes by category held before the first step",
     )
     top_tensors: list[LiveTensor] = Field(default_factory=list)
-    host_peak_rss_bytes: int | None = None
+    host_peak_rss_bytes: int | None = Field(None, description="over the timed steps")
     allocator_settings: dict[str, str] = Field(default_factory=dict)
 
 

@@ -230,12 +230,14 @@ def worst_case_rows(cell: Cell, vocabulary: int, steps: int) -> Dataset:
     Memory does not depend on which tokens they are, so they count through the vocabulary.
     """
     train, data = _sections(cell)
-    rows = steps * train.micro_batch_size * train.gradient_accumulation_steps * cell.ranks
+    rows = steps * train.micro_batch_size * train.gradient_accumulation_steps
     ids = [[(row + at) % vocabulary for at in range(data.max_length)] for row in range(rows)]
     columns: dict[str, Any] = {"input_ids": ids, "labels": ids}
     if data.packing and data.packing_strategy != "wrapped":
         columns["seq_lengths"] = [[data.max_length]] * rows
-    return Dataset.from_dict(columns)
+    made = Dataset.from_dict(columns)
+    # Each rank takes its share of an epoch: one epoch holds whole steps for all of them.
+    return made if cell.ranks == 1 else made.select(list(range(rows)) * cell.ranks)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from torch import nn
 from harness import device, packaged
 from matrices.cell import Adapter, Cell, Model, Quantization
 from matrices.errors import UserError, nearest
+from matrices.parallel_rules import reentrant
 
 QV_NAMES = {"q_proj", "v_proj", "query", "value", "q", "v", "wq", "wv"}
 # Projections that hold query, key and value in one matrix stand for query and value too.
@@ -90,7 +91,7 @@ def prepare_kbit(model: Any, cell: Cell) -> Any:
     return prepare_model_for_kbit_training(
         model,
         use_gradient_checkpointing=cell.train.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": cell.train.use_reentrant},
+        gradient_checkpointing_kwargs={"use_reentrant": reentrant(cell)},
     )
 
 

@@ -61,12 +61,6 @@ def verify_model(model: Any, cell: Cell) -> Verified:
     _verify_trainable(model, cell)
     demand(model.config._attn_implementation, cell.model.attn_implementation, "attn_implementation")
     _verify_weight_dtype(model, cell)
-    if cell.train is not None:
-        demand(
-            bool(model.is_gradient_checkpointing),
-            cell.train.gradient_checkpointing,
-            "gradient_checkpointing",
-        )
     return _findings(model, linear4bit, adapters)
 
 

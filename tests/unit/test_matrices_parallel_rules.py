@@ -148,10 +148,22 @@ REFUSED = [
     (
         spread("ddp", train=CHECKPOINTED | {"use_reentrant": True}),
         CPU,
-        "checkpointing-is-reentrant",
+        "ddp-marks-parameters-once",
         "ready only once",
     ),
-    (spread("zero3", train=CHECKPOINTED), CPU, "checkpointing-is-reentrant", "TRL forces"),
+    *(
+        (spread("zero3", "full", model=model), CPU, "deepspeed-casts-weights", "reads all weights")
+        for model in ({"compute_dtype": "fp32"}, {"weight_dtype": "fp16", "compute_dtype": "fp32"})
+    ),
+    *(
+        (
+            spread(kind, train={"lr_scheduler_type": "polynomial"}),
+            CPU,
+            "polynomial-needs-defaults",
+            "has none",
+        )
+        for kind in ("zero1", "zero3-offload")
+    ),
 ]
 
 
@@ -212,6 +224,20 @@ def test_what_the_libraries_run_is_not_refused(kind: str, machine: Machine) -> N
         (spread("ddp", "full", train=CHECKPOINTED | {"use_reentrant": True}), CPU),
         (spread("zero3", "full", train=CHECKPOINTED), CPU),
         (spread("zero3", train=CHECKPOINTED | {"use_reentrant": True}), CPU),
+        # Only what is not quantized is read by DeepSpeed's own way.
+        (spread("zero3", "qlora", model={"compute_dtype": "fp32"}), CPU),
+        (spread("zero2", "full", model={"compute_dtype": "fp32"}), CPU),
+        (spread("fsdp", train={"lr_scheduler_type": "polynomial"}), CPU),
+        # TRL makes it reentrant, which the record says.
+        (spread("zero3", train=CHECKPOINTED), CPU),
+        (
+            spread(
+                "ddp",
+                train=CHECKPOINTED
+                | {"use_reentrant": True, "sft_config": {"ddp_find_unused_parameters": False}},
+            ),
+            CPU,
+        ),
         # DeepSpeed scales the gradients of its fp32 copies, FSDP trains in fp32.
         (spread("zero2", "full", model={"weight_dtype": "fp16", "compute_dtype": "fp16"}), GPUS),
         (spread("fsdp", "full", model={"compute_dtype": "fp16"}), GPUS),

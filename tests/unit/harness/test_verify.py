@@ -198,13 +198,6 @@ def test_other_attention() -> None:
     fails(load(eager), FULL, "attn_implementation")
 
 
-def test_other_checkpointing() -> None:
-    fails(load(FULL), but(FULL, "train", gradient_checkpointing=True), "gradient_checkpointing")
-    loaded = load_to_change(FULL)
-    loaded.activation_checkpointing_enable()
-    fails(loaded, FULL, "gradient_checkpointing: the cell says False, loaded is True")
-
-
 def test_resident_bytes_of_what_is_loaded_from_disk(tiny_llama: Path) -> None:
     """Weights read from safetensors hold their own bytes, whatever the file is mapped as."""
     from harness.meters.memory import resident_bytes

@@ -11,6 +11,7 @@ from matrices.parallel_rules import (
     PARALLEL_PREDICTION_RULES,
     PARALLEL_RULES,
     PARALLEL_RUN_RULES,
+    reentrant,
 )
 from matrices.rules import Machine, prediction_refusals, refusals
 from matrices.spread import spread_over
@@ -318,3 +319,18 @@ def test_spreading_changes_no_more_than_it_must() -> None:
     for way in ("ddp", "fsdp"):
         spreaded = spread_over(alone, way, 2)  # type: ignore[arg-type]
         assert spreaded == alone.model_copy(update={"parallelism": way, "devices": 2})
+
+
+@pytest.mark.parametrize(
+    ("cell", "expected"),
+    [
+        (spread("zero3", train=CHECKPOINTED), True),
+        (spread("zero3-offload", "qlora", train=CHECKPOINTED), True),
+        (spread("zero3", "full", train=CHECKPOINTED), False),
+        (spread("zero2", train=CHECKPOINTED), False),
+        (spread("zero2", train=CHECKPOINTED | {"use_reentrant": True}), True),
+        (spread("zero3"), False),
+    ],
+)
+def test_checkpointing_is_reentrant_as_trl_will_have_it(cell: Cell, expected: bool) -> None:
+    assert reentrant(cell) is expected

@@ -10,8 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from harness.checkpointing import Recomputation, demand_recomputed, verify
+from harness.ranks import substitutions
 from harness.verify import VerificationError
-from matrices.cell import Cell, Data, Train
+from matrices.cell import Adapter, Cell, Data, Train
 
 
 def full(**train: Any) -> Cell:
@@ -78,3 +79,14 @@ def test_a_layer_that_keeps_its_activations_is_found(tiny_llama: Path) -> None:
         demand_recomputed(recomputed(loaded), CHECKPOINTED)
     with pytest.raises(VerificationError, match="3 of 3 layers computed again"):
         demand_recomputed(recomputed(model(tiny_llama, use_reentrant=True)), PLAIN)
+
+
+def test_the_record_says_where_trl_chose_another_checkpointing() -> None:
+    lora = CHECKPOINTED.model_copy(
+        update={"method": "lora", "adapter": Adapter(), "parallelism": "zero3", "devices": 2}
+    )
+    assert any(said.startswith("use_reentrant false") for said in substitutions(lora))
+    assert lora.train is not None
+    asked = lora.model_copy(update={"train": REENTRANT.train})
+    for cell in (asked, lora.model_copy(update={"parallelism": "zero2"})):
+        assert not any("use_reentrant" in said for said in substitutions(cell))

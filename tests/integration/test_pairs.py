@@ -6,13 +6,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from functools import cache
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 from covering_array import Array, Row, covering_array
-from tiny_families import FAMILIES, FUSED_EXPERTS, make_family
+from tiny_families import FAMILIES, FUSED, make_family
 
+from harness import packaged
 from harness.record import Record, read_record
 from matrices.cell import SECTIONS, TOP_LEVEL, Cell, flatten
 from matrices.expand import UNUSED, collapse, expand
@@ -56,7 +58,7 @@ SPREAD: Factors = {
             for kind in ("ddp", "fsdp", "zero1", "zero2", "zero3", "zero3-offload")
         },
     },
-    "method": each("method", "full", "lora", "qlora"),
+    "method": each("method", "qlora", "lora", "full"),
     "dtypes": {
         "bf16": dtypes("bf16", "bf16"),
         "fp32": dtypes("fp32", "fp32"),
@@ -103,7 +105,7 @@ FAMILY: Factors = {
             "quantization.kbit_preparation": False,
         },
     },
-    "targets": SPREAD["targets"],
+    "targets": each("adapter.target_modules", "attention", "qv", "all-linear"),
     "dtypes": {name: SPREAD["dtypes"][name] for name in ("bf16", "fp32", "fp32 in bf16")},
     "checkpointing": {
         "none": {},
@@ -153,7 +155,7 @@ def array(factors: Factors) -> Array:
     @cache
     def allowed(items: tuple[tuple[str, str], ...]) -> bool:
         row = dict(items)
-        if row.get("family") in FUSED_EXPERTS and row["targets"] in ("mlp", "all-linear"):
+        if row.get("family") in FUSED and row["targets"] == "all-linear":
             return row["method"] == "full"
         return not refusals(cell(settings(factors, row)), HERE)
 
@@ -177,45 +179,75 @@ BASE: Settings = {
 
 
 class Swept(NamedTuple):
+    """`cells` are of the array's rows, and of one row for each pair that is impossible."""
+
     array: Array
-    cells: tuple[Cell, ...]
+    cells: list[Cell]
+    refused: list[Cell]
     records: dict[str, Record]
 
-    def not_ok(self) -> dict[str, str | None]:
-        """What became of the cells that are not ok, by what they are."""
+    def others_than(self, status: str, cells: list[Cell]) -> dict[str, str]:
+        """What became of the cells that ended in another way, by what they ask for."""
         found = {}
-        for wanted in self.cells:
-            record = self.records.get(wanted.cell_id)
-            if record is None or record.status != "ok":
-                found[str(asked(wanted))] = f"{record.status}: {record.reason}" if record else None
+        for wanted in cells:
+            record = self.records[wanted.cell_id]
+            if record.status != status:
+                asked = {k: v for k, v in flatten(wanted).items() if v != DEFAULTS.get(k)}
+                found[str(asked)] = f"{record.status}: {record.reason}"
         return found
 
 
-def asked(wanted: Cell) -> dict[str, Any]:
-    return {key: value for key, value in flatten(wanted).items() if value != DEFAULTS.get(key)}
+def first(factors: Factors, pair: Row) -> Row:
+    """A row with a pair of values and, of every other factor, the plainest."""
+    method = "qlora" if pair.keys() & OF_4_BIT else "lora"
+    return {name: next(iter(values)) for name, values in factors.items()} | {
+        "method": method,
+        **pair,
+    }
 
 
 def sweep(tunebench: Any, directory: Path, factors: Factors) -> Swept:
     """Every row of the factors' array as a cell of one sweep, without predictions or scores."""
     found = array(factors)
+    rows = [*found.rows, *(first(factors, pair) for pair in found.impossible)]
     questions = [{"prompt": f"{i} plus {i} is", "completion": f" {2 * i}."} for i in range(24)]
     (directory / "pairs.jsonl").write_text("\n".join(map(json.dumps, questions)))
     content = {"name": "pairs", "score_base": False} | BASE
-    content["include"] = [settings(factors, row) for row in found.rows]
+    content["include"] = [settings(factors, row) for row in rows]
     (directory / "pairs.yaml").write_text(json.dumps(content))
-    ran = tunebench("run", "pairs.yaml", "--no-predict", cwd=directory, timeout=800)
+    ran = tunebench(
+        *("run", "pairs.yaml", "--no-predict", "--side-by-side"), cwd=directory, timeout=800
+    )
     assert ran.code in (0, 3), ran.err[-3000:]
     records = [read_record(path) for path in directory.glob("results/pairs/*/record.json")]
-    cells = expand(load(directory / "pairs.yaml")).cells
-    return Swept(found, cells, {record.cell_id: record for record in records})
+    # The first is the combination that the rows are included beside.
+    cells = expand(load(directory / "pairs.yaml")).cells[1:]
+    assert len(cells) == len(rows)
+    count = len(found.rows)
+    by_id = {record.cell_id: record for record in records}
+    return Swept(found, list(cells[:count]), list(cells[count:]), by_id)
+
+
+def impossible(swept: Swept) -> set[tuple[str, ...]]:
+    return {tuple(word for item in row.items() for word in item) for row in swept.array.impossible}
+
+
+@pytest.mark.parametrize("factors", [SPREAD, FAMILY])
+def test_each_pair_is_in_a_row_unless_something_refuses_it(factors: Factors) -> None:
+    rows, refused = array(factors)
+    for names in map(set, combinations(factors, 2)):
+        for values in product(*(factors[name] for name in names)):
+            pair = dict(zip(names, values, strict=True))
+            held = any(row.items() >= pair.items() and names <= active(row) for row in rows)
+            means = names <= active(first(factors, pair) | {"checkpointing": "True"} | pair)
+            assert [held, pair in refused].count(True) == means, pair
 
 
 def test_all_pairs_of_settings_on_two_ranks(tunebench: Any, tmp_path: Path) -> None:
     swept = sweep(tunebench, tmp_path, SPREAD)
-    # One more than the rows: the combination that they are included beside.
-    assert len(swept.cells) == len(swept.array.rows) + 1
-    assert swept.not_ok() == {}
-    assert pairs_of(swept.array.impossible) == {
+    assert swept.others_than("ok", swept.cells) == {}
+    assert swept.others_than("invalid", swept.refused) == {}
+    assert impossible(swept) == {
         *(("parallelism", kind, "dtypes", "fp32 in bf16") for kind in ZERO),
         *(("parallelism", kind, "optimizer", "adafactor") for kind in ("fsdp", *ZERO)),
         *(("parallelism", kind, "scheduler", "polynomial") for kind in ZERO),
@@ -225,18 +257,13 @@ def test_all_pairs_of_settings_on_two_ranks(tunebench: Any, tmp_path: Path) -> N
 
 
 def test_all_pairs_of_settings_and_families(
-    tunebench: Any, tmp_path: Path, tiny_llama_tokenizer: Path
+    tunebench: Any, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("TUNEBENCH_CACHE", str(cache))
+    tokenizer = packaged.ensure_model("tiny-llama")
     for name in FAMILIES:
-        make_family(name, tmp_path / name, tiny_llama_tokenizer)
+        make_family(name, tmp_path / name, tokenizer)
     swept = sweep(tunebench, tmp_path, FAMILY)
-    assert swept.not_ok() == {}
-    assert pairs_of(swept.array.impossible) == {
-        ("family", name, "targets", targets)
-        for name in FUSED_EXPERTS
-        for targets in ("mlp", "all-linear")
-    }
-
-
-def pairs_of(rows: list[Row]) -> set[tuple[str, ...]]:
-    return {tuple(word for item in row.items() for word in item) for row in rows}
+    assert swept.others_than("ok", swept.cells) == {}
+    assert swept.others_than("invalid", swept.refused) == {}
+    assert impossible(swept) == {("family", name, "targets", "all-linear") for name in FUSED}

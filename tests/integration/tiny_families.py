@@ -25,7 +25,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_moe": _LLAMA | _EXPERTS | {"num_experts": 4, "head_dim": 16},
 }
 # transformers holds all experts of a layer in one parameter: no linear layers to adapt.
-FUSED_EXPERTS = ("mixtral", "qwen3_moe")
+FUSED = ("mixtral", "qwen3_moe")
 
 
 def make_family(name: str, directory: Path, tokenizer: Path) -> None:

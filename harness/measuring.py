@@ -8,7 +8,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-from harness import arguments, behaviour, data, device, loading_info, model, ranks, verify
+from harness import (
+    arguments,
+    behaviour,
+    checkpointing,
+    data,
+    device,
+    loading_info,
+    model,
+    ranks,
+    verify,
+)
 from harness.files import TEMPORARY_PREFIX
 from harness.job import Job
 from harness.meters import losses, memory, shards, speed
@@ -101,6 +111,7 @@ def memory_steps(job: Job, loaded: Any, tokenizer: Any) -> None:
     finally:
         _keep_memory(record, steps)
         _keep_share(job, steps)
+    checkpointing.demand_recomputed(steps.recomputation, record.cell)
     record.speed.flops_per_step = steps.flops_per_step
     if device.has_cuda():
         # A dispatch mode keeps autograd from adding gradients in place: torch's own counters would
@@ -213,6 +224,7 @@ def timed_steps(job: Job, loaded: Any, tokenizer: Any, rows: Any) -> ObservedTra
     job.enter("train", "preparing the data")
 
     def begin(optimizer: Any) -> None:
+        checkpointing.verify(loaded, cell)
         verified = record.verified
         verified.distributed_type, verified.world_size = ranks.verify(trainer.accelerator, cell)
         verified.optimizer, replaced = verify.verify_optimizer(optimizer, train.optimizer)

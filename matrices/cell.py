@@ -178,7 +178,10 @@ class Train(Section):
     weight_decay: float = Field(0.0, ge=0.0, description="decoupled weight decay")
     max_grad_norm: float = Field(1.0, ge=0.0, description="gradient clipping; 0 is none")
     gradient_checkpointing: bool = Field(False, description="recompute activations in backward")
-    use_reentrant: bool = Field(False, description="torch's reentrant checkpointing")
+    use_reentrant: bool = Field(
+        False,
+        description="torch's reentrant checkpointing; TRL makes it true for adapters under ZeRO-3",
+    )
     autocast: bool = Field(
         True, description="autocast to compute_dtype; off, each product runs in its weights' dtype"
     )

@@ -76,8 +76,8 @@ def rows_of(job: Job) -> Any:
     cell = job.record.cell
     assert cell.data is not None
     job.enter("data", cell.data.source)
-    rows = data.load_rows(cell.data)
-    job.record.provenance.data = data.provenance(cell.data, rows)
+    rows, layout = data.read(cell.data)
+    job.record.provenance.data = data.provenance(cell.data, rows, layout)
     return rows
 
 

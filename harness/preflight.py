@@ -9,8 +9,8 @@ import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from harness import data, evaluate, extensions, model, profile_check
-from matrices.cell import Adapter, Cell, Data, Evaluate, Model
+from harness import data_check, evaluate, extensions, model, profile_check
+from matrices.cell import Adapter, Cell, Evaluate, Model
 from matrices.errors import UserError, nearest
 
 
@@ -23,8 +23,8 @@ def problems(cells: Sequence[Cell]) -> list[UserError]:
             adapters = (c.adapter for c in cells if c.model == chosen and c.adapter is not None)
             for adapter in _distinct(adapters):
                 _checked(found, _check_adapter, adapter, skeleton)
-    for source, template in _distinct((c.data, c.model) for c in cells if c.data is not None):
-        _checked(found, _check_data, source, template)
+    for cell in cells:
+        _checked(found, data_check.check, cell)
     for arguments in (c.train.sft_config for c in cells if c.train is not None):
         _checked(found, _check_sft_config, arguments)
     for spread in (cell for cell in cells if cell.profile):
@@ -90,19 +90,6 @@ def _check_adapter(adapter: Adapter, skeleton: Any) -> None:
                 key="adapter.lora_config",
             )
     model.target_modules(adapter.target_modules, skeleton)
-
-
-def _check_data(source: Data, chosen: Model) -> None:
-    rows = data.load_rows(source)
-    data.loss_arguments(source, rows.column_names)
-    if "messages" in rows.column_names:
-        tokenizer = model.load_tokenizer(chosen)
-        if tokenizer.chat_template is None:
-            raise UserError(
-                f"{source.source} holds chat messages, but the tokenizer of {chosen.name} has no "
-                "chat template",
-                key="data.format",
-            )
 
 
 def _check_sft_config(arguments: dict[str, Any]) -> None:

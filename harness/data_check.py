@@ -1,0 +1,252 @@
+"""Preflight of the data: TRL prepares the rows as for training, and the result is looked at.
+
+What it prepares is kept in datasets' cache, where the worker finds it: checking all rows costs a
+sweep nothing but the order of things.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from functools import cache
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+
+from harness import data, data_files, model
+from harness.data_preparation import first_failure, is_about_rows, prepared
+from matrices.cell import Cell, Data, Model
+from matrices.errors import UserError
+from matrices.model_rules import positions_problem
+
+# Up to here every row is prepared; of more, the first half of this number and as many at random.
+# Values (nulls, types, messages) are checked in every row.
+CHECKED_ROWS = 20_000
+# SFTConfig's own arguments that have a say in the preparation.
+PREPARATION = (
+    "chat_template_path",
+    "dataset_num_proc",
+    "eos_token",
+    "pad_token",
+    "pad_to_multiple_of",
+    "truncation_mode",
+)
+
+
+def check(cell: Cell) -> None:
+    """Raises UserError for data that this cell cannot be trained on: the first bad row, counted
+    from 1 (the line of a JSONL file), with its column, its value and what would be right.
+
+    Cells that share data, model and preparation share the answer.
+    """
+    if cell.data is None or cell.train is None:
+        return
+    chosen = {name: cell.train.sft_config.get(name) for name in PREPARATION}
+    problem = _problem(
+        cell.data.model_dump_json(), cell.model.model_dump_json(), json.dumps(chosen)
+    )
+    if problem is not None:
+        raise problem
+
+
+@cache
+def _problem(source: str, base: str, chosen: str) -> UserError | None:
+    arguments = {name: value for name, value in json.loads(chosen).items() if value is not None}
+    try:
+        _Check(Data.model_validate_json(source), Model.model_validate_json(base), arguments).run()
+    except UserError as error:
+        return error
+    return None
+
+
+class _Check:
+    """One source of rows for one tokenizer."""
+
+    def __init__(self, source: Data, base: Model, arguments: dict[str, Any]) -> None:
+        self.data = source
+        self.model = base
+        self.arguments = arguments
+        if data.is_local(source.source) and source.source.endswith(".csv"):
+            data_files.check_csv(source)
+        rows, self.layout = data.read(source)
+        self.loss = data.loss_arguments(source, rows.column_names)
+        self.numbers = _looked_at(len(rows))
+        self.rows = rows.select(self.numbers)
+        self.tokenizer = model.load_tokenizer(base)
+
+    def run(self) -> None:
+        self._tokenizer_can()
+        config = _text_config(self.model)
+        if said := positions_problem(config.to_dict(), self.data.max_length):
+            raise UserError(said, key="data.max_length")
+        self._some_text()
+        whole = self._prepared(max_length=None, packing=False)
+        whole = whole.select_columns(["input_ids", "labels"])
+        self._tokens_are_known(whole, config.vocab_size)
+        self._some_loss(whole)
+        ready = self._prepared(
+            max_length=self.data.max_length,
+            packing=self.data.packing,
+            packing_strategy=self.data.packing_strategy,
+        )
+        if not any(_carries_loss(row["labels"]) for row in ready):
+            raise self._no_loss("no token carries a loss", "give rows that are to be learned")
+
+    def _tokenizer_can(self) -> None:
+        eos = self.arguments.get("eos_token") or self.tokenizer.eos_token
+        pad = self.arguments.get("pad_token") or self.tokenizer.pad_token or eos
+        lacks = "pad nor an eos" if pad is None else "eos" if eos is None else None
+        if pad is None or (eos is None and not self.layout.conversational):
+            kind = f"has neither a {lacks} token" if pad is None else f"has no {lacks} token"
+            raise UserError(
+                f"the tokenizer of {self.model.name} {kind}, and TRL ends rows with one and fills "
+                "batches with the other; name one of its tokens, e.g. sft_config: "
+                "{eos_token: </s>}",
+                key="model.name",
+            )
+        if not self.layout.conversational or "chat_template_path" in self.arguments:
+            return
+        if self.tokenizer.chat_template is None:
+            raise UserError(
+                f"{self.data.source} holds chat messages, but the tokenizer of {self.model.name} "
+                "has no chat template",
+                key="data.format",
+            )
+        if self.loss["assistant_only_loss"]:
+            self._template_marks_answers()
+
+    def _template_marks_answers(self) -> None:
+        if has_generation_markers(self.tokenizer.chat_template):
+            return
+        try:
+            # TRL has templates of its own for some models.
+            get_training_chat_template(self.tokenizer)
+        except ValueError as error:
+            raise UserError(
+                f"the chat template of {self.model.name} does not mark what the assistant says "
+                "({% generation %}), so no loss can be kept to it; add the marks to the template, "
+                "or set completion_only_loss: false",
+                key="data.completion_only_loss",
+            ) from error
+
+    def _some_text(self) -> None:
+        """Rows of empty text would be trained on: TRL ends each with a token."""
+        if self.layout.conversational:
+            return
+        for name in self.rows.column_names:
+            if any(text.strip() for text in self.rows[name]):
+                return
+        shown = " and ".join(repr(column) for column in self.layout.columns)
+        raise self._no_loss(f"{shown}: empty in every row", "give rows with text")
+
+    def _prepared(self, **shape: Any) -> Dataset:
+        arguments = self.loss | self.arguments | shape
+        try:
+            return prepared(self.rows, self.tokenizer, arguments)
+        except Exception as error:
+            if not is_about_rows(error):
+                said = f"TRL refuses to prepare the data: {_first_line(error)}"
+                raise UserError(said, key="train.sft_config") from error
+            raise self._refused(*first_failure(self.rows, self.tokenizer, arguments)) from error
+
+    def _refused(self, index: int, error: Exception) -> UserError:
+        row = self.rows[index]
+        who = f"the chat template of {self.model.name}"
+        if not self.layout.conversational:
+            who = f"the tokenizer of {self.model.name}"
+        what = f"{who} refuses it ({_first_line(error)}); correct the row or remove it"
+        roles = [message["role"] for message in row.get("messages", ())]
+        if self.loss["assistant_only_loss"] and roles and "assistant" not in roles:
+            what = (
+                f"has no assistant turn (roles: {', '.join(roles)}), and completion_only_loss "
+                "takes the loss of nothing else; add one or remove the row"
+            )
+        return self._of_row(index, f"column {self.layout.columns[0]!r}: {what}")
+
+    def _of_row(self, index: int, what: str, key: str = "data.source") -> UserError:
+        number = _row_number(self.data.source, self.numbers[index])
+        return UserError(f"{self.data.source}: row {number}: {what}", key=key)
+
+    def _tokens_are_known(self, whole: Dataset, embeddings: int) -> None:
+        pad = self.tokenizer.pad_token_id
+        if pad is not None and pad >= embeddings and not self.data.packing:
+            raise UserError(
+                f"the pad token {self.tokenizer.pad_token!r} of {self.model.name} has id {pad} "
+                f"and the model has {embeddings} embeddings; use the tokenizer that the model was "
+                "trained with, or sft_config: {pad_token: ...}",
+                key="model.name",
+            )
+        for index, row in enumerate(whole):
+            highest = max(row["input_ids"], default=0)
+            if highest >= embeddings:
+                token = self.tokenizer.convert_ids_to_tokens(highest)
+                what = (
+                    f"token {token!r} has id {highest} and {self.model.name} has {embeddings} "
+                    "embeddings; use the tokenizer that the model was trained with"
+                )
+                raise self._of_row(index, what, "model.name")
+
+    def _some_loss(self, whole: Dataset) -> None:
+        """Refuses rows that all lose what carries their loss when they are cut."""
+        longest = self.data.max_length
+        cut = not self.data.packing or self.data.packing_strategy == "bfd"
+        kept = slice(None)
+        if cut:
+            from_end = self.arguments.get("truncation_mode") == "keep_end"
+            kept = slice(-longest, None) if from_end else slice(None, longest)
+        needed: list[int] = []
+        for row in whole:
+            if _carries_loss(row["labels"][kept]):
+                return
+            if _carries_loss(row["labels"]):
+                needed.append(
+                    next(at for at, label in enumerate(row["labels"], 1) if label != -100)
+                )
+        if not needed:
+            raise self._no_loss("no token carries a loss", "give rows that are to be learned")
+        raise self._no_loss(
+            f"every row is longer than max_length {longest} before its loss begins",
+            f"set max_length to {max(2, min(needed))} at least, which the shortest of them needs",
+            "data.max_length",
+        )
+
+    def _no_loss(self, what: str, fix: str, key: str = "data.source") -> UserError:
+        looked_at = f"{len(self.numbers)} rows looked at"
+        return UserError(f"{self.data.source}: {what} ({looked_at}); {fix}", key=key)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def _carries_loss(labels: Sequence[int]) -> bool:
+    # Labels are shifted: the first predicts nothing.
+    return any(label != -100 for label in labels[1:])
+
+
+def _looked_at(rows: int) -> list[int]:
+    """Which rows are prepared, counted from 0."""
+    if rows <= CHECKED_ROWS:
+        return list(range(rows))
+    half = CHECKED_ROWS // 2
+    return [*range(half), *sorted(random.Random(0).sample(range(half, rows), half))]
+
+
+def _row_number(source: str, index: int) -> int:
+    """The number a user counts: a line of JSONL, else the place among the rows."""
+    path = Path(source).expanduser()
+    if data.LOCAL_READERS.get(path.suffix) != "json" or not path.is_file():
+        return index + 1
+    return next(islice(data_files.json_rows(path), index, None))[0]
+
+
+def _text_config(base: Model) -> Any:
+    from transformers import AutoConfig
+
+    name, keywords = model.source(base)
+    return AutoConfig.from_pretrained(name, **keywords).get_text_config()

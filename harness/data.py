@@ -14,7 +14,7 @@ import pyarrow
 from datasets import Dataset, Features, Json, List, Value, load_dataset
 
 from harness import data_files, data_format, data_rows, reference_text
-from harness.data_files import FIRST_ROWS, standard_or_refused
+from harness.data_files import FIRST_ROWS, READERS, standard_or_refused
 from harness.data_format import TEMPLATE_COLUMNS, Layout, layout_of
 from harness.meters.clock import Count
 from harness.packaged import cache_directory
@@ -22,7 +22,6 @@ from matrices.cell import Data
 from matrices.errors import UserError
 
 PACKAGED = "python-reference"
-LOCAL_READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 Rows = Iterator[tuple[int, dict[str, Any]]]
 
 
@@ -42,7 +41,7 @@ def read(data: Data) -> tuple[Dataset, Layout]:
         table = Dataset.from_dict({data.text_column: texts})
     elif is_local(data.source):
         path = _readable(Path(data.source).expanduser())
-        if LOCAL_READERS[path.suffix] == "json":
+        if READERS[path.suffix] == "json":
             return _read_json(path, data)
         table = _load_local(path, data)
     else:
@@ -56,12 +55,12 @@ def read(data: Data) -> tuple[Dataset, Layout]:
 
 
 def is_local(source: str) -> bool:
-    return Path(source).suffix in LOCAL_READERS or Path(source).expanduser().exists()
+    return Path(source).suffix in READERS or Path(source).expanduser().exists()
 
 
 def _readable(path: Path) -> Path:
-    if path.suffix not in LOCAL_READERS:
-        known = ", ".join(sorted(LOCAL_READERS))
+    if path.suffix not in READERS:
+        known = ", ".join(sorted(READERS))
         raise UserError(f"{path} is not one of {known}", key="data.source")
     if not path.is_file():
         raise UserError(f"{path} is not there", key="data.source")
@@ -84,7 +83,7 @@ def _read_json(path: Path, data: Data) -> tuple[Dataset, Layout]:
 
 
 def _load_local(path: Path, data: Data) -> Dataset:
-    reader = LOCAL_READERS[path.suffix]
+    reader = READERS[path.suffix]
     try:
         return load_dataset(
             reader, data_files=str(path), split="train", cache_dir=str(_data_directory())

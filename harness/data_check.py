@@ -6,10 +6,8 @@ sweep nothing but the order of things.
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Sequence
-from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -37,30 +35,18 @@ PREPARATION = (
 )
 
 
-def check(cell: Cell) -> None:
-    """Raises UserError for data that this cell cannot be trained on: the first bad row, counted
-    from 1 (the line of a JSONL file), with its column, its value and what would be right.
-
-    Cells that share data, model and preparation share the answer.
-    """
+def subject(cell: Cell) -> tuple[Data, Model, dict[str, Any]] | None:
+    """What `check` is about: cells that share it share the answer. None without training."""
     if cell.data is None or cell.train is None:
-        return
-    chosen = {name: cell.train.sft_config.get(name) for name in PREPARATION}
-    problem = _problem(
-        cell.data.model_dump_json(), cell.model.model_dump_json(), json.dumps(chosen)
-    )
-    if problem is not None:
-        raise problem
+        return None
+    given = cell.train.sft_config
+    return cell.data, cell.model, {name: given[name] for name in PREPARATION if name in given}
 
 
-@cache
-def _problem(source: str, base: str, chosen: str) -> UserError | None:
-    arguments = {name: value for name, value in json.loads(chosen).items() if value is not None}
-    try:
-        _Check(Data.model_validate_json(source), Model.model_validate_json(base), arguments).run()
-    except UserError as error:
-        return error
-    return None
+def check(source: Data, base: Model, arguments: dict[str, Any]) -> None:
+    """Raises UserError for data that this model cannot be trained on: the first bad row, counted
+    from 1 (the line of a JSONL file), with its column, its value and what would be right."""
+    _Check(source, base, arguments).run()
 
 
 class _Check:
@@ -240,7 +226,7 @@ def _looked_at(rows: int) -> list[int]:
 def _row_number(source: str, index: int) -> int:
     """The number a user counts: a line of JSONL, else the place among the rows."""
     path = Path(source).expanduser()
-    if data.LOCAL_READERS.get(path.suffix) != "json" or not path.is_file():
+    if data_files.READERS.get(path.suffix) != "json" or not path.is_file():
         return index + 1
     return next(islice(data_files.json_rows(path), index, None))[0]
 

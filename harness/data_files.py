@@ -19,6 +19,7 @@ from harness.data_rows import BadValue, shortened, standard_row
 from matrices.cell import Data
 from matrices.errors import UserError
 
+READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 # Rows from which the columns of a JSON file are told, and those a plan looks at.
 FIRST_ROWS = 1000
 # Cells of a CSV that pandas takes for missing values (its documented na_values).
@@ -35,13 +36,16 @@ UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
 
 def check_first_rows(data: Data) -> None:
-    """What the first rows of a local file show to be wrong; the rest waits for preflight.
+    """What the first rows of a local file show to be wrong; the rest waits for preflight, as data
+    that is no local file does.
 
     Raises UserError with the row, counted from 1 (the line of a JSONL file), the column and the
     value.
     """
     path = Path(data.source).expanduser()
-    if path.suffix == ".csv":
+    if path.suffix not in READERS or not path.is_file():
+        return
+    if READERS[path.suffix] == "csv":
         check_csv(data, FIRST_ROWS)
     limit = min(FIRST_ROWS, data.max_samples or FIRST_ROWS)
     rows = list(islice(_rows(path), limit))
@@ -78,11 +82,8 @@ def standard_or_refused(
 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    if path.suffix == ".csv":
-        return _first_csv_rows(path)
-    if path.suffix == ".parquet":
-        return _parquet_rows(path)
-    return json_rows(path)
+    read = {"csv": _first_csv_rows, "parquet": _parquet_rows, "json": json_rows}
+    return read[READERS[path.suffix]](path)
 
 
 def json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -123,7 +123,10 @@ def _alpaca(row: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
 def _conversation(row: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
     if layout.format == "prompt-completion":
         prompt, completion = layout.columns[:2]
-        found: dict[str, Any] = {"prompt": _messages(row, prompt), "completion": _messages(row, completion)}
+        found: dict[str, Any] = {
+            "prompt": _messages(row, prompt),
+            "completion": _messages(row, completion),
+        }
     else:
         found = {"messages": _messages(row, layout.columns[0])}
     if "tools" in layout.columns and (tools := _tools(row.get("tools"))):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -24,12 +24,20 @@ RETRIED: frozenset[Status] = frozenset({"failed", "interrupted", "skipped", "inv
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """What is asked for: the cells of a matrix, which of them to repeat, where records go."""
+    """What is asked for: the cells of a matrix, which of them to repeat, where records go.
+    `locate` tells where in the matrix a setting stands."""
 
     cells: Sequence[Cell]
     results: Path
     retry: frozenset[Status] = RETRIED
     score_base: bool = True
+    locate: Callable[[str], str] | None = None
+
+    def located(self, error: UserError) -> UserError:
+        """The error with the place of its key, where it has none yet."""
+        if self.locate is None or error.where is not None or error.key is None:
+            return error
+        return UserError(error.message, key=error.key, where=self.locate(error.key))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +45,8 @@ class Job:
     """One cell of a run and what is to be done about it.
 
     `seen_attempt` is the last attempt that was there when the plan was made (0: none), so that a
-    runner can tell what another one added since.
+    runner can tell what another one added since. `implied` is a base cell that the matrix does not
+    name: it is there for the cells that are judged against it.
     """
 
     cell: Cell
@@ -47,6 +56,7 @@ class Job:
     why: str
     seen_attempt: int
     entry: Entry | None
+    implied: bool = False
 
     def as_json(self, prediction: Prediction | None = None) -> dict[str, Any]:
         """For machines; the prediction, if there is one, in short."""
@@ -127,7 +137,8 @@ def plan_jobs(
         entry = present.get(key)
         action, why = decide(entry.record if entry else None, refused, retry)
         attempt = entry.record.attempt if entry else 0
-        jobs.append(Job(cell, key, names[cell_id], action, why, attempt, entry))
+        implied = cell_id not in reasons
+        jobs.append(Job(cell, key, names[cell_id], action, why, attempt, entry, implied))
     return jobs
 
 

@@ -10,7 +10,7 @@ import gzip
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -95,8 +95,22 @@ def json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     with _opened(path) as file:
         for number, value in _json_values(path, file):
             if not isinstance(value, dict):
-                raise _unreadable(path, f"row {number}: {shortened(value)} is not a JSON object")
+                said = f"row {number}: {shortened(value)} is not a JSON object"
+                raise _unreadable(path, f'{said}; write one such as {{"text": "..."}}')
             yield number, value
+
+
+class _Twice(Exception):
+    """An object has a key twice, which JSON readers take for either of the two."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise _Twice(f"has the key {twice!r} twice; rename or remove one")
+    return found
 
 
 def _json_values(path: Path, file: TextIO) -> Iterator[tuple[int, Any]]:
@@ -108,19 +122,23 @@ def _json_values(path: Path, file: TextIO) -> Iterator[tuple[int, Any]]:
             yield from _json_list(path, line + "".join(lines), number)
             return
         try:
-            value = json.loads(line)
+            value = json.loads(line.strip(), object_pairs_hook=_object)
         except json.JSONDecodeError as error:
             # An object over several lines, or a broken one.
             yield from _json_stream(path, line + "".join(lines), number, error)
             return
+        except _Twice as error:
+            raise _unreadable(path, f"row {number} {error}") from error
         yield number, value
 
 
 def _json_list(path: Path, text: str, line: int) -> Iterator[tuple[int, Any]]:
     try:
-        values = json.loads(text)
+        values = json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         raise _broken(path, error, line) from error
+    except _Twice as error:
+        raise _unreadable(path, f"a row {error}") from error
     for number, value in enumerate(values, 1):
         yield number, {"text": value} if isinstance(value, str) else value
 
@@ -129,13 +147,16 @@ def _json_stream(
     path: Path, text: str, line: int, failed: json.JSONDecodeError
 ) -> Iterator[tuple[int, Any]]:
     """Objects one after the other from this line on; `failed` is why the line alone is none."""
-    decoder, space, at, first = json.JSONDecoder(), re.compile(r"\s*"), 0, True
+    decoder = json.JSONDecoder(object_pairs_hook=_object)
+    space, at, first = re.compile(r"\s*"), 0, True
     while (at := space.match(text, at).end()) < len(text):  # type: ignore[union-attr]
         try:
             value, end = decoder.raw_decode(text, at)
         except json.JSONDecodeError as error:
             one_per_line = first and line > 1
             raise _broken(path, failed if one_per_line else error, line) from error
+        except _Twice as error:
+            raise _unreadable(path, f"row {line + text.count(chr(10), 0, at)} {error}") from error
         yield line + text.count("\n", 0, at), value
         at, first = end, False
 
@@ -258,27 +279,22 @@ def _first_csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     and a short column of nothing but numbers."""
     records = _csv_records(path)
     header = next(records, [])
-    rows = list(islice(records, FIRST_ROWS + 1))
+    width = len(header)
+    # Row names, where R wrote some, come before the columns.
+    rows = [record[-width:] for record in islice(records, FIRST_ROWS + 1)]
     whole = len(rows) <= FIRST_ROWS
     numbers = {
-        name
-        for at, name in enumerate(header)
-        if whole and _all_numbers(row[at : at + 1] for row in rows)
+        at for at in range(width) if whole and _all_numbers(row[at : at + 1] for row in rows)
     }
     for number, row in enumerate(rows[:FIRST_ROWS], 1):
-        fields = [None if field in MISSING else field for field in row[-len(header) :]]
-        fields += [None] * (len(header) - len(fields))
-        yield (
-            number,
-            {
-                name: json.loads(field.strip()) if name in numbers and field is not None else field
-                for name, field in zip(header, fields, strict=True)
-            },
-        )
+        fields: list[Any] = [None if field in MISSING else field for field in row]
+        for at in numbers.intersection(range(len(row))):
+            fields[at] = fields[at] and json.loads(fields[at].strip())
+        yield number, dict(zip_longest(header, fields))
 
 
-def _all_numbers(cells: Iterable[Sequence[str]]) -> bool:
-    there = [cell[0] for cell in cells if cell and cell[0] not in MISSING]
+def _all_numbers(rows: Sequence[Sequence[str]], at: int) -> bool:
+    there = [row[at] for row in rows if at < len(row) and row[at] not in MISSING]
     return bool(there) and all(NUMBER.fullmatch(cell) for cell in there)
 
 

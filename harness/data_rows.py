@@ -95,6 +95,11 @@ def shortened(value: Any) -> str:
 def _text(row: Mapping[str, Any], column: str) -> str:
     value = row.get(column)
     if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            what = f"holds half a character (U+{ord(value[error.start]):04X})"
+            raise BadValue(column, what, "write the whole character") from error
         return value
     if column not in row:
         raise BadValue(column, "is not there", "write it or remove the row")

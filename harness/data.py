@@ -8,30 +8,38 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow
 from datasets import Dataset, Features, Json, List, Value, load_dataset
 
-from harness import data_files, data_format, data_rows, reference_text
+from harness import data_files, data_format, data_rows, hub, reference_text
 from harness.data_files import FIRST_ROWS, READERS, standard_or_refused
 from harness.data_format import TEMPLATE_COLUMNS, Layout, layout_of
-from harness.meters.clock import Count
 from harness.packaged import cache_directory
 from matrices.cell import Data
 from matrices.errors import UserError
+from matrices.fingerprint import refuse_hub_id_of_directory
 
-PACKAGED = "python-reference"
+PACKAGED = hub.PACKAGED_DATA
 Rows = Iterator[tuple[int, dict[str, Any]]]
+
+
+class Read(NamedTuple):
+    """Rows under TRL's column names, how they were read, and the hub commit they are of, if any."""
+
+    rows: Dataset
+    layout: Layout
+    commit: str | None = None
 
 
 def load_rows(data: Data) -> Dataset:
     """The training rows under TRL's standard column names; see `read`."""
-    return read(data)[0]
+    return read(data).rows
 
 
-def read(data: Data) -> tuple[Dataset, Layout]:
-    """The training rows under TRL's standard column names, and how they were read.
+def read(data: Data) -> Read:
+    """The training rows.
 
     Raises UserError when the data or a column is not there, or a value cannot be trained on: with
     file, row, column and value.
@@ -39,23 +47,21 @@ def read(data: Data) -> tuple[Dataset, Layout]:
     if data.source == PACKAGED:
         texts = [passage.text for passage in reference_text.training_passages()]
         table = Dataset.from_dict({data.text_column: texts})
-    elif is_local(data.source):
+    elif hub.is_hub_data(data):
+        table = _load_hub(data)
+    else:
         path = _readable(Path(data.source).expanduser())
         if READERS[path.suffix] == "json":
             return _read_json(path, data)
         table = _load_local(path, data)
-    else:
-        table = _load_hub(data)
     if len(table) == 0:
         raise UserError(f"{data.source} has no rows", key="data.source")
+    of_hub = commit(table)
     if data.max_samples is not None:
         table = table.select(range(min(data.max_samples, len(table))))
     layout = layout_of(data, table.column_names, table[0])
-    return _standard(table.select_columns(list(layout.columns)), layout, data.source), layout
-
-
-def is_local(source: str) -> bool:
-    return Path(source).suffix in READERS or Path(source).expanduser().exists()
+    rows = _standard(table.select_columns(list(layout.columns)), layout, data.source)
+    return Read(rows, layout, of_hub)
 
 
 def _readable(path: Path) -> Path:
@@ -67,7 +73,7 @@ def _readable(path: Path) -> Path:
     return path
 
 
-def _read_json(path: Path, data: Data) -> tuple[Dataset, Layout]:
+def _read_json(path: Path, data: Data) -> Read:
     """Rows of JSON are taken from the file itself. datasets would turn texts that look like dates
     into times, read texts beside lists as JSON, and give each struct the keys of all others."""
     looked_at = min(FIRST_ROWS, data.max_samples or FIRST_ROWS)
@@ -79,7 +85,7 @@ def _read_json(path: Path, data: Data) -> tuple[Dataset, Layout]:
 
     state = path.stat()
     identity = [str(path.resolve()), state.st_size, state.st_mtime_ns, state.st_ino]
-    return _written(rows, layout, data.source, [*identity, data.max_samples]), layout
+    return Read(_written(rows, layout, data.source, [*identity, data.max_samples]), layout)
 
 
 def _load_local(path: Path, data: Data) -> Dataset:
@@ -103,8 +109,9 @@ def _load_local(path: Path, data: Data) -> Dataset:
 
 
 def _load_hub(data: Data) -> Dataset:
+    refuse_hub_id_of_directory(data.source, "data.source")
     try:
-        return load_dataset(data.source, data.config, split=data.split, revision=data.revision)
+        rows = load_dataset(data.source, data.config, split=data.split, revision=data.revision)
     except Exception as error:
         # From a name that does not exist to no network; datasets' own first line tells which.
         said = str(error).strip().splitlines() or [type(error).__name__]
@@ -113,6 +120,24 @@ def _load_hub(data: Data) -> Dataset:
             f"it: {said[0]}",
             key="data.source",
         ) from error
+    # Without the hub, datasets takes the newest copy it has, whatever revision is asked for.
+    read = commit(rows)
+    wanted = hub.known_commit(data.source, data.revision, "dataset")
+    if read is not None and wanted is not None and read != wanted:
+        raise UserError(
+            f"the local copy of {data.source} is of commit {read[:12]}, and "
+            f"{data.revision or 'main'} is {wanted[:12]}; download that one while the hub can be "
+            "reached",
+            key="data.revision",
+        )
+    return rows
+
+
+def commit(rows: Dataset) -> str | None:
+    """The hub commit that rows were read from: the directory datasets keeps them in has its name;
+    none for other rows."""
+    names = [Path(file["filename"]).parent.name for file in rows.cache_files]
+    return names[0] if names and hub.COMMIT.fullmatch(names[0]) else None
 
 
 def _data_directory() -> Path:
@@ -232,48 +257,21 @@ def loss_arguments(data: Data, columns: Sequence[str]) -> dict[str, bool]:
     }
 
 
-def provenance(data: Data, rows: Dataset, layout: Layout) -> dict[str, str]:
+def provenance(data: Data, read: Read) -> dict[str, str]:
     """Which rows were trained on: their number, the sha256 of their content in order, the columns
     they were read from, and as what."""
     digest = hashlib.sha256()
-    for row in rows:
+    for row in read.rows:
         digest.update(repr(sorted(row.items())).encode())
     found = {
         "source": data.source,
-        "rows": str(len(rows)),
+        "rows": str(len(read.rows)),
         "sha256": digest.hexdigest(),
-        "format": layout.format,
-        "columns": ", ".join(layout.columns),
+        "format": read.layout.format,
+        "columns": ", ".join(read.layout.columns),
     }
+    if read.commit is not None:
+        found["commit"] = read.commit
     if data.source == PACKAGED:
         found["reference_sha256"] = reference_text.fingerprint()
     return found
-
-
-class CountingCollator:
-    """TRL's collator, and a note of how many tokens each micro batch holds.
-
-    Counts are taken before the batch goes to the device, so that none costs a synchronization.
-    Batches are fetched ahead but in order: the n-th count belongs to the n-th micro batch.
-    """
-
-    def __init__(self, collator: Any) -> None:
-        self._collator = collator
-        self.counts: list[Count] = []
-
-    def __call__(self, examples: list[dict[str, Any]]) -> Any:
-        batch = self._collator(examples)
-        self.counts.append(count_tokens(batch, len(examples)))
-        return batch
-
-
-def count_tokens(batch: dict[str, Any], samples: int) -> Count:
-    """Tokens of one micro batch. The first label of a row predicts nothing: labels are shifted."""
-    everything = int(batch["input_ids"].numel())
-    mask = batch.get("attention_mask")
-    return Count(
-        all=everything,
-        non_padding=everything if mask is None else int(mask.sum()),
-        loss=int((batch["labels"][..., 1:] != -100).sum()),
-        samples=samples,
-    )

@@ -7,16 +7,18 @@ sweep nothing but the order of things.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+import tempfile
+import traceback
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars
+from trl import SFTConfig
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
 from harness import data, data_files, model
-from harness.data_preparation import first_failure, is_about_rows, prepared
+from harness.train import ObservedTrainer, Observer
 from matrices.cell import Cell, Data, Model
 from matrices.errors import UserError
 from matrices.model_rules import positions_problem
@@ -56,9 +58,10 @@ class _Check:
         self.data = source
         self.model = base
         self.arguments = arguments
-        if data.is_local(source.source) and source.source.endswith(".csv"):
+        path = Path(source.source).expanduser()
+        if path.suffix == ".csv" and path.is_file():
             data_files.check_csv(source)
-        rows, self.layout = data.read(source)
+        rows, self.layout, _ = data.read(source)
         self.loss = data.loss_arguments(source, rows.column_names)
         self.numbers = _looked_at(len(rows))
         self.rows = rows.select(self.numbers)
@@ -73,14 +76,11 @@ class _Check:
         whole = self._prepared(max_length=None, packing=False)
         whole = whole.select_columns(["input_ids", "labels"])
         self._tokens_are_known(whole, config.vocab_size)
-        self._some_loss(whole)
-        ready = self._prepared(
+        self._prepared(
             max_length=self.data.max_length,
             packing=self.data.packing,
             packing_strategy=self.data.packing_strategy,
         )
-        if not any(_carries_loss(row["labels"]) for row in ready):
-            raise self._no_loss("no token carries a loss", "give rows that are to be learned")
 
     def _tokenizer_can(self) -> None:
         eos = self.arguments.get("eos_token") or self.tokenizer.eos_token
@@ -127,12 +127,15 @@ class _Check:
             if any(text.strip() for text in self.rows[name]):
                 return
         shown = " and ".join(repr(column) for column in self.layout.columns)
-        raise self._no_loss(f"{shown}: empty in every row", "give rows with text")
+        what = f"{shown}: empty in each of {len(self.numbers)} rows; give rows with text"
+        raise UserError(f"{self.data.source}: {what}", key="data.source")
 
     def _prepared(self, **shape: Any) -> Dataset:
         arguments = self.loss | self.arguments | shape
         try:
             return prepared(self.rows, self.tokenizer, arguments)
+        except UserError as error:
+            raise UserError(f"{self.data.source}: {error.message}", key=error.key) from error
         except Exception as error:
             if not is_about_rows(error):
                 said = f"TRL refuses to prepare the data: {_first_line(error)}"
@@ -176,43 +179,74 @@ class _Check:
                 )
                 raise self._of_row(index, what, "model.name")
 
-    def _some_loss(self, whole: Dataset) -> None:
-        """Refuses rows that all lose what carries their loss when they are cut."""
-        longest = self.data.max_length
-        cut = not self.data.packing or self.data.packing_strategy == "bfd"
-        kept = slice(None)
-        if cut:
-            from_end = self.arguments.get("truncation_mode") == "keep_end"
-            kept = slice(-longest, None) if from_end else slice(None, longest)
-        needed: list[int] = []
-        for row in whole:
-            if _carries_loss(row["labels"][kept]):
-                return
-            if _carries_loss(row["labels"]):
-                needed.append(
-                    next(at for at, label in enumerate(row["labels"], 1) if label != -100)
-                )
-        if not needed:
-            raise self._no_loss("no token carries a loss", "give rows that are to be learned")
-        raise self._no_loss(
-            f"every row is longer than max_length {longest} before its loss begins",
-            f"set max_length to {max(2, min(needed))} at least, which the shortest of them needs",
-            "data.max_length",
-        )
 
-    def _no_loss(self, what: str, fix: str, key: str = "data.source") -> UserError:
-        looked_at = f"{len(self.numbers)} rows looked at"
-        return UserError(f"{self.data.source}: {what} ({looked_at}); {fix}", key=key)
+def prepared(rows: Dataset, tokenizer: Any, arguments: dict[str, Any]) -> Dataset:
+    """The rows as a run's trainer makes them: through its own constructor, with a model of a few
+    weights in the place of the real one. Raises what TRL raises, or UserError when no token is
+    left that carries a loss."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    disable_progress_bars()
+    stand_in = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=max(len(tokenizer), 1),
+            hidden_size=2,
+            intermediate_size=2,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+            num_key_value_heads=1,
+        )
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        config = SFTConfig(
+            output_dir=scratch,
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            report_to=[],
+            disable_tqdm=True,
+            **arguments,
+        )
+        trainer = ObservedTrainer(
+            model=stand_in,
+            args=config,
+            train_dataset=rows,
+            processing_class=tokenizer,
+            observer=Observer(),
+        )
+    return trainer.train_dataset
+
+
+def is_about_rows(error: Exception) -> bool:
+    """Whether `prepared` raised it while it went through the rows, not while it was set up."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return any(frame.name == "_prepare_dataset" for frame in frames)
+
+
+def first_failure(
+    rows: Dataset, tokenizer: Any, arguments: dict[str, Any]
+) -> tuple[int, Exception]:
+    """The place, from 0, of the first row that `prepared` does not take, and what it raises:
+    found by halving, since datasets does not tell. The rows as a whole fail."""
+    good, bad = 0, len(rows)
+    said: Exception | None = None
+    while said is None or bad - good > 1:
+        tried = bad if said is None else (good + bad) // 2
+        try:
+            prepared(rows.select(range(tried)), tokenizer, arguments)
+        except UserError:
+            # These rows are taken, though there is nothing to learn in them.
+            good = tried
+        except Exception as error:
+            said, bad = error, tried
+        else:
+            good = tried
+    return bad - 1, said
 
 
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
-def _carries_loss(labels: Sequence[int]) -> bool:
-    # Labels are shifted: the first predicts nothing.
-    return any(label != -100 for label in labels[1:])
 
 
 def _looked_at(rows: int) -> list[int]:

@@ -282,10 +282,8 @@ def _first_csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     width = len(header)
     # Row names, where R wrote some, come before the columns.
     rows = [record[-width:] for record in islice(records, FIRST_ROWS + 1)]
-    whole = len(rows) <= FIRST_ROWS
-    numbers = {
-        at for at in range(width) if whole and _all_numbers(row[at : at + 1] for row in rows)
-    }
+    seen_whole = len(rows) <= FIRST_ROWS
+    numbers = {at for at in range(width) if seen_whole and _all_numbers(rows, at)}
     for number, row in enumerate(rows[:FIRST_ROWS], 1):
         fields: list[Any] = [None if field in MISSING else field for field in row]
         for at in numbers.intersection(range(len(row))):

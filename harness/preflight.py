@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from harness import data_check, evaluate, extensions, model, profile_check
+from harness import checkpoint, data_check, evaluate, extensions, loading_info, model, profile_check
 from harness.problems import Findings, Problem, shared
 from matrices.cell import Adapter, Cell, Evaluate, Model
 from matrices.errors import UserError, nearest
@@ -37,7 +37,9 @@ def problems(cells: Sequence[Cell]) -> list[Problem]:
 
 
 def _check_models(found: Findings, cells: Sequence[Cell]) -> None:
-    for chosen, having in shared(cells, lambda cell: cell.model):
+    for _, having in shared(cells, lambda cell: (cell.method, cell.model, cell.quantization)):
+        found.check(having, checkpoint.check, having[0])
+    for chosen, having in shared(found.without(cells), lambda cell: cell.model):
         skeleton = found.check(having, _skeleton, chosen)
         if skeleton is None:
             continue
@@ -65,7 +67,7 @@ def _skeleton(chosen: Model) -> Any:
         config = AutoConfig.from_pretrained(name, **keywords)
         model.load_tokenizer(chosen)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(
+            skeleton = AutoModelForCausalLM.from_config(
                 config, trust_remote_code=chosen.trust_remote_code
             )
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -75,6 +77,8 @@ def _skeleton(chosen: Model) -> Any:
             "a hub id",
             key="model.name",
         ) from error
+    loading_info.check(chosen, skeleton)
+    return skeleton
 
 
 def _check_adapter(adapter: Adapter, skeleton: Any) -> None:

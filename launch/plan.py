@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from harness import provenance
+from harness import hub, provenance
 from harness.prediction import Prediction
 from harness.record import Record, Status
 from harness.store import Entry, record_key
@@ -156,13 +156,16 @@ def _refusal(cell: Cell, machine: Machine) -> str:
 
 def decide(record: Record | None, refused: str, retry: frozenset[Status]) -> tuple[Action, str]:
     """What to do about a cell, given its last record here and why this machine refuses it."""
-    if record is not None and record.status not in retry:
-        return "keep", f"{record.status} since {(record.ended or record.started)[:16]}Z"
+    changed = hub.changed_since(record) if record is not None else ""
+    # A result outlives a refusal.
+    if record is not None and record.status not in retry and (refused or not changed):
+        since = f"{record.status} since {(record.ended or record.started)[:16]}Z"
+        return "keep", f"{since}, but {changed}" if changed else since
     if refused:
         return "invalid", refused
     if record is None:
         return "run", "not measured on this stack"
-    reason = f" ({record.reason})" if record.reason else ""
+    reason = f" ({changed or record.reason})" if changed or record.reason else ""
     return "retry", f"attempt {record.attempt} was {record.status}{reason}"
 
 

@@ -13,8 +13,7 @@ import pytest
 
 from harness import data, data_check, train
 from harness import model as models
-from harness.data_check import CHECKED_ROWS, check, subject
-from harness.data_preparation import prepared
+from harness.data_check import CHECKED_ROWS, check, prepared, subject
 from matrices.cell import Adapter, Cell, Data, Evaluate, Model, Train
 from matrices.errors import UserError
 
@@ -110,7 +109,8 @@ def test_what_can_be_trained_on_passes(
 
 
 CUT = {"completion_only_loss": True, "packing": False}
-EMPTY = "'text': empty in every row (2 rows looked at)"
+EMPTY = "'text': empty in each of 2 rows"
+LOST = "2 of 2 rows lose what is to be learnt (the completion) at 64 tokens"
 WRONG: dict[str, tuple[list[Any], dict[str, Any], dict[str, Any], str, str]] = {
     "the template refuses a row": (
         [chat(USER, ANSWER), chat(USER, ANSWER), chat(USER, USER), chat(USER)],
@@ -152,22 +152,21 @@ WRONG: dict[str, tuple[list[Any], dict[str, Any], dict[str, Any], str, str]] = {
         CUT,
         {},
         "data.max_length",
-        # "user: ", 100 characters, a newline and "assistant: " come before the answer.
-        "before its loss begins (2 rows looked at); set max_length to 119 at least",
+        LOST,
     ),
     "completions cut off": (
         [{"prompt": LONG, "completion": "y"}] * 2,
         CUT,
         {},
         "data.max_length",
-        "set max_length to 101 at least",
+        LOST,
     ),
     "completions cut off, packed": (
         [{"prompt": LONG, "completion": "y"}] * 2,
         {"completion_only_loss": True, "packing_strategy": "bfd"},
         {},
         "data.max_length",
-        "set max_length to 101 at least",
+        LOST,
     ),
     "no text": ([{"text": ""}, {"text": " "}], {"packing": False}, {}, "data.source", EMPTY),
     "no text, packed": ([{"text": ""}] * 2, {}, {}, "data.source", EMPTY),

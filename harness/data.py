@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 import pyarrow
 from datasets import Dataset, Features, Json, List, Value, load_dataset
 
-from harness import data_files, data_format, data_rows, hub, reference_text
+from harness import data_files, data_rows, hub, reference_text
 from harness.data_files import FIRST_ROWS, READERS, standard_or_refused
-from harness.data_format import TEMPLATE_COLUMNS, Layout, layout_of
 from harness.packaged import cache_directory
+from matrices import data_format
 from matrices.cell import Data
+from matrices.data_format import TEMPLATE_COLUMNS, Layout, layout_of
 from matrices.errors import UserError
 from matrices.fingerprint import refuse_hub_id_of_directory
 

@@ -14,9 +14,9 @@ from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any, TextIO
 
-from harness.data_format import Layout, layout_of
 from harness.data_rows import BadValue, shortened, standard_row
 from matrices.cell import Data
+from matrices.data_format import Layout, layout_of
 from matrices.errors import UserError
 
 READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}

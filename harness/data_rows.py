@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from harness.data_format import ALPACA_INPUT, Layout
+from matrices.data_format import ALPACA_INPUT, Layout
 
 # The two prompts of Stanford Alpaca (github.com/tatsu-lab/stanford_alpaca, train.py). The
 # completion follows at once, as there.

@@ -274,7 +274,10 @@ def test_it_is_the_preparation_of_a_run(
     assert seen._fingerprint == trainer.train_dataset._fingerprint
 
 
-def test_which_rows_are_prepared() -> None:
+def test_which_rows_are_prepared(repository: Path) -> None:
+    assert f"more than\n{CHECKED_ROWS:,} the first half" in (
+        repository / "matrices" / "REFERENCE.md"
+    ).read_text()
     assert data_check._looked_at(5) == [0, 1, 2, 3, 4]
     assert data_check._looked_at(CHECKED_ROWS) == list(range(CHECKED_ROWS))
     some = data_check._looked_at(10 * CHECKED_ROWS)

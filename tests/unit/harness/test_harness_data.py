@@ -13,8 +13,8 @@ from datasets import Dataset
 
 from harness import data
 from harness.data import Read
-from harness.data_format import Layout, layout_of
 from matrices.cell import Data
+from matrices.data_format import Layout, layout_of
 from matrices.errors import UserError
 
 TEXT = Layout("text", ("text",), conversational=False)

@@ -1,8 +1,8 @@
-"""Which columns of the data are read, and as what: `layout_of`."""
+"""Which columns of the data are read, and as what."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +59,20 @@ def layout_of(data: Data, columns: Sequence[str], first: Mapping[str, Any]) -> L
         chosen = "sharegpt"
     read = (*needed, *(name for name in optional if name in columns and name not in needed))
     return Layout(chosen, read, conversational)
+
+
+def format_named(data: Data, written: Collection[str], columns: Sequence[str]) -> str | None:
+    """The format to put down for data whose column settings `written` are named by the user, where
+    they hold nothing but their defaults and another format's columns would be taken before.
+
+    A cell holds values only: what is named there must differ from its default.
+    """
+    named = [chosen for chosen, settings in COLUMN_SETTINGS.items() if {*settings} & {*written}]
+    if len(named) != 1 or data.format != "auto" or any(_named(data, f) for f in COLUMN_SETTINGS):
+        return None
+    if not {*_needed(data, named[0])} <= {*columns} or _told(data, columns) == named[0]:
+        return None
+    return named[0]
 
 
 def _needed(data: Data, chosen: str) -> tuple[str, ...]:

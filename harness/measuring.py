@@ -92,9 +92,9 @@ def rows_of(job: Job) -> Any:
     cell = job.record.cell
     assert cell.data is not None
     job.enter("data", cell.data.source)
-    rows = data.load_rows(cell.data)
-    job.record.provenance.data = data.provenance(cell.data, rows)
-    return rows
+    read = data.read(cell.data)
+    job.record.provenance.data = data.provenance(cell.data, read)
+    return read.rows
 
 
 def memory_steps(job: Job, loaded: Any, tokenizer: Any) -> None:

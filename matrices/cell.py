@@ -130,8 +130,8 @@ class Data(Section):
     fingerprint: str | None = Field(
         None, description="content hash of a local file, filled in when the matrix is read"
     )
-    format: Literal["auto", "text", "prompt-completion", "chat"] = Field(
-        "auto", description="auto: told from the columns that are there"
+    format: Literal["auto", "text", "prompt-completion", "chat", "sharegpt", "alpaca"] = Field(
+        "auto", description="auto: the column that is named, else told from those that are there"
     )
     text_column: str = Field("text", description="column of plain text")
     prompt_column: str = Field("prompt", description="column of prompts")

@@ -42,6 +42,20 @@ the cell's `parallelism`; start from what `tunebench profiles` prints. Its conte
 DeepSpeed file that it names, takes the place of the path in the cell. In both,
 {placeholders} are filled in from the cell; `$$` is a dollar sign.
 
+`data.format: auto` reads the column that is named, by a `*_column` setting that the matrix writes.
+Else it reads the first of these whose columns are there: chat (`messages`), prompt-completion
+(`prompt`, `completion`), text (`text`), ShareGPT (`conversations` of `from` and `value`), Alpaca
+(`instruction`, `output` and perhaps `input`). ShareGPT becomes messages (human is user, gpt is
+assistant), in whatever column it stands; Alpaca becomes prompt and completion by the two prompts
+of Stanford Alpaca, whose completion follows "### Response:" at once. A content of text parts is
+their text; `tools` and `chat_template_kwargs` beside messages go to the chat template. The record
+tells in `provenance.data` which columns were read, and as what.
+
+Before a run, TRL prepares the rows as it will for training: all of them, or of more than
+20,000 the first half of that number and as many at random, while values are checked in
+every row. The first row that cannot be trained on is named, by its line in a JSONL file, else by
+its place among the rows. Cells find what was prepared in the cache.
+
 * `name` names the results directory; the file's name if not given.
 * `question`: what the matrix is to answer; printed in reports.
 * `preset`: a named starting point, weaker than everything the matrix says; may be an axis.

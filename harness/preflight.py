@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from harness import (
+    adapter_check,
     arguments,
-    data,
+    behaviour,
+    data_check,
     evaluate,
     extensions,
     loading_info,
@@ -21,7 +23,7 @@ from harness import (
     profile_check,
 )
 from harness.problems import Findings, Problem, shared
-from matrices.cell import Adapter, Cell, Data, Evaluate, Model
+from matrices.cell import Adapter, Cell, Evaluate, Model, Quantization
 from matrices.errors import UserError
 
 
@@ -31,8 +33,8 @@ def problems(cells: Sequence[Cell]) -> list[Problem]:
     plan_checks.check(found, cells)
     # A directory that is no model is not loaded; and rows are prepared with the model's tokenizer.
     loadable = _check_models(found, found.without(cells))
-    for (source, chosen), having in shared(loadable, _trained_on):
-        found.check(having, _check_data, source, chosen)
+    for about, having in shared(loadable, data_check.subject):
+        found.check(having, data_check.check, *about)
     for _, having in shared(found.without(cells), _trained_with):
         found.check(having, arguments.check_sft, having[0])
     for _, having in shared(found.without(loadable), _tokens):
@@ -55,13 +57,13 @@ def _check_models(found: Findings, cells: Sequence[Cell]) -> list[Cell]:
         if skeleton is None:
             continue
         loadable += having
-        for adapter, adapted in shared(having, lambda cell: cell.adapter):
-            found.check(adapted, _check_adapter, adapter, skeleton)
+        for (adapter, quantization), adapted in shared(having, _adapted):
+            found.check(adapted, _check_adapter, adapter, skeleton, quantization)
     return loadable
 
 
-def _trained_on(cell: Cell) -> tuple[Data, Model] | None:
-    return (cell.data, cell.model) if cell.data is not None else None
+def _adapted(cell: Cell) -> tuple[Adapter, Quantization | None] | None:
+    return (cell.adapter, cell.quantization) if cell.adapter is not None else None
 
 
 def _trained_with(cell: Cell) -> Any:
@@ -108,30 +110,20 @@ def _skeleton(chosen: Model) -> Any:
             "a hub id",
             key="model.name",
         ) from error
+    behaviour.refuse_encoder(skeleton, chosen)
     loading_info.check(chosen, skeleton)
     return skeleton
 
 
-def _check_adapter(adapter: Adapter, skeleton: Any) -> None:
+def _check_adapter(adapter: Adapter, skeleton: Any, quantization: Quantization | None) -> None:
     try:
         model.lora_config(adapter, skeleton)
     except (TypeError, ValueError, ImportError) as error:
         raise UserError(
             f"LoraConfig refuses it: {_first_line(error)}", key="adapter.lora_config"
         ) from error
-
-
-def _check_data(source: Data, chosen: Model) -> None:
-    rows = data.load_rows(source)
-    data.loss_arguments(source, rows.column_names)
-    if "messages" in rows.column_names:
-        tokenizer = model.load_tokenizer(chosen)
-        if tokenizer.chat_template is None:
-            raise UserError(
-                f"{source.source} holds chat messages, but the tokenizer of {chosen.name} has no "
-                "chat template",
-                key="data.format",
-            )
+    adapter_check.check(adapter, skeleton, quantization)
+    adapter_check.attach(adapter, skeleton, quantization is not None)
 
 
 def _check_tasks(recipe: Evaluate) -> None:

@@ -181,9 +181,9 @@ def sweep_of(
 ) -> tuple[Matrix, Sweep, int]:
     """What the options name: the matrix, its cells, and how many combinations gave them. Raises
     UserError."""
+    from launch.matrix_file import load
     from launch.plan import Sweep, retried_statuses
     from matrices.expand import expand
-    from matrices.load import load
     from matrices.passed_through import merged
 
     statuses = retried_statuses(retry)

@@ -83,6 +83,7 @@ def in_short(prediction: Prediction) -> dict[str, Any]:
         "peak_allocated_bytes": memory.peak_allocated_bytes,
         "peak_reserved_bytes": memory.peak_reserved_bytes,
         "peak_phase": memory.peak_phase,
+        "quantized_share": prediction.quantized_share,
         "verdicts": {verdict.gpu: verdict.outcome for verdict in prediction.verdicts},
     }
 

@@ -26,6 +26,13 @@ dotted name (`train.steps: 40`) or, where a bare name is listed, under that (`st
 `exclude`, `include` and `--set KEY=VALUE`. YAML is read as YAML 1.2: `1e-4` is a number, `no` is
 text. Relative paths start at the file's directory, those of `--set` at the current one.
 
+A local model or data file is written as a path (`./mine`, `/data/mine`, `~/mine`; data also by its
+ending). What has the form of a hub id (`org/name`) is one: where a directory of that name is there
+too, it is refused until it is written `./org/name`. Local files are hashed whole; a cell whose
+model or data has another hash when it starts fails. What came from the hub is told apart by its
+commit: it is in the record, in tables beside the revision (`main@0123456789ab`), and a result of
+another commit than the local copy's is measured again.
+
 `model: {config: path/to/config.json}` is an architecture without weights: it can be predicted and
 not run, its content hash takes the place of the path in the cell's identity, and it is called after
 its file (or directory, if the file is config.json) unless `model.name` says otherwise.
@@ -34,6 +41,20 @@ its file (or directory, if the file is config.json) unless `model.name` says oth
 the cell's `parallelism`; start from what `tunebench profiles` prints. Its content, and that of a
 DeepSpeed file that it names, takes the place of the path in the cell. In both,
 {placeholders} are filled in from the cell; `$$` is a dollar sign.
+
+`data.format: auto` reads the column that is named, by a `*_column` setting that the matrix writes.
+Else it reads the first of these whose columns are there: chat (`messages`), prompt-completion
+(`prompt`, `completion`), text (`text`), ShareGPT (`conversations` of `from` and `value`), Alpaca
+(`instruction`, `output` and perhaps `input`). ShareGPT becomes messages (human is user, gpt is
+assistant), in whatever column it stands; Alpaca becomes prompt and completion by the two prompts
+of Stanford Alpaca, whose completion follows "### Response:" at once. A content of text parts is
+their text; `tools` and `chat_template_kwargs` beside messages go to the chat template. The record
+tells in `provenance.data` which columns were read, and as what.
+
+Before a run, TRL prepares the rows as it will for training: all of them, or of more than
+20,000 the first half of that number and as many at random, while values are checked in
+every row. The first row that cannot be trained on is named, by its line in a JSONL file, else by
+its place among the rows. Cells find what was prepared in the cache.
 
 * `name` names the results directory; the file's name if not given.
 * `question`: what the matrix is to answer; printed in reports.

@@ -19,6 +19,7 @@ from matrices.gpus import Gpu
 from matrices.model_rules import (
     config_must_be_complete,
     model_needs_weights,
+    positions_end_in_table,
     sequence_needs_positions,
     shards_must_not_be_empty,
 )
@@ -234,6 +235,7 @@ RULES: tuple[Rule, ...] = (
     *PARALLEL_RULES,
     *PARALLEL_RUN_RULES,
     model_needs_weights,
+    positions_end_in_table,
 )
 # About this machine, or about a run's timing and weights.
 _OF_A_RUN = {
@@ -242,6 +244,7 @@ _OF_A_RUN = {
     steps_left_to_time,
     model_needs_weights,
     *ARGUMENT_RUN_RULES,
+    positions_end_in_table,
     *PARALLEL_RUN_RULES,
 }
 PREDICTION_RULES: tuple[Rule, ...] = (

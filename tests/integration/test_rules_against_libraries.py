@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from matrices.installed import UNKNOWN, fields
+from matrices.model_rules import POSITION_TABLES, positions_problem
 from matrices.models import REQUIRED, SAME
 from matrices.owned import TABLES
 
@@ -128,19 +129,36 @@ def test_what_is_refused_for_its_value_is_refused_by_peft_too() -> None:
         get_peft_model(model, LoraConfig(target_modules=["q_proj"], init_lora_weights="gausian"))
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "gpt_bigcode", "opt"])
-def test_learned_positions_end(model_type: str) -> None:
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        *("biogpt", "codegen", "ctrl", "gpt2", "gpt_bigcode", "gpt_neo", "gptj", "openai-gpt"),
+        *("opt", "llama", "xglm", "bloom"),
+    ],
+)
+def test_positions_end_where_they_are_a_table(model_type: str) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    sizes = {"vocab_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
-    config = AutoConfig.for_model(
-        model_type, **sizes, hidden_size=8, ffn_dim=8, word_embed_proj_dim=8, pad_token_id=None
-    )
-    config.max_position_embeddings = 4
-    model = AutoModelForCausalLM.from_config(config)
-    model(input_ids=torch.zeros(1, 4, dtype=torch.long))
-    with pytest.raises(IndexError, match="out of range"):
-        model(input_ids=torch.zeros(1, 5, dtype=torch.long))
+    known = AutoConfig.for_model(model_type)
+    sizes = {
+        **dict.fromkeys(("hidden_size", "embed_dim", "d_model", "word_embed_proj_dim"), 16),
+        **dict.fromkeys(("num_attention_heads", "attention_heads"), 4),
+        **dict.fromkeys(("intermediate_size", "ffn_dim", "dff"), 8),
+        **dict.fromkeys(("num_hidden_layers", "num_layers"), 1),
+        **{"attention_types": [[["global"], 1]], "rotary_dim": 4, "pad_token_id": 1},
+        **{"vocab_size": 16, "max_position_embeddings": 4},
+    }
+    given = {name: size for name, size in sizes.items() if hasattr(known, name)}
+    config = AutoConfig.for_model(model_type, **given)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model(input_ids=torch.full((1, 4), 5))
+    beyond = torch.full((1, 5), 5)
+    if model_type not in POSITION_TABLES:
+        model(input_ids=beyond)
+        return
+    assert "5 and the model has 4 positions" in (positions_problem(config.to_dict(), 5) or "")
+    with pytest.raises((IndexError, RuntimeError), match=r"out of|size of tensor"):
+        model(input_ids=beyond)
 
 
 @pytest.mark.parametrize("model_type", [*REQUIRED])

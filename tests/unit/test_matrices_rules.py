@@ -209,6 +209,13 @@ REFUSED = [
         "model-needs-weights",
         "leave them out to run it",
     ),
+    # However short the data: memory is measured on sequences of max_length.
+    (
+        cell("lora", model__name="gpt2", data__max_length=4096),
+        CPU,
+        "positions-end-in-table",
+        "the model has 1024 positions, a table that ends there; shorten the sequences",
+    ),
 ]
 
 
@@ -264,8 +271,8 @@ def test_every_rule_has_a_cell_it_refuses() -> None:
         (cell("lora", model__name="gpt2"), CPU),  # a hub id as well
         (cell("lora", model__name="/a/llama-3.1-8b", model__fingerprint="f"), CPU),
         (cell("lora", model__name="someone/something"), CPU),
-        # Too long for its positions, but the data may be short.
-        (cell("lora", model__name="gpt2", data__max_length=4096), CPU),
+        # Rotary positions go on.
+        (cell("lora", data__max_length=10**5), CPU),
     ],
 )
 def test_what_the_libraries_run_is_not_refused(runs: Cell, machine: Machine) -> None:

@@ -92,7 +92,11 @@ RIGHT: list[tuple[list[Any], dict[str, Any], dict[str, Any]]] = [
         {},
     ),
     ([{"text": ""}, {"text": "a"}], {"packing": False}, {}),
-    ([{"prompt": "a", "completion": ""}], {"packing": False}, {}),
+    (
+        [{"prompt": "a", "completion": ""}, {"prompt": "", "completion": "b"}],
+        {"packing": False},
+        {},
+    ),
 ]
 
 
@@ -109,7 +113,7 @@ def test_what_can_be_trained_on_passes(
 
 
 CUT = {"completion_only_loss": True, "packing": False}
-EMPTY = "'text': empty in each of 2 rows"
+EMPTY = "column 'text' is empty in each of 2 rows"
 LOST = "2 of 2 rows lose what is to be learnt (the completion) at 64 tokens"
 WRONG: dict[str, tuple[list[Any], dict[str, Any], dict[str, Any], str, str]] = {
     "the template refuses a row": (
@@ -169,6 +173,13 @@ WRONG: dict[str, tuple[list[Any], dict[str, Any], dict[str, Any], str, str]] = {
         LOST,
     ),
     "no text": ([{"text": ""}, {"text": " "}], {"packing": False}, {}, "data.source", EMPTY),
+    "no completions": (
+        [{"prompt": "a", "completion": ""}] * 2,
+        {},
+        {},
+        "data.source",
+        "column 'completion' is empty in each of 2 rows",
+    ),
     "no text, packed": ([{"text": ""}] * 2, {}, {}, "data.source", EMPTY),
     "an unknown token": (
         [{"text": "a"}, {"text": "a<|im_end|>"}],
@@ -275,9 +286,10 @@ def test_it_is_the_preparation_of_a_run(
 
 
 def test_which_rows_are_prepared(repository: Path) -> None:
-    assert f"more than\n{CHECKED_ROWS:,} the first half" in (
-        repository / "matrices" / "REFERENCE.md"
-    ).read_text()
+    assert (
+        f"more than\n{CHECKED_ROWS:,} the first half"
+        in (repository / "matrices" / "REFERENCE.md").read_text()
+    )
     assert data_check._looked_at(5) == [0, 1, 2, 3, 4]
     assert data_check._looked_at(CHECKED_ROWS) == list(range(CHECKED_ROWS))
     some = data_check._looked_at(10 * CHECKED_ROWS)

@@ -245,7 +245,9 @@ def flat(written: Mapping[str, Spot]) -> dict[str, Spot]:
     found: dict[str, Spot] = {}
     for name, spot in written.items():
         if name in SECTIONS and isinstance(spot.value, dict):
-            inner = {resolve(leaf, s.where, name): s for leaf, s in spot.value.items()}
+            inner = {
+                resolve(leaf, s.where, name, document.plain(s)): s for leaf, s in spot.value.items()
+            }
         elif name in SECTIONS and name not in SHORT:
             raise UserError(
                 f"is a section of settings, not {show(document.plain(spot))}; write for example "
@@ -254,7 +256,7 @@ def flat(written: Mapping[str, Spot]) -> dict[str, Spot]:
                 where=spot.where,
             )
         else:
-            inner = {resolve(name, spot.where): spot}
+            inner = {resolve(name, spot.where, value=document.plain(spot)): spot}
         _once(found, inner)
     return found
 

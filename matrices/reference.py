@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from matrices.argument_rules import EFFECTS
 from matrices.expand import expand
 from matrices.gpus import gpus
 from matrices.load import load, shipped
 from matrices.models import architectures
+from matrices.owned import TABLES
 from matrices.presets import PRESETS
 from matrices.profiles import PLACEHOLDERS
 from matrices.rules import PREDICTION_RULES, RULES, Rule
@@ -23,6 +25,13 @@ dotted name (`train.steps: 40`) or, where a bare name is listed, under that (`st
 `model: x` is short for `model.name`, `data: x` for `data.source`. The same names work in `axes`,
 `exclude`, `include` and `--set KEY=VALUE`. YAML is read as YAML 1.2: `1e-4` is a number, `no` is
 text. Relative paths start at the file's directory, those of `--set` at the current one.
+
+A local model or data file is written as a path (`./mine`, `/data/mine`, `~/mine`; data also by its
+ending). What has the form of a hub id (`org/name`) is one: where a directory of that name is there
+too, it is refused until it is written `./org/name`. Local files are hashed whole; a cell whose
+model or data has another hash when it starts fails. What came from the hub is told apart by its
+commit: it is in the record, in tables beside the revision (`main@0123456789ab`), and a result of
+another commit than the local copy's is measured again.
 
 `model: {config: path/to/config.json}` is an architecture without weights: it can be predicted and
 not run, its content hash takes the place of the path in the cell's identity, and it is called after
@@ -83,6 +92,18 @@ include:
 ```
 """
 
+ARGUMENTS = """\
+Every argument of the libraries' configuration classes. "setting": write what is named here instead.
+"passed through": give it under `train.sft_config` or `adapter.lora_config`; its value is compared
+with what the library's object holds, and the record keeps both beside the library's default
+(`verified.passed_through`). "refused": the cell is `invalid`, for the reason given.
+
+Names and types are checked against the installed release when a matrix is planned. An argument that
+a newer release adds and this table does not hold is passed through, and the record says that it is
+not classified. Cells that differ only by an argument at the library's default are one cell.
+BitsAndBytesConfig has no mapping to pass through.
+"""
+
 ARCHITECTURES = """\
 What a prediction knows without a network. `model:` takes the name or one of the hub ids, in any
 case; a run needs the hub id. Parameters are the published total, tied weights counted once.
@@ -112,6 +133,7 @@ def reference() -> str:
         INTRODUCTION.replace("{placeholders}", _placeholders()),
         _settings(),
         _presets(),
+        _arguments(),
         _rules("Cells that are refused", RULES),
         _rules("Cells that are not predicted", PREDICTION_RULES),
         _architectures(),
@@ -157,6 +179,18 @@ def _presets() -> str:
         for key in keys
     ]
     return f"## Presets\n\n{table(('Setting', *(f'`{name}`' for name in PRESETS)), rows)}"
+
+
+def _arguments() -> str:
+    parts = ["## Arguments of the libraries\n", ARGUMENTS]
+    for class_name, (_, arguments) in TABLES.items():
+        rows = []
+        for name, argument in sorted(arguments.items()):
+            needs = f"only with {EFFECTS[argument.needs][1]}" if argument.needs else ""
+            kind = "passed through" if argument.kind == "passed" else argument.kind
+            rows.append((f"`{name}`", kind, argument.said or needs))
+        parts.append(f"### {class_name}\n\n{table(('Argument', 'Kind', 'Meaning here'), rows)}")
+    return "\n".join(parts)
 
 
 def _rules(title: str, rules: Sequence[Rule]) -> str:

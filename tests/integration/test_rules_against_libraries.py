@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
+import inspect
 
 import pytest
 import torch
 
+from matrices.installed import UNKNOWN, fields
 from matrices.model_rules import POSITION_TABLES, positions_problem
 from matrices.models import REQUIRED, SAME
-from matrices.owned import LORA_RESERVED, LORA_SETTINGS, SFT_RESERVED, SFT_SETTINGS
+from matrices.owned import TABLES
 
 
 def test_accelerate_ignores_fp16_on_a_cpu() -> None:
@@ -78,15 +81,52 @@ def test_packed_documents_stay_apart_without_flash_attention(implementation: str
     torch.testing.assert_close(packed.logits[:, 7:], alone.logits, atol=1e-5, rtol=0)
 
 
-def test_owned_arguments_exist() -> None:
+def test_every_argument_of_the_installed_classes_is_classified() -> None:
+    """A new release of TRL, PEFT or transformers breaks this test, not a user's sweep."""
+    from peft import LoraConfig
+    from transformers import BitsAndBytesConfig
+    from trl import SFTConfig
+
+    installed = {
+        "SFTConfig": {field.name for field in dataclasses.fields(SFTConfig)},
+        "LoraConfig": {field.name for field in dataclasses.fields(LoraConfig)},
+        "BitsAndBytesConfig": set(inspect.signature(BitsAndBytesConfig).parameters) - {"kwargs"},
+    }
+    for name, (_, table) in TABLES.items():
+        assert {argument for argument in table if "." not in argument} == installed[name]
+
+
+def test_arguments_are_read_from_source_as_they_are() -> None:
     from peft import LoraConfig
     from trl import SFTConfig
 
-    sft = {field.name for field in dataclasses.fields(SFTConfig)}
-    retired = {"warmup_ratio"}  # still what many people write
-    assert (SFT_SETTINGS.keys() | SFT_RESERVED) - sft == retired
-    lora = {field.name for field in dataclasses.fields(LoraConfig)}
-    assert (LORA_SETTINGS.keys() | LORA_RESERVED) <= lora
+    for real in (SFTConfig, LoraConfig):
+        read = fields(real.__name__)
+        assert read is not None
+        assert set(read) == {field.name for field in dataclasses.fields(real)}
+        for field in dataclasses.fields(real):
+            mine = read[field.name]
+            if field.default is dataclasses.MISSING or isinstance(field.default, enum.Enum):
+                continue
+            assert mine.accepts(field.default), field.name
+            assert mine.default is UNKNOWN or mine.is_default(field.default), field.name
+
+
+def test_what_is_refused_for_its_value_is_refused_by_peft_too() -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=8,
+            hidden_size=8,
+            intermediate_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+        )
+    )
+    with pytest.raises(ValueError, match="Unknown initialization"):
+        get_peft_model(model, LoraConfig(target_modules=["q_proj"], init_lora_weights="gausian"))
 
 
 @pytest.mark.parametrize(

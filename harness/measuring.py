@@ -8,14 +8,26 @@ import time
 from pathlib import Path
 from typing import Any
 
-from harness import data, device, model, ranks, verify
+from harness import (
+    arguments,
+    behaviour,
+    checkpointing,
+    data,
+    device,
+    loading_info,
+    model,
+    ranks,
+    verify,
+)
 from harness.files import TEMPORARY_PREFIX
 from harness.job import Job
-from harness.meters import memory, shards, speed
+from harness.meters import losses, memory, shards, speed
+from harness.meters.batches import CountingCollator
 from harness.meters.steps import TOP_TENSORS, CounterSteps, MemorySteps, StepClock, read_phase
 from harness.record import LiveTensor, Phase, PhaseMemory, Record
 from harness.train import Course, ObservedTrainer, build_trainer, forward_restored, worst_case_rows
 from matrices.cell import Cell
+from matrices.errors import UserError
 
 # Adam's state is made in the first step, so the second is the first whole one.
 MEMORY_STEPS = 2
@@ -31,12 +43,13 @@ def load(job: Job) -> Any:
     place = ranks.load_device(cell)
     ledger = memory.Ledger(place.type)
     device.reset_peaks()
+    record.provenance.model = model.provenance(cell.model)
     started = time.perf_counter()
     loaded = model.load_base(cell, place)
     device.synchronize()
     record.speed.load_seconds = time.perf_counter() - started
     record.memory.phases["load"] = [read_phase()]
-    record.provenance.model = model.provenance(cell.model, loaded)
+    record.provenance.unexpected_weights = loading_info.unexpected(loaded)
     memory.tag_model(ledger, loaded)
     if cell.quantization is not None and cell.quantization.kbit_preparation and cell.train:
         job.enter("kbit_preparation")
@@ -46,7 +59,10 @@ def load(job: Job) -> Any:
             loaded = model.prepare_kbit(loaded, cell)
         _keep_phase(record, "kbit_preparation", read_phase(), ledger.events)
     ledger.close()
+    seen = behaviour.look(loaded, cell)
     loaded = model.add_adapter(loaded, cell)
+    record.verified = verify.verify_model(loaded, cell)
+    behaviour.note(record, seen, loaded)
     record.artifacts.trainable_parameters, record.artifacts.total_parameters = (
         model.count_parameters(loaded) if cell.train else (0, model.count_parameters(loaded)[1])
     )
@@ -76,9 +92,9 @@ def rows_of(job: Job) -> Any:
     cell = job.record.cell
     assert cell.data is not None
     job.enter("data", cell.data.source)
-    rows = data.load_rows(cell.data)
-    job.record.provenance.data = data.provenance(cell.data, rows)
-    return rows
+    read = data.read(cell.data)
+    job.record.provenance.data = data.provenance(cell.data, read)
+    return read.rows
 
 
 def memory_steps(job: Job, loaded: Any, tokenizer: Any) -> None:
@@ -95,6 +111,7 @@ def memory_steps(job: Job, loaded: Any, tokenizer: Any) -> None:
     finally:
         _keep_memory(record, steps)
         _keep_share(job, steps)
+    checkpointing.demand_recomputed(steps.recomputation, record.cell)
     record.speed.flops_per_step = steps.flops_per_step
     if device.has_cuda():
         # A dispatch mode keeps autograd from adding gradients in place: torch's own counters would
@@ -166,6 +183,8 @@ def _keep_memory(record: Record, steps: MemorySteps) -> None:
     live = memory.live_at(events, peak.at)
     record.memory.by_category = memory.by_category(live)
     record.memory.top_tensors = [_live_tensor(storage) for storage in live[:TOP_TENSORS]]
+    record.memory.ledger_peak_bytes = peak.bytes
+    record.memory.ledger_peak_phase = phase  # type: ignore[assignment]
     record.memory.headline, record.memory.peak_bytes = "ledger", peak.bytes
     record.memory.peak_phase = phase  # type: ignore[assignment]
     _prefer_counters(record)
@@ -205,21 +224,23 @@ def timed_steps(job: Job, loaded: Any, tokenizer: Any, rows: Any) -> ObservedTra
     job.enter("train", "preparing the data")
 
     def begin(optimizer: Any) -> None:
+        checkpointing.verify(loaded, cell)
         verified = record.verified
         verified.distributed_type, verified.world_size = ranks.verify(trainer.accelerator, cell)
-        verified.optimizer, verified.substitutions = verify.verify_optimizer(
-            optimizer, train.optimizer
-        )
-        verified.substitutions += ranks.substitutions(cell)
+        verified.optimizer, replaced = verify.verify_optimizer(optimizer, train.optimizer)
+        verified.substitutions += [*replaced, *ranks.substitutions(cell)]
+        arguments.verify_optimizer_arguments(train.sft_config, optimizer)
+        verified.loss_terms = losses.further_terms(trainer)
         job.save()
 
     def report(step: int, loss: float, seconds: float) -> None:
         job.step(step)
-        done = speed.tokens_so_far(trainer.counted.counts, train, step)
-        figures = {"loss": loss, "tokens_per_second": done * record.cell.ranks / seconds}
+        done = clock.counts[-1]
+        rate = done.non_padding * cell.ranks / seconds
+        figures = {"loss": loss if done.loss else None, "tokens_per_second": rate}
         if job.progress(step=step, steps=train.steps, **figures):
             # A killed worker leaves the steps until here.
-            speed.fill(record, clock, trainer.counted.counts)
+            speed.fill(record, clock)
             job.save()
 
     clock = StepClock(speed.warmup_steps(train), report, begin)
@@ -228,14 +249,26 @@ def timed_steps(job: Job, loaded: Any, tokenizer: Any, rows: Any) -> ObservedTra
         trainer = build_trainer(
             cell, loaded, tokenizer, rows, course, output_dir=Path(scratch), observer=clock
         )
-        record.verified = verify.verify_model(loaded, cell)
+        record.verified.weight_dtypes = verify.verify_again(loaded, cell)
+        record.verified.passed_through = arguments.seen(train.sft_config, trainer.args)
+        if cell.adapter is not None:
+            held = loaded.peft_config["default"]
+            record.verified.passed_through |= arguments.seen(cell.adapter.lora_config, held)
+        record.preparation = trainer.preparation
+        trainer.data_collator = CountingCollator(trainer.data_collator)
         device.reset_peaks()
         started = time.perf_counter()
         try:
             trainer.train()
         finally:
             record.speed.train_seconds = time.perf_counter() - started
-            speed.fill(record, clock, trainer.counted.counts)
+            speed.fill(record, clock)
+    if len(clock.seconds) != train.steps:
+        raise UserError(
+            f"the Trainer ended after {len(clock.seconds)} of {train.steps} steps: "
+            f"it was given {len(trainer.train_dataset)} sequences",
+            key="train.steps",
+        )
     record.memory.host_peak_rss_bytes = device.host_peak_rss_bytes()
     speed.note_device_peak(record)
     loaded.zero_grad(set_to_none=True)

@@ -1,60 +1,93 @@
-"""What would stop a sweep, found before it starts: models, data, columns, targets, tasks.
+"""What would stop the cells of a sweep, found before it starts: models, data, targets, tasks.
 
-Also makes what every cell needs once: the packaged model, downloaded data, compiled collectives.
+Each check runs once for all the cells that share what it is about, and a problem is that of the
+cells that have it. Also makes what every cell needs once: the packaged model, downloaded data,
+compiled collectives.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from harness import data, evaluate, extensions, model, profile_check
-from matrices.cell import Adapter, Cell, Data, Evaluate, Model
-from matrices.errors import UserError, nearest
+from harness import (
+    adapter_check,
+    arguments,
+    behaviour,
+    data_check,
+    evaluate,
+    extensions,
+    loading_info,
+    model,
+    plan_checks,
+    profile_check,
+)
+from harness.problems import Findings, Problem, shared
+from matrices.cell import Adapter, Cell, Evaluate, Model, Quantization
+from matrices.errors import UserError
 
 
-def problems(cells: Sequence[Cell]) -> list[UserError]:
+def problems(cells: Sequence[Cell]) -> list[Problem]:
     """Everything the user has to put right, each said once; empty when all cells can start."""
-    found: list[UserError] = []
-    for chosen in _distinct(cell.model for cell in cells):
-        skeleton = _checked(found, _skeleton, chosen)
-        if skeleton is not None:
-            adapters = (c.adapter for c in cells if c.model == chosen and c.adapter is not None)
-            for adapter in _distinct(adapters):
-                _checked(found, _check_adapter, adapter, skeleton)
-    for source, template in _distinct((c.data, c.model) for c in cells if c.data is not None):
-        _checked(found, _check_data, source, template)
-    for arguments in (c.train.sft_config for c in cells if c.train is not None):
-        _checked(found, _check_sft_config, arguments)
+    found = Findings()
+    plan_checks.check(found, cells)
+    # A directory that is no model is not loaded; and rows are prepared with the model's tokenizer.
+    loadable = _check_models(found, found.without(cells))
+    for about, having in shared(loadable, data_check.subject):
+        found.check(having, data_check.check, *about)
+    for _, having in shared(found.without(cells), _trained_with):
+        found.check(having, arguments.check_sft, having[0])
+    for _, having in shared(found.without(loadable), _tokens):
+        found.check(having, arguments.check_tokens, having[0])
     for spread in (cell for cell in cells if cell.profile):
-        _checked(found, profile_check.check, spread)
-    for recipe in _distinct(cell.evaluate for cell in cells):
-        unknown = evaluate.unknown_tasks(recipe) if _checks_path(found, recipe) else []
-        found += unknown
-        if not unknown:
-            _checked(found, _check_tasks, recipe)
-    if any(cell.parallelism.startswith("zero") for cell in cells):
-        _checked(found, extensions.load_host_collectives)
-    return list({str(error): error for error in found}.values())
+        found.check([spread], profile_check.check, spread)
+    for recipe, having in shared(cells, lambda cell: cell.evaluate):
+        _check_recipe(found, having, recipe)
+    zero = [cell for cell in cells if cell.parallelism.startswith("zero")]
+    if zero:
+        found.check(zero, extensions.load_host_collectives)
+    return found.problems
 
 
-def _distinct(things: Iterable[Any]) -> list[Any]:
-    """Equal things once, in order; not a set, since settings may hold dicts."""
-    kept: list[Any] = []
-    for thing in things:
-        if thing not in kept:
-            kept.append(thing)
-    return kept
+def _check_models(found: Findings, cells: Sequence[Cell]) -> list[Cell]:
+    """Check models and adapters; the cells whose model can be loaded."""
+    loadable: list[Cell] = []
+    for chosen, having in shared(cells, lambda cell: cell.model):
+        skeleton = found.check(having, _skeleton, chosen)
+        if skeleton is None:
+            continue
+        loadable += having
+        for (adapter, quantization), adapted in shared(having, _adapted):
+            found.check(adapted, _check_adapter, adapter, skeleton, quantization)
+    return loadable
 
 
-def _checked(found: list[UserError], check: Callable[..., Any], *about: Any) -> Any:
-    """The check's answer, or None after its complaint is noted."""
-    try:
-        return check(*about)
-    except UserError as error:
-        found.append(error)
+def _adapted(cell: Cell) -> tuple[Adapter, Quantization | None] | None:
+    return (cell.adapter, cell.quantization) if cell.adapter is not None else None
+
+
+def _trained_with(cell: Cell) -> Any:
+    """What the arguments of training depend on, where any are passed through."""
+    if cell.train is None or not cell.train.sft_config:
         return None
+    return cell.train, cell.data, cell.model.compute_dtype
+
+
+def _tokens(cell: Cell) -> Any:
+    """The tokens that training is told, where it is told any."""
+    given = cell.train.sft_config if cell.train is not None else {}
+    told = given.get("eos_token"), given.get("pad_token")
+    return (cell.model, *told) if any(told) else None
+
+
+def _check_recipe(found: Findings, cells: Sequence[Cell], recipe: Evaluate) -> None:
+    if found.check(cells, evaluate.task_manager, recipe) is None:
+        return
+    unknown = evaluate.unknown_tasks(recipe)
+    for error in unknown:
+        found.add(cells, error)
+    if not unknown:
+        found.check(cells, _check_tasks, recipe)
 
 
 def _skeleton(chosen: Model) -> Any:
@@ -67,7 +100,7 @@ def _skeleton(chosen: Model) -> Any:
         config = AutoConfig.from_pretrained(name, **keywords)
         model.load_tokenizer(chosen)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(
+            skeleton = AutoModelForCausalLM.from_config(
                 config, trust_remote_code=chosen.trust_remote_code
             )
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -77,48 +110,20 @@ def _skeleton(chosen: Model) -> Any:
             "a hub id",
             key="model.name",
         ) from error
+    behaviour.refuse_encoder(skeleton, chosen)
+    loading_info.check(chosen, skeleton)
+    return skeleton
 
 
-def _check_adapter(adapter: Adapter, skeleton: Any) -> None:
-    from peft import LoraConfig
-
-    fields = {field.name for field in dataclasses.fields(LoraConfig)}
-    for name in adapter.lora_config:
-        if name not in fields:
-            raise UserError(
-                f"peft.LoraConfig has no argument {name!r}{nearest(name, fields)}",
-                key="adapter.lora_config",
-            )
-    model.target_modules(adapter.target_modules, skeleton)
-
-
-def _check_data(source: Data, chosen: Model) -> None:
-    rows = data.load_rows(source)
-    data.loss_arguments(source, rows.column_names)
-    if "messages" in rows.column_names:
-        tokenizer = model.load_tokenizer(chosen)
-        if tokenizer.chat_template is None:
-            raise UserError(
-                f"{source.source} holds chat messages, but the tokenizer of {chosen.name} has no "
-                "chat template",
-                key="data.format",
-            )
-
-
-def _check_sft_config(arguments: dict[str, Any]) -> None:
-    from trl import SFTConfig
-
-    fields = {field.name for field in dataclasses.fields(SFTConfig)}
-    for name in arguments:
-        if name not in fields:
-            raise UserError(
-                f"trl.SFTConfig has no argument {name!r}{nearest(name, fields)}",
-                key="train.sft_config",
-            )
-
-
-def _checks_path(found: list[UserError], recipe: Evaluate) -> bool:
-    return _checked(found, evaluate.task_manager, recipe) is not None
+def _check_adapter(adapter: Adapter, skeleton: Any, quantization: Quantization | None) -> None:
+    try:
+        model.lora_config(adapter, skeleton)
+    except (TypeError, ValueError, ImportError) as error:
+        raise UserError(
+            f"LoraConfig refuses it: {_first_line(error)}", key="adapter.lora_config"
+        ) from error
+    adapter_check.check(adapter, skeleton, quantization)
+    adapter_check.attach(adapter, skeleton, quantization is not None)
 
 
 def _check_tasks(recipe: Evaluate) -> None:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import psutil
 
+from harness import hub
 from harness.record import Hardware, Provenance, Record, Stack
 from matrices.cell import Cell, base_cells
 
@@ -41,6 +42,7 @@ NOTED_PACKAGES = (
     "flash-attn",
     "huggingface-hub",
     "kernels",
+    "liger-kernel",
     "nvidia-ml-py",
     "pandas",
     "pyarrow",
@@ -345,5 +347,5 @@ def new_record(
         reason="did not start",
         started=now(),
         attempt=attempt,
-        provenance=Provenance(environment=environment()),
+        provenance=Provenance(environment=environment(), **hub.known_commits(cell)),
     )

@@ -6,12 +6,14 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 
 from harness import provenance
+from harness.problems import Problem
 from harness.record import Record
 from launch import preflight
-from launch.local import ProblemsFound
-from launch.plan import Job
+from launch.left_out import leave_out
+from launch.plan import Job, Sweep
 from launch.progress import Display
 from launch.server import start_server
+from matrices.cell import Cell
 
 PREFLIGHT = "harness.preflight"
 
@@ -39,19 +41,25 @@ def used_gpu(record: Record) -> bool:
     return provenance.uses_gpu(record.stack, record.hardware)
 
 
-def check(jobs: Sequence[Job], display: Display) -> None:
-    """Check models, data and tasks, and fetch them, once for all nodes. Raises ProblemsFound."""
+def check(
+    jobs: Sequence[Job], to_check: Sequence[Job], display: Display, sweep: Sweep
+) -> list[Job]:
+    """Check models, data and tasks of some of the jobs, and fetch them, once for all nodes. The
+    jobs, without those that cannot run. Raises ProblemsFound when none can."""
+    return leave_out(jobs, problems([job.cell for job in to_check], display), display, sweep)
+
+
+def problems(cells: Sequence[Cell], display: Display) -> list[Problem]:
+    """What `tunebench run` would find wrong with these cells on this machine."""
     before = dict(os.environ)
     try:
         server = start_server([PREFLIGHT])
         with display.busy(
             "importing torch, transformers, trl and lm-eval; checking models, data and tasks"
         ):
-            found = preflight.problems(server, PREFLIGHT, [job.cell for job in jobs])
+            return preflight.problems(server, PREFLIGHT, cells)
     finally:
         _with_own_threads(before)
-    if found:
-        raise ProblemsFound(found)
 
 
 def _with_own_threads(environment: Mapping[str, str]) -> None:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from harness import provenance
+from harness import hub, provenance
 from harness.command import threads_of
 from harness.prediction import Prediction
 from harness.record import Record, Status
 from harness.store import INCONCLUSIVE, Entry, record_key
-from matrices.cell import Cell, base_cells, flatten, label
+from matrices.cell import Cell, base_cells
 from matrices.errors import UserError, nearest
+from matrices.labels import labels
 from matrices.rules import Machine, refusals
 
 Action = Literal["run", "retry", "keep", "invalid"]
@@ -25,12 +25,20 @@ RETRIED: frozenset[Status] = frozenset({"failed", "interrupted", "skipped", "inv
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """What is asked for: the cells of a matrix, which of them to repeat, where records go."""
+    """What is asked for: the cells of a matrix, which of them to repeat, where records go.
+    `locate` tells where in the matrix a setting stands."""
 
     cells: Sequence[Cell]
     results: Path
     retry: frozenset[Status] = RETRIED
     score_base: bool = True
+    locate: Callable[[str], str] | None = None
+
+    def located(self, error: UserError) -> UserError:
+        """The error with the place of its key, where it has none yet."""
+        if self.locate is None or error.where is not None or error.key is None:
+            return error
+        return UserError(error.message, key=error.key, where=self.locate(error.key))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +46,9 @@ class Job:
     """One cell of a run and what is to be done about it.
 
     `seen_attempt` is the last attempt that was there when the plan was made (0: none), so that a
-    runner can tell what another one added since.
+    runner can tell what another one added since. `implied` is a base cell that the matrix does not
+    name: it is there for the cells that are judged against it. `told` says that `why` was said
+    already, for all cells that share it.
     """
 
     cell: Cell
@@ -48,6 +58,8 @@ class Job:
     why: str
     seen_attempt: int
     entry: Entry | None
+    implied: bool = False
+    told: bool = False
 
     def as_json(self, prediction: Prediction | None = None) -> dict[str, Any]:
         """For machines; the prediction, if there is one, in short."""
@@ -74,6 +86,7 @@ def in_short(prediction: Prediction) -> dict[str, Any]:
         "peak_allocated_bytes": memory.peak_allocated_bytes,
         "peak_reserved_bytes": memory.peak_reserved_bytes,
         "peak_phase": memory.peak_phase,
+        "quantized_share": prediction.quantized_share,
         "verdicts": {verdict.gpu: verdict.outcome for verdict in prediction.verdicts},
     }
 
@@ -138,7 +151,8 @@ def plan_jobs(
         found = max((e for e in there if counts(e.record, threads)), key=_rank, default=None)
         action, why = decide(found.record if found else None, refused, retry)
         seen = max((e.record.attempt for e in there if _key(e.record) == key), default=0)
-        jobs.append(Job(cell, key, names[cell_id], action, why, seen, found))
+        implied = cell_id not in reasons
+        jobs.append(Job(cell, key, names[cell_id], action, why, seen, found, implied))
     return jobs
 
 
@@ -176,46 +190,14 @@ def _refusal(cell: Cell, machine: Machine) -> str:
 
 def decide(record: Record | None, refused: str, retry: frozenset[Status]) -> tuple[Action, str]:
     """What to do about a cell, given its last record here and why this machine refuses it."""
-    if record is not None and record.status not in retry:
-        return "keep", f"{record.status} since {(record.ended or record.started)[:16]}Z"
+    changed = hub.changed_since(record) if record is not None else ""
+    # A result outlives a refusal.
+    if record is not None and record.status not in retry and (refused or not changed):
+        since = f"{record.status} since {(record.ended or record.started)[:16]}Z"
+        return "keep", f"{since}, but {changed}" if changed else since
     if refused:
         return "invalid", refused
     if record is None:
         return "run", "not measured on this stack"
-    reason = f" ({record.reason})" if record.reason else ""
+    reason = f" ({changed or record.reason})" if changed or record.reason else ""
     return "retry", f"attempt {record.attempt} was {record.status}{reason}"
-
-
-def labels(cells: Sequence[Cell]) -> dict[str, str]:
-    """Cell id to a short name; where names would be equal, the settings that differ are added."""
-    short = {cell.cell_id: label(cell) for cell in cells}
-    count = Counter(short.values())
-    if all(number == 1 for number in count.values()):
-        return short
-    groups: dict[str, list[Cell]] = {}
-    for cell in cells:
-        groups.setdefault(short[cell.cell_id], []).append(cell)
-    for name, group in groups.items():
-        if len(group) > 1:
-            short |= _with_differences(name, group)
-    return short
-
-
-def _with_differences(name: str, group: list[Cell]) -> dict[str, str]:
-    flat = {cell.cell_id: flatten(cell) for cell in group}
-    keys = list(dict.fromkeys(key for settings in flat.values() for key in settings))
-    differing = [
-        key for key in keys if len({repr(settings.get(key)) for settings in flat.values()}) > 1
-    ]
-    return {
-        cell_id: " ".join(
-            [name, *(f"{key.split('.')[-1]}={_plain(settings.get(key))}" for key in differing)]
-        )
-        for cell_id, settings in flat.items()
-    }
-
-
-def _plain(value: object) -> str:
-    if isinstance(value, tuple):
-        return ",".join(str(item) for item in value)
-    return "–" if value is None else str(value)

@@ -7,17 +7,19 @@ import traceback
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 
+from harness.problems import Problem
 from launch.process import FORKS, died, kill_group, memory_kills
 from launch.server import Server, follow_parent
 from matrices.cell import Cell
 from matrices.errors import UserError
 
 
-def problems(server: Server, module: str, cells: Sequence[Cell]) -> list[UserError]:
-    """What the user has to put right before these cells can run.
+def problems(server: Server, module: str, cells: Sequence[Cell]) -> list[Problem]:
+    """What the user has to put right, and before which of these cells can run.
 
-    Waits for the fork server's imports first. Raises UserError when the server or the check is
-    killed, and RuntimeError with the process's own traceback when the check itself breaks.
+    Waits for the fork server's imports first. Raises UserError when something keeps the run as a
+    whole from starting or the check is killed, and RuntimeError with the process's own traceback
+    when the check itself breaks.
     """
     kills = memory_kills()
     receiver, sender = server.context.Pipe(duplex=False)
@@ -27,7 +29,7 @@ def problems(server: Server, module: str, cells: Sequence[Cell]) -> list[UserErr
         raise died(FORKS, None, server, kills) from error
     sender.close()
     try:
-        found, broken = receiver.recv()
+        found, wrong, broken = receiver.recv()
     except EOFError:
         process.join()
         who = "the check of models, data and tasks"
@@ -39,6 +41,8 @@ def problems(server: Server, module: str, cells: Sequence[Cell]) -> list[UserErr
     process.join()
     if broken:
         raise RuntimeError(f"preflight failed:\n{broken}")
+    if wrong is not None:
+        raise wrong
     return list(found)
 
 
@@ -47,8 +51,8 @@ def _main(module: str, cells: list[Cell], sender: Connection) -> None:
     try:
         found = importlib.import_module(module).problems(cells)
     except UserError as error:
-        sender.send(([error], None))
+        sender.send(([], error, None))
     except Exception:
-        sender.send(([], traceback.format_exc()))
+        sender.send(([], None, traceback.format_exc()))
     else:
-        sender.send((found, None))
+        sender.send((found, None, None))

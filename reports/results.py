@@ -6,10 +6,11 @@ import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from harness import provenance
+from harness import hub, provenance
 from harness.record import Record, read_record
+from matrices.cell import Data, Model
 from matrices.errors import UserError
 
 if TYPE_CHECKING:
@@ -96,7 +97,26 @@ def load_records(results: Path) -> list[Result]:
             "no record.json in this results directory; `tunebench run MATRIX` makes them",
             where=str(results),
         )
-    return [Result(read_record(path), path) for path in paths]
+    return [Result(by_commit(read_record(path)), path) for path in paths]
+
+
+def by_commit(record: Record) -> Record:
+    """The record with the commits that it read from the hub beside the branches in its cell: what
+    was measured of two commits of one branch differs in the setting `revision`."""
+    cell, read = record.cell, record.provenance
+    changes: dict[str, Any] = {}
+    if hub.is_hub_model(cell.model):
+        changes["model"] = _at(cell.model, read.model.get("commit"))
+    if cell.data is not None and hub.is_hub_data(cell.data):
+        changes["data"] = _at(cell.data, read.data.get("commit"))
+    return record.model_copy(update={"cell": cell.model_copy(update=changes)})
+
+
+def _at(section: Model | Data, commit: str | None) -> Model | Data:
+    if commit is None or section.revision == commit:
+        return section
+    named = f"{section.revision or 'main'}@{commit[:12]}"
+    return section.model_copy(update={"revision": named})
 
 
 def index(results: Iterable[Result]) -> Index:

@@ -8,7 +8,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from harness.command import accelerate, of_record
-from harness.record import CATEGORIES, PHASES, Record
+from harness.record import (
+    CATEGORIES,
+    PHASES,
+    Memory,
+    PassedThrough,
+    Record,
+    Verified,
+    VerifiedAdapter,
+)
 from matrices.cell import SECTIONS, flatten, label
 from reports.display import (
     DASH,
@@ -26,6 +34,7 @@ from reports.measured import METERS, phase_peak_bytes, timed_seconds
 from reports.results import Result
 from reports.samples import difference, score
 from reports.show_ranks import rank_facts, rank_rows
+from reports.show_steps import data_facts, loss_facts, step_facts
 
 WIDTH = 100
 BAR = 30
@@ -38,9 +47,12 @@ def show(result: Result, judged: Mapping[str, Result]) -> str:
         _head(result),
         _settings(result.record),
         _verified(result.record),
+        _facts("Data, as it was prepared", data_facts(result.record)),
         _memory(result.record),
         _ranks(result.record),
+        _facts("Steps, as they were counted", step_facts(result.record)),
         _speed(result.record),
+        _facts("Training loss", loss_facts(result.record)),
         _quality(result, judged),
         _generations(result.record, judged.get("untouched")),
         _missing(result.record),
@@ -73,6 +85,11 @@ def _aligned(rows: Sequence[tuple[str, ...]], right: Sequence[int] = ()) -> list
         ).rstrip()
         for row in rows
     ]
+
+
+def _facts(title: str, facts: Mapping[str, str]) -> str:
+    told = {name: text for name, text in facts.items() if text}
+    return _section(title, [line for item in told.items() for line in _wrapped(*item)])
 
 
 def _wrapped(name: str, text: str) -> list[str]:
@@ -148,9 +165,14 @@ def _verified(record: Record) -> str:
         "optimizer": found.optimizer,
         "attention": found.attn_implementation,
         "weights": dtypes,
+        "not in use": _unexpected(record.provenance.unexpected_weights),
         "4-bit modules": _modules(found.quantized_modules, found.quant_types),
+        "in 4 bit": _share(found.quantized_share),
         "adapters": _modules(modules, found.adapter_modules),
+        "adapter": _adapter(found.adapter),
+        "behaviour": _behaviour(found),
         "instead": "; ".join(found.substitutions),
+        "passed through": "; ".join(_passed(*item) for item in found.passed_through.items()),
         "trainable": count_text(record.artifacts.trainable_parameters)
         + f" of {count_text(record.artifacts.total_parameters)} parameters",
         "adapter file": bytes_text(record.artifacts.adapter_bytes),
@@ -160,6 +182,74 @@ def _verified(record: Record) -> str:
     told = {name: text for name, text in facts.items() if text and text != DASH}
     lines = [line for name, text in told.items() for line in _wrapped(name, text)]
     return _section("Verified on the loaded model", lines)
+
+
+def _unexpected(weights: Mapping[str, int]) -> str:
+    """Tensors of the checkpoint that the model has no place for."""
+    if not weights:
+        return ""
+    first = ", ".join(list(weights)[:3]) + (", ..." if len(weights) > 3 else "")
+    return f"{sum(weights.values())} tensors of the checkpoint ({first})"
+
+
+def _passed(name: str, told: PassedThrough) -> str:
+    default = "the default" if told.held == told.default else f"default {told.default}"
+    unknown = "" if told.classified else ", unknown to this release of tunebench"
+    return f"{name} {told.held} ({default}{unknown})"
+
+
+def _share(share: float | None) -> str:
+    return "" if share is None else f"{share:.1%} of the base model's weights"
+
+
+def _adapter(found: VerifiedAdapter | None) -> str:
+    """What differs from plain LoRA, and the ranks and scalings that were found."""
+    if found is None:
+        return ""
+    tokens = [f"{count} rows of {name}" for name, count in found.trained_tokens.items()]
+    told = {
+        "rank": _by_value(found.ranks),
+        "scaling": _by_value(found.scalings),
+        "layers": ranges_text(found.layers),
+        "init": "" if found.init == "True" else found.init or "",
+        "with a magnitude (DoRA)": str(found.dora or ""),
+        "parameters": ", ".join(found.parameters),
+        "trained copies of": ", ".join(found.modules_to_save),
+        "trained tokens": ", ".join(tokens),
+        "trained biases": str(found.trained_biases or ""),
+    }
+    return "; ".join(f"{name} {text}" for name, text in told.items() if text)
+
+
+def _by_value(counts: Mapping[str, int]) -> str:
+    if len(counts) == 1:
+        return next(iter(counts))
+    return ", ".join(f"{value} on {count}" for value, count in counts.items())
+
+
+def ranges_text(numbers: Sequence[int]) -> str:
+    """`0-3, 7` of sorted whole numbers."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(f"{first}" if first == last else f"{first}-{last}" for first, last in runs)
+
+
+def _behaviour(found: Verified) -> str:
+    sees = {
+        True: "documents in a row see nothing of each other",
+        False: "documents in a row see each other",
+        None: "",
+    }
+    told = [
+        "causal" if found.causal else "",
+        "the adapter starts at the base" if found.adapter_starts_at_base else "",
+        sees[found.documents_isolated],
+    ]
+    return "; ".join(each for each in told if each)
 
 
 def _modules(number: int | None, names: Sequence[str]) -> str:
@@ -202,6 +292,9 @@ def _memory(record: Record) -> str:
         where = f" in {memory.peak_phase.replace('_', ' ')}" if memory.peak_phase else ""
         lines += _wrapped("peak", f"{bytes_text(memory.peak_bytes)}{where}")
         lines += _wrapped("meter", METERS[memory.headline])
+    if memory.timed_peak_bytes is not None and memory.timed_peak_bytes > (memory.peak_bytes or 0):
+        told = f"{bytes_text(memory.timed_peak_bytes)}: higher, in a phase that is not known"
+        lines += _wrapped("timed steps", told)
     lines += _predicted(record)
     if memory.host_peak_rss_bytes is not None:
         lines += _wrapped("host peak RSS", bytes_text(memory.host_peak_rss_bytes))
@@ -212,14 +305,14 @@ def _memory(record: Record) -> str:
         lines += ["", "  peak of each phase, the largest of all ranks"]
         lines += _bars(phases, memory.peak_phase or "")
     for title, held in (
-        ("at the training peak, by the ledger", memory.by_category),
+        (_ledger_moment(memory), memory.by_category),
         ("held before the first step", memory.resident),
     ):
         if held:
             known = {name: held.get(name) for name in CATEGORIES if name in held}
             lines += ["", f"  {title}", *_bars(known)]
     if memory.top_tensors:
-        lines += ["", "  largest tensors live at the peak"]
+        lines += ["", "  largest tensors live at that peak of the ledger"]
         lines += _aligned(
             [
                 (
@@ -234,6 +327,14 @@ def _memory(record: Record) -> str:
             right=(0,),
         )
     return _section("Memory", lines)
+
+
+def _ledger_moment(memory: Memory) -> str:
+    """The moment that the categories are of."""
+    if memory.ledger_peak_phase is None or memory.ledger_peak_bytes is None:
+        return "at the training peak, by the ledger"
+    phase = memory.ledger_peak_phase.replace("_", " ")
+    return f"at the ledger's training peak, {bytes_text(memory.ledger_peak_bytes)} in {phase}"
 
 
 def _ranks(record: Record) -> str:
@@ -287,9 +388,6 @@ def _speed(record: Record) -> str:
 def _quality(result: Result, found: Mapping[str, Result]) -> str:
     limit = result.record.cell.evaluate.limit
     notes = [f"  partial: first {limit} documents of each task"] if limit else []
-    losses = result.record.quality.train_loss
-    if losses:
-        notes.append(f"  training loss {losses[0]:.4f} → {losses[-1]:.4f} in {len(losses)} steps")
     rows = [("task", "metric", "score", *[f"vs {role} base" for role in found], "n")]
     for task, scores in result.record.quality.tasks.items():
         for metric in scores.metrics:

@@ -9,16 +9,15 @@ from typing import Any
 
 import pandas as pd
 import pytest
-import torch
 from datasets import Dataset
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from harness import data
-from harness.data import CountingCollator, count_tokens, data_format
-from harness.meters.clock import Count
+from harness.data import Read
 from matrices.cell import Data
+from matrices.data_format import Layout, layout_of
 from matrices.errors import UserError
 
+TEXT = Layout("text", ("text",), conversational=False)
 ROWS = [{"text": "one", "n": 1}, {"text": "two", "n": 2}, {"text": "three", "n": 3}]
 WRITERS: dict[str, Callable[[Path], Any]] = {
     "json": lambda path: path.write_text(json.dumps(ROWS)),
@@ -84,6 +83,23 @@ def test_an_edited_file_is_read_again(tmp_path: Path) -> None:
             {"turns": [{"role": "user", "content": "hi"}]},
             {"messages": [{"role": "user", "content": "hi"}]},
         ),
+        # A column that is named wins over those that are not, whatever else is there.
+        (
+            {"text_column": "body"},
+            {"prompt": "p", "completion": "c", "messages": [], "text": "t", "body": "b"},
+            {"text": "b"},
+        ),
+        (
+            {"completion_column": "answer"},
+            {"prompt": "p", "completion": "c", "answer": "a", "text": "t"},
+            {"prompt": "p", "completion": "a"},
+        ),
+        # Two formats named: the one whose columns are there.
+        (
+            {"text_column": "body", "messages_column": "turns"},
+            {"body": "b", "prompt": "p", "completion": "c"},
+            {"text": "b"},
+        ),
         # Asked for by name, although another format's columns are there too.
         ({"format": "text"}, {"prompt": "p", "completion": "c", "text": "t"}, {"text": "t"}),
     ],
@@ -123,13 +139,32 @@ def test_the_format_is_told_from_the_columns(
             "data.messages_column",
             ["'message' is not a column", "did you mean 'messages'"],
         ),
+        # Named and not there, although other columns could be trained on.
+        (
+            {"text_column": "ful_text"},
+            ["prompt", "completion", "full_text"],
+            "data.text_column",
+            ["'ful_text' is not a column", "did you mean 'full_text'"],
+        ),
+        (
+            {"text_column": "body", "messages_column": "turns"},
+            ["body", "turns"],
+            "data.format",
+            ["columns of chat and text are named", "format: chat"],
+        ),
+        (
+            {"prompt_column": "question", "completion_column": "question"},
+            ["question"],
+            "data.completion_column",
+            ["both 'question'"],
+        ),
     ],
 )
 def test_a_missing_column_is_named_with_those_there_are(
     settings: dict[str, Any], columns: list[str], key: str, fragments: list[str]
 ) -> None:
     with pytest.raises(UserError) as caught:
-        data_format(Data(source="x.jsonl", **settings), columns)
+        layout_of(Data(source="x.jsonl", **settings), columns, {})
     assert caught.value.key == key
     for fragment in fragments:
         assert fragment in caught.value.message
@@ -193,54 +228,11 @@ def test_where_the_loss_is() -> None:
 
 def test_provenance_tells_rows_apart() -> None:
     def digest(rows: list[dict[str, str]]) -> str:
-        return data.provenance(Data(), Dataset.from_list(rows))["sha256"]
+        return data.provenance(Data(), Read(Dataset.from_list(rows), TEXT))["sha256"]
 
     one, other = {"text": "a"}, {"text": "b"}
     assert digest([one, other]) == digest([one, other])
     assert len({digest(rows) for rows in ([one, other], [other, one], [one], [one, one])}) == 4
-    found = data.provenance(Data(source="mine.jsonl"), Dataset.from_list([one]))
+    found = data.provenance(Data(source="mine.jsonl"), Read(Dataset.from_list([one]), TEXT))
     assert (found["source"], found["rows"]) == ("mine.jsonl", "1")
-
-
-def test_tokens_of_a_padded_batch() -> None:
-    """Two rows of 5, the second with 2 of padding: 10 tokens, 8 of them text. The first label of a
-    row predicts nothing, so 4 + 2 carry a loss."""
-    batch = {
-        "input_ids": torch.tensor([[5, 6, 7, 8, 9], [5, 6, 7, 0, 0]]),
-        "attention_mask": torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]),
-        "labels": torch.tensor([[5, 6, 7, 8, 9], [5, 6, 7, -100, -100]]),
-    }
-    assert count_tokens(batch, 2) == Count(all=10, non_padding=8, loss=6, samples=2)
-
-
-def test_tokens_of_prompt_and_completion() -> None:
-    """Labels on the completion alone: 3 prompt tokens, 2 of completion, 1 of padding."""
-    batch = {
-        "input_ids": torch.tensor([[5, 6, 7, 8, 9, 0]]),
-        "attention_mask": torch.tensor([[1, 1, 1, 1, 1, 0]]),
-        "labels": torch.tensor([[-100, -100, -100, 8, 9, -100]]),
-    }
-    assert count_tokens(batch, 1) == Count(all=6, non_padding=5, loss=2, samples=1)
-
-
-def test_tokens_without_a_mask_are_all_text() -> None:
-    batch = {"input_ids": torch.ones(1, 7), "labels": torch.ones(1, 7)}
-    assert count_tokens(batch, 3) == Count(all=7, non_padding=7, loss=6, samples=3)
-
-
-def test_counts_through_trls_own_collator() -> None:
-    """Rows of 3 and 5 tokens, the first two of each a prompt that carries no label."""
-    rows = [
-        {"input_ids": [4, 5, 6], "labels": [-100, -100, 6]},
-        {"input_ids": [4, 5, 6, 7, 8], "labels": [-100, -100, 6, 7, 8]},
-    ]
-    texts = [{"input_ids": row["input_ids"]} for row in rows]
-    padded = CountingCollator(DataCollatorForLanguageModeling(pad_token_id=0))
-    padded(rows)
-    padded(rows[:1])
-    padded(texts)
-    assert padded.counts == [Count(10, 8, 1 + 3, 2), Count(3, 3, 1, 1), Count(10, 8, 2 + 4, 2)]
-    # Flattened into one row: no padding, and neither row's first token is predicted.
-    flat = CountingCollator(DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True))
-    flat(texts)
-    assert flat.counts == [Count(8, 8, 2 + 4, 2)]
+    assert (found["format"], found["columns"]) == ("text", "text")

@@ -18,6 +18,7 @@ from harness.record import Record
 from matrices.cell import Adapter, Cell, Model, Quantization
 from matrices.errors import UserError, nearest
 from matrices.fingerprint import refuse_hub_id_of_directory
+from matrices.parallel_rules import reentrant
 
 QV_NAMES = {"q_proj", "v_proj", "query", "value", "q", "v", "wq", "wv"}
 # Projections that hold query, key and value in one matrix stand for query and value too.
@@ -124,7 +125,7 @@ def prepare_kbit(model: Any, cell: Cell) -> Any:
     return prepare_model_for_kbit_training(
         model,
         use_gradient_checkpointing=cell.train.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": cell.train.use_reentrant},
+        gradient_checkpointing_kwargs={"use_reentrant": reentrant(cell)},
     )
 
 

@@ -108,7 +108,7 @@ class Memory(Part):
         description="exact (unrounded) bytes by category held before the first step",
     )
     top_tensors: list[LiveTensor] = Field(default_factory=list)
-    host_peak_rss_bytes: int | None = None
+    host_peak_rss_bytes: int | None = Field(None, description="over the timed steps")
     allocator_settings: dict[str, str] = Field(default_factory=dict)
 
 
@@ -246,6 +246,16 @@ class Artifacts(Part):
     adapter_path: str | None = Field(None, description="relative to the record's directory")
 
 
+class PassedThrough(Part):
+    """An argument of sft_config or lora_config as the library's object held it, and the library's
+    default. `classified` is false where tunebench's tables do not know the argument."""
+
+    asked: Any = None
+    held: Any = None
+    default: Any = None
+    classified: bool = True
+
+
 class VerifiedAdapter(Part):
     """LoRA as it was found on the loaded model, one number for many modules: counts by value."""
 
@@ -304,6 +314,9 @@ class Verified(Part):
     )
     substitutions: list[str] = Field(
         default_factory=list, description="what ran instead of what was asked, and why"
+    )
+    passed_through: dict[str, PassedThrough] = Field(
+        default_factory=dict, description="arguments of sft_config and lora_config, by their names"
     )
 
 

@@ -58,12 +58,6 @@ def verify_again(model: Any, cell: Cell) -> dict[str, int]:
     cast = {id(layer.bias) for layer in four_bit if layer.bias is not None}
     cast |= {id(p) for p in model.parameters() if p.requires_grad} if cell.adapter else set()
     _verify_weight_dtype(model, cell, cast)
-    if cell.train is not None:
-        demand(
-            bool(model.is_gradient_checkpointing),
-            cell.train.gradient_checkpointing,
-            "gradient_checkpointing",
-        )
     return _dtypes(model)
 
 

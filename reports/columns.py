@@ -208,7 +208,7 @@ def _memory() -> list[Column]:
         *[_category("resident", name, "held before the first step") for name in CATEGORIES],
         Column(
             "memory.host_peak_rss_bytes", "memory.host_peak_rss_bytes", "Int64", "host peak RSS",
-            "resident set of the process, at its largest", "bytes", "lower",
+            "resident set of the process, at its largest over the timed steps", "bytes", "lower",
         ),
     ]  # fmt: skip
 

@@ -6,7 +6,7 @@ import shlex
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 
-from harness.record import CATEGORIES, PHASES, Memory, Record
+from harness.record import CATEGORIES, PHASES, Memory, PassedThrough, Record
 from matrices.cell import SECTIONS, flatten, label
 from reports.display import (
     DASH,
@@ -150,12 +150,14 @@ def _verified(record: Record) -> str:
         "optimizer": found.optimizer,
         "attention": found.attn_implementation,
         "weights": dtypes,
+        "not in use": _unexpected(record.provenance.unexpected_weights),
         "4-bit modules": _modules(found.quantized_modules, found.quant_types),
         "in 4 bit": share_text(found.quantized_share),
         "adapters": _modules(modules, found.adapter_modules),
         "adapter": adapter_text(found.adapter),
         "behaviour": behaviour_text(found),
         "instead": "; ".join(found.substitutions),
+        "passed through": "; ".join(_passed(*item) for item in found.passed_through.items()),
         "trainable": count_text(record.artifacts.trainable_parameters)
         + f" of {count_text(record.artifacts.total_parameters)} parameters",
         "adapter file": bytes_text(record.artifacts.adapter_bytes),
@@ -165,6 +167,20 @@ def _verified(record: Record) -> str:
     told = {name: text for name, text in facts.items() if text and text != DASH}
     lines = [line for name, text in told.items() for line in _wrapped(name, text)]
     return _section("Verified on the loaded model", lines)
+
+
+def _unexpected(weights: Mapping[str, int]) -> str:
+    """Tensors of the checkpoint that the model has no place for."""
+    if not weights:
+        return ""
+    first = ", ".join(list(weights)[:3]) + (", ..." if len(weights) > 3 else "")
+    return f"{sum(weights.values())} tensors of the checkpoint ({first})"
+
+
+def _passed(name: str, told: PassedThrough) -> str:
+    default = "the default" if told.held == told.default else f"default {told.default}"
+    unknown = "" if told.classified else ", unknown to this release of tunebench"
+    return f"{name} {told.held} ({default}{unknown})"
 
 
 def _modules(number: int | None, names: Sequence[str]) -> str:

@@ -271,16 +271,6 @@ def test_other_attention() -> None:
     fails(load(eager), FULL, "attn_implementation")
 
 
-def test_other_checkpointing() -> None:
-    """A trainer turns it on, so it is looked for when there is one."""
-    with pytest.raises(VerificationError, match="gradient_checkpointing"):
-        verify_again(load(FULL), but(FULL, "train", gradient_checkpointing=True))
-    loaded = load_to_change(FULL)
-    loaded.activation_checkpointing_enable()
-    with pytest.raises(VerificationError, match="the cell says False, loaded is True"):
-        verify_again(loaded, FULL)
-
-
 def test_resident_bytes_of_what_is_loaded_from_disk(tiny_llama: Path) -> None:
     """Weights read from safetensors hold their own bytes, whatever the file is mapped as."""
     from harness.meters.memory import resident_bytes

@@ -21,10 +21,6 @@ from harness.model import LIBRARY_REFUSALS, lora_config, refused_by_peft
 from matrices.cell import Adapter, Quantization
 from matrices.errors import UserError, nearest
 
-# They start from activations or gradients of data, which is a pass of its own before training
-# (peft/tuners/lora/eva.py, corda.py, loraga.py).
-DATA_DRIVEN_INITS = ("eva", "corda", "lora_ga")
-
 
 def check(adapter: Adapter, model: Any, quantization: Quantization | None = None) -> None:
     """Raise UserError for the first argument that matches nothing in `model`, has no effect there,
@@ -266,26 +262,7 @@ def _check_bias(config: Any, model: Any, found: list[Place]) -> None:
         raise refusal("bias", f"{config.bias!r} has no effect: no {whose} here has a bias")
 
 
-def _check_init(config: Any, model: Any, found: list[Place]) -> None:
-    if config.init_lora_weights in DATA_DRIVEN_INITS:
-        raise refusal(
-            "init_lora_weights",
-            f"{config.init_lora_weights!r} needs a pass over data before training, which tunebench "
-            "does not make; use true, gaussian, orthogonal, olora, pissa or mica",
-        )
-
-
-def _check_replication(config: Any, model: Any, found: list[Place]) -> None:
-    raise refusal(
-        "layer_replication",
-        "makes a deeper model of it, with other memory and speed: another experiment; build that "
-        "model and give its directory",
-    )
-
-
 _CHECKS: dict[str, Callable[[Any, Any, list[Place]], None]] = {
-    "layer_replication": _check_replication,
-    "init_lora_weights": _check_init,
     "layers_to_transform": _check_layers,
     "exclude_modules": _check_excluded,
     "modules_to_save": _check_saved,

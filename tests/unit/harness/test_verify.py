@@ -202,6 +202,8 @@ def arguments(cell: Cell, **given: Any) -> Cell:
             {"trained_tokens": {"model.embed_tokens": 2}},
         ),
         (arguments(LORA, init_lora_weights="mica"), {"init": "mica"}),
+        (arguments(LORA, kasa_config={"beta": 0.1}), {"ranks": {"4": 12}}),
+        (arguments(LORA, velora_config={}), {"ranks": {"4": 12}}),
     ],
     ids=lambda value: None if isinstance(value, dict) else str(dict(value.adapter.lora_config)),
 )

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from harness import device
+from harness.mismatch import VerificationError
 from harness.record import PassedThrough
 from harness.train import Course, sft_config
-from harness.verify import VerificationError
 from matrices import passed_through
 from matrices.cell import Cell
 from matrices.errors import UserError

@@ -57,7 +57,7 @@ def _unknown(class_name: str, name: str, value: Any) -> str:
     known = fields(class_name) or {}
     if name in BARE:
         fix = f"; it is a setting: {BARE[name]}"
-    elif elsewhere := hint(name, flow(value)):
+    elif elsewhere := hint(name, [flow(value)]):
         fix = f"; {elsewhere}"
     else:
         fix = nearest(name, known)

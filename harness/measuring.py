@@ -225,9 +225,7 @@ def timed_steps(job: Job, loaded: Any, tokenizer: Any, rows: Any) -> ObservedTra
         rate = done.non_padding * cell.ranks / seconds
         figures = {"loss": loss if done.loss else None, "tokens_per_second": rate}
         if job.progress(step=step, steps=train.steps, **figures):
-            # A killed worker leaves the steps until here.
-            speed.fill(record, clock)
-            job.save()
+            job.save_steps(lambda: speed.fill(record, clock))
 
     clock = StepClock(speed.warmup_steps(train), report, begin)
     course = Course(train.steps, train.learning_rate)

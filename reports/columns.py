@@ -213,6 +213,28 @@ def _memory() -> list[Column]:
     ]  # fmt: skip
 
 
+def _verified() -> list[Column]:
+    return [
+        Column(
+            "verified.quantized_share", "verified.quantized_share", "Float64", "share in 4 bit",
+            "of the base model's weights, those in 4 bit, by number",
+        ),
+        Column(
+            "verified.documents_isolated", "verified.documents_isolated", "boolean",
+            "documents isolated",
+            "whether documents packed into one row see nothing of each other",
+        ),
+        Column(
+            "verified.causal", "verified.causal", "boolean", "causal",
+            "no later token changes an earlier logit",
+        ),
+        Column(
+            "verified.adapter_starts_at_base", "verified.adapter_starts_at_base", "boolean",
+            "adapter starts at base", "before training the logits with the adapter are the base's",
+        ),
+    ]  # fmt: skip
+
+
 def _ranks() -> list[Column]:
     return [
         Column(
@@ -380,6 +402,6 @@ def _other() -> list[Column]:
 
 
 COLUMNS: tuple[Column, ...] = (
-    *_settings(), *_provenance(), *_placement(), *_memory(), *_ranks(), *_prediction(), *_speed(),
-    *_counted(), *_other(),
+    *_settings(), *_provenance(), *_placement(), *_memory(), *_verified(), *_ranks(),
+    *_prediction(), *_speed(), *_counted(), *_other(),
 )  # fmt: skip

@@ -132,7 +132,10 @@ def test_a_directory_is_not_taken_for_a_hub_id(cached: Path) -> None:
     assert CELL.data is not None
     with pytest.raises(UserError, match="'org/rows' can be a hub id and is also there as /"):
         data.load_rows(CELL.data)
-    assert model.source(Model(name="./org/some")) == ("org/some", {})
+    local = Model(name="./org/some")
+    assert model.source(local) == ("org/some", {})
+    trusted = local.model_copy(update={"trust_remote_code": True})
+    assert model.source(trusted)[1] == {"trust_remote_code": True}
 
 
 def test_rows_of_another_commit_are_refused(
@@ -144,9 +147,9 @@ def test_rows_of_another_commit_are_refused(
     copy = tmp_path / "datasets" / "org___rows" / "default" / "0.0.0" / OLD
     _keep_as_datasets_does(copy, [{"text": "one"}, {"text": "two"}])
 
-    rows = data.load_rows(Data(source="org/rows"))
-    assert rows["text"] == ["one", "two"]
-    assert data.provenance(Data(source="org/rows"), rows)["commit"] == OLD
+    read = data.read(Data(source="org/rows"))
+    assert read.rows["text"] == ["one", "two"]
+    assert data.provenance(Data(source="org/rows"), read)["commit"] == OLD
     point(cached, "datasets--org--rows", OLD)
     assert len(data.load_rows(Data(source="org/rows", max_samples=1))) == 1
     for asked in (Data(source="org/rows", revision=NEW), Data(source="org/rows")):

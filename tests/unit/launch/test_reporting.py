@@ -69,7 +69,7 @@ def test_show_prints_the_record_for_people_and_for_machines(tmp_path: Path) -> N
     text = record_text(str(entry.directory), tmp_path, as_json=False)
     assert entry.record.cell_id in text
     assert "5.0 MiB" in text
-    assert "accelerate launch x" in text
+    assert f"harness.worker {entry.directory}/cell.json" in text
     assert json.loads(record_text(entry.record.cell_id, tmp_path, as_json=True)) == json.loads(
         (entry.directory / "record.json").read_text()
     )

@@ -186,10 +186,9 @@ def test_records_of_the_same_software_and_kind_of_device_count_whatever_the_host
     on_gpu = other_cpu.model_copy(update={"accelerator": "NVIDIA A100"})
 
     def found(record: Record, on: Partition) -> list[Job]:
-        entries = [Entry(Path("r"), record)]
-        return plan_jobs(
-            [record.cell], elsewhere.present(entries, slurm.on_gpu(on)), machine=slurm.machine(on)
-        )
+        counts = elsewhere.counting(slurm.on_gpu(on))
+        entries = {"r": Entry(Path("r"), record)}
+        return plan_jobs([record.cell], entries, machine=slurm.machine(on), counts=counts)
 
     assert [job.action for job in found(there, CPU)] == ["keep"]
     assert [job.action for job in found(there, GPU)] == ["run"]
@@ -202,9 +201,10 @@ def test_records_of_the_same_software_and_kind_of_device_count_whatever_the_host
 def test_an_interrupted_attempt_does_not_hide_a_result() -> None:
     ok = record_of(0)
     later = ok.model_copy(update={"status": "interrupted", "attempt": 2, "ended": "2999-01-01"})
-    entries = [Entry(Path("1"), ok), Entry(Path("2"), later)]
-    [kept] = elsewhere.present(entries, gpus=False).values()
-    assert kept.record.status == "ok"
+    entries = {"1": Entry(Path("1"), ok), "2": Entry(Path("2"), later)}
+    [job] = plan_jobs([ok.cell], entries, counts=elsewhere.counting(gpus=False))
+    assert job.entry is not None
+    assert (job.action, job.entry.record.status) == ("keep", "ok")
 
 
 def test_cells_still_queued_are_found_by_the_arrays_name(tmp_path: Path, pretend: Pretend) -> None:

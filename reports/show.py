@@ -308,6 +308,7 @@ def _speed(record: Record) -> str:
     durations = {
         "load": speed.load_seconds,
         "train": speed.train_seconds,
+        "behaviour": speed.behaviour_seconds,
         "ledger steps": speed.memory_steps_seconds,
         "evaluation": speed.evaluation_seconds,
     }

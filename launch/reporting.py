@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from harness.files import write_atomically
+from harness.reading import RECORD, records_in
+from harness.record import read_record
 from matrices.errors import UserError
 from reports.page import page
 from reports.render import render
@@ -54,10 +57,11 @@ def write_all(results: Path, output: Path, baseline: str | None, format: str) ->
 def record_text(cell: str, results: Path, as_json: bool) -> str:
     """One record for people, or as it is for machines. Raises UserError when there is none."""
     path = find_record(cell, results)
-    among = load_records(path.parent.parent)
-    [result] = [one for one in among if one.path.resolve() == path.resolve()]
+    result = Result(read_record(path), path)
     if as_json:
         return path.read_text().rstrip("\n")
+    beside = records_in(Path(os.path.normpath(path.parent / "..")))
+    among = [Result(record, directory / RECORD) for directory, record in beside]
     return show(result, bases(result, index(among)))
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.record import Record, read_record
+from harness.reading import read_sound, record_files, set_aside
+from harness.record import Record
 from matrices.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,12 +32,18 @@ class Result:
 
     @functools.cached_property
     def samples(self) -> pd.DataFrame | None:
-        """Per-document results (`task, metric, doc_id, doc_hash, value, weight`), none without a
-        file. Raises UserError naming a file that cannot be read."""
+        """Per-document results (`task, metric, doc_id, doc_hash, value, weight`); none without a
+        file, and when the file cannot be read, which is said."""
         if self.record.quality.samples_file is None:
             return None
         path = self.directory / self.record.quality.samples_file
-        return _read_samples(path) if path.exists() else None
+        if not path.exists():
+            return None
+        try:
+            return _read_samples(path)
+        except UserError as error:
+            set_aside(error)
+            return None
 
 
 Index = dict[tuple[str, str], Result]
@@ -54,29 +61,31 @@ def _read_samples(path: Path) -> pd.DataFrame:
     lacking = {"task", "metric", "doc_id", "doc_hash", "value"} - set(samples)
     if lacking:
         raise UserError(f"samples lack the columns {sorted(lacking)}", where=str(path))
-    return samples
+    try:
+        return samples.astype({"value": float, "weight": float})
+    except (TypeError, ValueError) as error:
+        raise UserError(f"samples are not numbers: {error}", where=str(path)) from error
 
 
 def load_records(results: Path) -> list[Result]:
     """Every `record.json` under a results directory, sorted by path; names that start with a dot
-    are work in progress and skipped.
+    are work in progress and skipped. What is no sound record is set aside.
 
-    Raises UserError for a directory that is not there or holds no record, and naming the file for
-    one that is broken or from a newer schema.
+    Raises UserError for a directory that is not there or holds no sound record.
     """
     if not results.is_dir():
         raise UserError("no such results directory", where=str(results))
-    paths = [
-        path
-        for path in sorted(results.rglob("record.json"))
-        if not any(part.startswith(".") for part in path.relative_to(results).parts)
-    ]
-    if not paths:
+    paths = list(record_files(results))
+    read = [(read_sound(path), path) for path in paths]
+    found = [Result(record, path) for record, path in read if record is not None]
+    if not found:
         raise UserError(
-            "no record.json in this results directory; `tunebench run MATRIX` makes them",
+            f"none of its {len(paths)} record.json can be read"
+            if paths
+            else "no record.json in this results directory; `tunebench run MATRIX` makes them",
             where=str(results),
         )
-    return [Result(read_record(path), path) for path in paths]
+    return found
 
 
 def index(results: Iterable[Result]) -> Index:

@@ -124,9 +124,10 @@ def _checks_path(found: list[UserError], recipe: Evaluate) -> bool:
 def _check_tasks(recipe: Evaluate) -> None:
     """Load the tasks, documents and all: a dataset that cannot be had must not be found out after
     the training."""
+    manager = evaluate.task_manager(recipe)
     for task in recipe.tasks:
         try:
-            evaluate.task_manager(recipe).load([task])
+            manager.load([task])
         except Exception as error:
             raise UserError(
                 f"lm-eval cannot load {task!r}: {_first_line(error)}", key="evaluate.tasks"

@@ -12,6 +12,7 @@ from harness import provenance
 from harness.prediction import Prediction
 from harness.record import Record, Status
 from harness.store import Entry, record_key
+from launch.rescore import with_new_base_scores
 from matrices.cell import Cell, base_cells, flatten, label
 from matrices.errors import UserError, nearest
 from matrices.rules import Machine, refusals
@@ -128,7 +129,7 @@ def plan_jobs(
         action, why = decide(entry.record if entry else None, refused, retry)
         attempt = entry.record.attempt if entry else 0
         jobs.append(Job(cell, key, names[cell_id], action, why, attempt, entry))
-    return jobs
+    return with_new_base_scores(jobs)
 
 
 def _bases(cells: Iterable[Cell]) -> Iterator[Cell]:

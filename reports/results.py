@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.reading import read_sound, record_files, set_aside
+from harness.recipe import WITHOUT_ARGUMENT, softmax_dtype
 from harness.record import Record
 from matrices.errors import UserError
 
@@ -46,7 +47,8 @@ class Result:
             return None
 
 
-Index = dict[tuple[str, str], Result]
+# By cell, stack, and for a base model the precision of its scores (see `index`).
+Index = dict[tuple[str, str, str], Result]
 
 
 def _read_samples(path: Path) -> pd.DataFrame:
@@ -90,10 +92,13 @@ def load_records(results: Path) -> list[Result]:
 
 def index(results: Iterable[Result]) -> Index:
     """By cell and stack the result in force: the newest conclusive attempt, or the newest attempt
-    when none is conclusive."""
+    when none is conclusive. Of a base model one for each precision of log-likelihoods, so that
+    older cells keep a base to be judged against when it has been scored anew for later ones."""
     newest: Index = {}
     for result in results:
-        key = (result.record.cell_id, result.record.stack_id)
+        record = result.record
+        precision = softmax_dtype(record) if record.cell.method == "base" else None
+        key = (record.cell_id, record.stack_id, precision or "")
         if key not in newest or _age(result) > _age(newest[key]):
             newest[key] = result
     return newest
@@ -105,9 +110,14 @@ def _age(result: Result) -> tuple[bool, int, str]:
 
 
 def bases(result: Result, newest: Index) -> dict[str, Result]:
-    """The `untouched` and `quantized` results to judge this one against: same stack, scored."""
-    found = {
-        role: newest.get((cell_id, result.record.stack_id))
-        for role, cell_id in result.record.base_cell_ids.items()
-    }
-    return {role: base for role, base in found.items() if base and base.record.status == "ok"}
+    """The `untouched` and `quantized` results to judge this one against: same stack, scored, in
+    the same precision where there is one (another is refused when it comes to a difference)."""
+    record = result.record
+    precisions = (softmax_dtype(record) or "", *WITHOUT_ARGUMENT.values(), "")
+    found = {}
+    for role, cell_id in record.base_cell_ids.items():
+        there = [newest.get((cell_id, record.stack_id, precision)) for precision in precisions]
+        scored = [base for base in there if base is not None and base.record.status == "ok"]
+        if scored:
+            found[role] = scored[0]
+    return found

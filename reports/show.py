@@ -6,6 +6,7 @@ import shlex
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 
+from harness.recipe import softmax_dtype
 from harness.record import CATEGORIES, PHASES, Record
 from matrices.cell import SECTIONS, flatten, label
 from reports.display import (
@@ -19,8 +20,8 @@ from reports.display import (
     signed,
 )
 from reports.effects import Estimate, NotComparable, median_interval, rate_interval
-from reports.figure_columns import metric_text
 from reports.measured import METERS, phase_peak_bytes, timed_seconds
+from reports.metric_choice import metric_text
 from reports.results import Result
 from reports.samples import difference, score
 from reports.show_ranks import rank_facts, rank_rows
@@ -279,6 +280,8 @@ def _speed(record: Record) -> str:
 def _quality(result: Result, found: Mapping[str, Result]) -> str:
     limit = result.record.cell.evaluate.limit
     notes = [f"  partial: first {limit} documents of each task"] if limit else []
+    if told := _precision(result.record):
+        notes.append(f"  log-likelihoods in {told}")
     losses = result.record.quality.train_loss
     if losses:
         notes.append(f"  training loss {losses[0]:.4f} → {losses[-1]:.4f} in {len(losses)} steps")
@@ -289,13 +292,21 @@ def _quality(result: Result, found: Mapping[str, Result]) -> str:
             against = [_against(result, base, task, metric) for base in found.values()]
             told = DASH if estimate is None else _interval(estimate, 4)
             name = printable(metric_text(metric))
-            rows.append((printable(task), name, told, *against, f"{scores.n} documents"))
+            title = printable(task) + (" (group)" if scores.subtasks else "")
+            rows.append((title, name, told, *against, f"{scores.n} documents"))
     lines = notes + (_aligned(rows) if len(rows) > 1 else [])
     if len(rows) > 1:
         lines.append("  [95 % interval over documents; differences pair the same documents]")
         absent = [role for role in result.record.base_cell_ids if role not in found]
         lines += [f"  the {role} base was not scored on this stack" for role in absent]
     return _section("Quality", lines)
+
+
+def _precision(record: Record) -> str:
+    taken, recipe = softmax_dtype(record), record.quality.recipe
+    if taken is None or recipe is None or recipe.logits_dtype in (None, taken):
+        return taken or ""
+    return f"{taken}, of logits in {recipe.logits_dtype}"
 
 
 def _against(result: Result, base: Result, task: str, metric: str) -> str:

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from harness import data, evaluate, extensions, model, profile_check
+from harness import data, evaluate, extensions, model, profile_check, task_check
 from matrices.cell import Adapter, Cell, Data, Evaluate, Model
 from matrices.errors import UserError, nearest
 
@@ -33,7 +33,7 @@ def problems(cells: Sequence[Cell]) -> list[UserError]:
         unknown = evaluate.unknown_tasks(recipe) if _checks_path(found, recipe) else []
         found += unknown
         if not unknown:
-            _checked(found, _check_tasks, recipe)
+            _checked(found, task_check.check_tasks, recipe)
     if any(cell.parallelism.startswith("zero") for cell in cells):
         _checked(found, extensions.load_host_collectives)
     return list({str(error): error for error in found}.values())
@@ -119,19 +119,6 @@ def _check_sft_config(arguments: dict[str, Any]) -> None:
 
 def _checks_path(found: list[UserError], recipe: Evaluate) -> bool:
     return _checked(found, evaluate.task_manager, recipe) is not None
-
-
-def _check_tasks(recipe: Evaluate) -> None:
-    """Load the tasks, documents and all: a dataset that cannot be had must not be found out after
-    the training."""
-    manager = evaluate.task_manager(recipe)
-    for task in recipe.tasks:
-        try:
-            manager.load([task])
-        except Exception as error:
-            raise UserError(
-                f"lm-eval cannot load {task!r}: {_first_line(error)}", key="evaluate.tasks"
-            ) from error
 
 
 def _first_line(error: BaseException) -> str:

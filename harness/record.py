@@ -8,7 +8,9 @@ times are `float` seconds, moments are ISO 8601 in UTC. A figure nobody could me
 from __future__ import annotations
 
 import json
+import re
 import stat
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -409,6 +411,7 @@ def read_record(path: Path) -> Record:
         ) from error
     record._unknown_settings = unknown
     _check_identity(record, path)
+    _check_forms(record, path)
     return record
 
 
@@ -456,3 +459,22 @@ def _check_identity(record: Record, path: Path) -> None:
         where=str(path),
         key="cell_id",
     )
+
+
+def _check_forms(record: Record, path: Path) -> None:
+    """Texts that others compute with, or make names of directories of, are what they must be."""
+    for key, value in (("started", record.started), ("ended", record.ended or record.started)):
+        try:
+            known = datetime.fromisoformat(value).tzinfo is not None
+        except ValueError:
+            known = False
+        if not known:
+            raise UserError(
+                f"{value[:40]!r} is no moment in ISO 8601 with its time zone",
+                where=str(path),
+                key=key,
+            )
+    if not re.fullmatch("[0-9a-f]{8,64}", record.stack_id):
+        raise UserError(
+            f"{record.stack_id[:40]!r} is no hash, in hexadecimal", where=str(path), key="stack_id"
+        )

@@ -202,11 +202,14 @@ class Store:
         removed. One whose record cannot be read stays where it is.
         """
         recovered = []
-        for _, working in self.abandoned(key):
+        for working_key, working in self.abandoned(key):
             if not (working / RECORD).exists():
                 with disk_errors(self.root):
                     shutil.rmtree(working)
-            elif (record := read_sound(working / RECORD)) is not None:
+                continue
+            record = read_sound(working / RECORD)
+            # Under another key it would need another claim.
+            if record is not None and record_key(record.cell_id, record.stack_id) == working_key:
                 recovered.append(self.publish(working, finish(working, record)))
         return recovered
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from harness import evaluate, task_index
+from harness import evaluate, task_check, task_index
 from harness.packaged import ensure_model
 from matrices.cell import Evaluate
+from matrices.errors import UserError
 
 DOCUMENTS = """
 import datasets
@@ -90,6 +91,29 @@ def test_groups_are_those_of_lm_eval_and_odd_metrics_keep_their_scores(
     assert (nats % 2 != 0).all()
     assert ours.recipe is not None
     assert (ours.recipe.softmax_dtype, ours.recipe.logits_dtype) == ("float32", "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("tasks", "told"),
+    [
+        (("sums", "sums_5"), "cannot score these tasks together: Duplicate task 'sums_5'"),
+        (("sums_5", "unsafe"), "'unsafe' runs code that the model writes"),
+        (("sums_5", "lost"), "cannot load 'lost'"),
+    ],
+)
+def test_what_lm_eval_refuses_after_the_training_is_found_before(
+    recipe: Evaluate, tasks: tuple[str, ...], told: str
+) -> None:
+    place = Path(str(recipe.include_path))
+    unsafe = TASK.format(count=5).replace("sums_5", "unsafe") + "unsafe_code: true\n"
+    (place / "unsafe.yaml").write_text(unsafe)
+    lost = TASK.format(count=5).replace("sums_5", "lost").replace("sums.sums", "sums.absent")
+    (place / "lost.yaml").write_text(lost)
+    task_check.check_tasks(recipe)
+    with pytest.raises(UserError, match=told) as caught:
+        task_check.check_tasks(recipe.model_copy(update={"tasks": tasks}))
+    assert caught.value.key == "evaluate.tasks"
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.slow

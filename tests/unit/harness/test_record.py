@@ -220,6 +220,9 @@ def test_a_cell_that_is_not_the_one_named_is_refused(change: Any, tmp_path: Path
         (lambda plain: plain.update(status="great"), "status"),
         (lambda plain: plain["memory"].update(peak_bytes="much"), "memory.peak_bytes"),
         (lambda plain: plain["cell"]["adapter"].update(rank=0), "cell.adapter.rank"),
+        (lambda plain: plain.update(started="yesterday"), "started"),
+        (lambda plain: plain.update(ended="2026-01-01T00:00:00"), "ended"),
+        (lambda plain: plain.update(stack_id="../../.."), "stack_id"),
     ],
 )
 def test_a_wrong_value_is_named_by_its_key(change: Any, key: str, tmp_path: Path) -> None:

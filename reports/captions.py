@@ -12,7 +12,7 @@ from matrices.cell import SECTIONS, TOP_LEVEL, Cell
 from reports.columns import PACKAGES
 from reports.display import bytes_text, setting_text, short_name
 from reports.groups import Group, settings
-from reports.measured import METERS
+from reports.measured import METERS, precision_text
 from reports.metric_choice import hidden_text
 from reports.results import Result
 
@@ -161,9 +161,10 @@ def quality_text(records: Sequence[Record], hidden: Sequence[str]) -> str:
     parts = []
     if shots:
         told = ", ".join(f"{task} {number}-shot" for task, number in shots.items())
-        taken = sorted({found for record in records if (found := softmax_dtype(record))})
-        several = ", which are not compared" if len(taken) > 1 else ""
-        precision = f"log-likelihoods in {' or '.join(taken)}{several}"
+        taken = sorted({found for record in records if (found := precision_text(record))})
+        several = len({softmax_dtype(record) for record in records} - {None}) > 1
+        refused = ", which are not compared" if several else ""
+        precision = f"log-likelihoods in {' or '.join(taken)}{refused}"
         parts.append(f"Scored by lm-eval: {told}; {precision}.")
     limits = {record.cell.evaluate.limit for record in records}
     if limits != {None}:

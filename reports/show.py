@@ -6,7 +6,6 @@ import shlex
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 
-from harness.recipe import softmax_dtype
 from harness.record import CATEGORIES, PHASES, Record
 from matrices.cell import SECTIONS, flatten, label
 from reports.display import (
@@ -20,7 +19,7 @@ from reports.display import (
     signed,
 )
 from reports.effects import Estimate, NotComparable, median_interval, rate_interval
-from reports.measured import METERS, phase_peak_bytes, timed_seconds
+from reports.measured import METERS, phase_peak_bytes, precision_text, timed_seconds
 from reports.metric_choice import metric_text
 from reports.results import Result
 from reports.samples import difference, score
@@ -280,7 +279,7 @@ def _speed(record: Record) -> str:
 def _quality(result: Result, found: Mapping[str, Result]) -> str:
     limit = result.record.cell.evaluate.limit
     notes = [f"  partial: first {limit} documents of each task"] if limit else []
-    if told := _precision(result.record):
+    if told := precision_text(result.record):
         notes.append(f"  log-likelihoods in {told}")
     losses = result.record.quality.train_loss
     if losses:
@@ -300,13 +299,6 @@ def _quality(result: Result, found: Mapping[str, Result]) -> str:
         absent = [role for role in result.record.base_cell_ids if role not in found]
         lines += [f"  the {role} base was not scored on this stack" for role in absent]
     return _section("Quality", lines)
-
-
-def _precision(record: Record) -> str:
-    taken, recipe = softmax_dtype(record), record.quality.recipe
-    if taken is None or recipe is None or recipe.logits_dtype in (None, taken):
-        return taken or ""
-    return f"{taken}, of logits in {recipe.logits_dtype}"
 
 
 def _against(result: Result, base: Result, task: str, metric: str) -> str:

@@ -59,7 +59,9 @@ def test_each_is_judged_against_the_base_of_its_own_precision(tmp_path: Path) ->
     assert "softmax_dtype" in told
     references = [row for row in table.rows if row.reference]
     assert len(references) == 2, "both bases have a row"
-    assert "bfloat16 or float32, which are not compared" in " ".join(table.caption)
+    assert "bfloat16 or float32 of bfloat16 logits, which are not compared" in " ".join(
+        table.caption
+    )
 
 
 def test_a_frame_has_the_differences_and_the_precision(tmp_path: Path) -> None:
@@ -81,7 +83,7 @@ def test_another_precision_is_refused_where_there_is_no_other_base(tmp_path: Pat
     with pytest.raises(NotComparable, match="float32 against bfloat16"):
         difference(result, base, TASK, METRIC)
     text = show(result, {"untouched": base})
-    assert "log-likelihoods in float32, of logits in bfloat16" in text
+    assert "log-likelihoods in float32 of bfloat16 logits" in text
     assert "float32 against bfloat16" in text
 
 

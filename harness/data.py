@@ -5,17 +5,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from datasets import Dataset, load_dataset
 
-from harness import reference_text
-from harness.meters.clock import Count
+from harness import hub, reference_text
 from harness.packaged import cache_directory
 from matrices.cell import Data
 from matrices.errors import UserError, nearest
+from matrices.fingerprint import refuse_hub_id_of_directory
 
-PACKAGED = "python-reference"
+PACKAGED = hub.PACKAGED_DATA
 LOCAL_READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -27,7 +26,7 @@ def load_rows(data: Data) -> Dataset:
     if data.source == PACKAGED:
         texts = [passage.text for passage in reference_text.training_passages()]
         rows = Dataset.from_dict({data.text_column: texts})
-    elif is_local(data.source):
+    elif not hub.is_hub_data(data):
         rows = _load_local(Path(data.source).expanduser())
     else:
         rows = _load_hub(data)
@@ -36,10 +35,6 @@ def load_rows(data: Data) -> Dataset:
     if data.max_samples is not None:
         rows = rows.select(range(min(data.max_samples, len(rows))))
     return _standard_columns(rows, data)
-
-
-def is_local(source: str) -> bool:
-    return Path(source).suffix in LOCAL_READERS or Path(source).expanduser().exists()
 
 
 def _load_local(path: Path) -> Dataset:
@@ -65,8 +60,9 @@ def _load_local(path: Path) -> Dataset:
 
 
 def _load_hub(data: Data) -> Dataset:
+    refuse_hub_id_of_directory(data.source, "data.source")
     try:
-        return load_dataset(data.source, data.config, split=data.split, revision=data.revision)
+        rows = load_dataset(data.source, data.config, split=data.split, revision=data.revision)
     except Exception as error:
         # From a name that does not exist to no network; datasets' own first line tells which.
         said = str(error).strip().splitlines() or [type(error).__name__]
@@ -75,6 +71,24 @@ def _load_hub(data: Data) -> Dataset:
             f"it: {said[0]}",
             key="data.source",
         ) from error
+    # Without the hub, datasets takes the newest copy it has, whatever revision is asked for.
+    read = commit(rows)
+    wanted = hub.known_commit(data.source, data.revision, "dataset")
+    if read is not None and wanted is not None and read != wanted:
+        raise UserError(
+            f"the local copy of {data.source} is of commit {read[:12]}, and "
+            f"{data.revision or 'main'} is {wanted[:12]}; download that one while the hub can be "
+            "reached",
+            key="data.revision",
+        )
+    return rows
+
+
+def commit(rows: Dataset) -> str | None:
+    """The hub commit that rows were read from: the directory datasets keeps them in has its name;
+    none for other rows."""
+    names = [Path(file["filename"]).parent.name for file in rows.cache_files]
+    return names[0] if names and hub.COMMIT.fullmatch(names[0]) else None
 
 
 def data_format(data: Data, columns: Sequence[str]) -> str:
@@ -146,35 +160,8 @@ def provenance(data: Data, rows: Dataset) -> dict[str, str]:
     for row in rows:
         digest.update(repr(sorted(row.items())).encode())
     found = {"source": data.source, "rows": str(len(rows)), "sha256": digest.hexdigest()}
+    if of_hub := commit(rows):
+        found["commit"] = of_hub
     if data.source == PACKAGED:
         found["reference_sha256"] = reference_text.fingerprint()
     return found
-
-
-class CountingCollator:
-    """TRL's collator, and a note of how many tokens each micro batch holds.
-
-    Counts are taken before the batch goes to the device, so that none costs a synchronization.
-    Batches are fetched ahead but in order: the n-th count belongs to the n-th micro batch.
-    """
-
-    def __init__(self, collator: Any) -> None:
-        self._collator = collator
-        self.counts: list[Count] = []
-
-    def __call__(self, examples: list[dict[str, Any]]) -> Any:
-        batch = self._collator(examples)
-        self.counts.append(count_tokens(batch, len(examples)))
-        return batch
-
-
-def count_tokens(batch: dict[str, Any], samples: int) -> Count:
-    """Tokens of one micro batch. The first label of a row predicts nothing: labels are shifted."""
-    everything = int(batch["input_ids"].numel())
-    mask = batch.get("attention_mask")
-    return Count(
-        all=everything,
-        non_padding=everything if mask is None else int(mask.sum()),
-        loss=int((batch["labels"][..., 1:] != -100).sum()),
-        samples=samples,
-    )

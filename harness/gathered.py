@@ -6,8 +6,8 @@ import statistics
 from collections.abc import Iterable, Sequence
 
 from harness.meters import clock
-from harness.meters.speed import warmup_steps
-from harness.record import PHASES, Memory, PhaseMemory, Record, Speed, Tokens
+from harness.meters.speed import SHORTER, keep_losses, warmup_steps
+from harness.record import PHASES, Memory, PhaseMemory, Record, Steps, Tokens
 
 SEVERAL_RANKS = "each rank counts the others as foreign: no figure stands for the machine"
 
@@ -22,12 +22,30 @@ def gather(record: Record, others: Sequence[Record]) -> None:
     everybody = [record, *others]
     record.ranks = [state for each in everybody for state in each.ranks]
     _memory(record.memory, [each.memory for each in everybody])
-    losses = zip(*(each.quality.train_loss for each in everybody), strict=True)
-    record.quality.train_loss = [statistics.fmean(parts) for parts in losses]
-    _speed(record, [each.speed for each in everybody])
+    _losses(record, everybody)
+    _speed(record, everybody)
     record.verified.substitutions = list(
         dict.fromkeys(said for each in everybody for said in each.verified.substitutions)
     )
+
+
+def _losses(record: Record, everybody: Sequence[Record]) -> None:
+    shares = zip(*(each.quality.train_loss for each in everybody), strict=True)
+    # A rank's own share is known, be it 0.0 of no label.
+    together = [statistics.fmean(part or 0.0 for part in parts) for parts in shares]
+    by_rank = [each.steps for each in everybody]
+    record.steps = _steps(by_rank)
+    keep_losses(record, together, by_rank)
+
+
+def _steps(by_rank: Sequence[Steps]) -> Steps:
+    counted = ("micro_batches", "samples", "tokens_all", "tokens_non_padding", "tokens_loss")
+    sums = {
+        name: [sum(step) for step in zip(*(getattr(each, name) for each in by_rank), strict=True)]
+        for name in counted
+    }
+    skipped = {step for each in by_rank for step in each.skipped_updates}
+    return by_rank[0].model_copy(update=sums | {"skipped_updates": sorted(skipped)})
 
 
 def _memory(into: Memory, all_of_them: Sequence[Memory]) -> None:
@@ -39,6 +57,9 @@ def _memory(into: Memory, all_of_them: Sequence[Memory]) -> None:
     into.phases = {phase: readings for phase, readings in phases.items() if readings}
     into.headline, into.peak_bytes = highest.headline, highest.peak_bytes
     into.peak_phase = highest.peak_phase
+    into.ledger_peak_bytes = highest.ledger_peak_bytes
+    into.ledger_peak_phase = highest.ledger_peak_phase
+    into.timed_peak_bytes = _highest(each.timed_peak_bytes for each in all_of_them)
     into.by_category, into.top_tensors = highest.by_category, highest.top_tensors
     into.resident = highest.resident
     into.host_peak_rss_bytes = _highest(each.host_peak_rss_bytes for each in all_of_them)
@@ -54,10 +75,9 @@ def _sum(values: Iterable[float | None]) -> float | None:
     return None if None in known else sum(value for value in known if value is not None)
 
 
-def _speed(record: Record, all_of_them: Sequence[Speed]) -> None:
-    speed = record.speed
+def _speed(record: Record, everybody: Sequence[Record]) -> None:
+    speed, all_of_them = record.speed, [each.speed for each in everybody]
     assert record.cell.train is not None
-    seconds_before = sum(speed.step_seconds[speed.warmup_steps :])
     speed.step_seconds = [max(t) for t in zip(*(e.step_seconds for e in all_of_them), strict=True)]
     timed = speed.step_seconds[warmup_steps(record.cell.train) :]
     middle = clock.quartiles(timed)
@@ -69,11 +89,8 @@ def _speed(record: Record, all_of_them: Sequence[Speed]) -> None:
     if speed.tokens is not None:
         rates = {name: value / seconds for name, value in speed.tokens.model_dump().items()}
         speed.tokens_per_second = Tokens(**rates)
-    if speed.samples_per_second is not None:
-        # Every rank takes equally many samples in a step.
-        samples = speed.samples_per_second * seconds_before * len(all_of_them)
-        speed.samples_per_second = samples / seconds
-    _operations(record, all_of_them, len(timed), seconds)
+    speed.samples_per_second = sum(record.steps.samples[-len(timed) :]) / seconds
+    _operations(record, everybody, len(timed), seconds)
     speed.energy_joules = _sum(each.energy_joules for each in all_of_them)
     speed.foreign_cpu_share = None
     record.missing["speed.foreign_cpu_share"] = SEVERAL_RANKS
@@ -86,13 +103,18 @@ def _tokens(counted: Sequence[Tokens | None]) -> Tokens | None:
     return Tokens(**{name: sum(tokens[name] for tokens in each) for name in each[0]})
 
 
-def _operations(record: Record, all_of_them: Sequence[Speed], steps: int, seconds: float) -> None:
-    operations = _sum(each.flops_per_step for each in all_of_them)
+def _operations(record: Record, everybody: Sequence[Record], steps: int, seconds: float) -> None:
+    operations = _sum(each.speed.flops_per_step for each in everybody)
     record.speed.flops_per_step = None if operations is None else int(operations)
-    # Rank 0 has said why there is no rate if its batches were shorter than the counted ones.
-    if operations is not None and record.speed.tflops_per_second is not None:
-        rate = clock.tflops_per_second(int(operations), steps, seconds)
-        record.speed.tflops_per_second = rate
+    # A rank has said why there is no rate if its batches were shorter than the counted ones.
+    for each in everybody:
+        if operations is None or each.speed.tflops_per_second is None:
+            record.speed.tflops_per_second = None
+            if SHORTER in each.missing.values():
+                record.missing["speed.tflops_per_second"] = SHORTER
+            return
+    rate = clock.tflops_per_second(int(operations or 0), steps, seconds)
+    record.speed.tflops_per_second = rate
 
 
 def by_rank(readings: Sequence[PhaseMemory]) -> list[int]:

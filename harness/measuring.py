@@ -8,14 +8,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-from harness import data, device, model, ranks, verify
+from harness import data, device, loading_info, model, ranks, verify
 from harness.files import TEMPORARY_PREFIX
 from harness.job import Job
-from harness.meters import memory, shards, speed
+from harness.meters import losses, memory, shards, speed
+from harness.meters.batches import CountingCollator
 from harness.meters.steps import TOP_TENSORS, CounterSteps, MemorySteps, StepClock, read_phase
 from harness.record import LiveTensor, Phase, PhaseMemory, Record
 from harness.train import Course, ObservedTrainer, build_trainer, forward_restored, worst_case_rows
 from matrices.cell import Cell
+from matrices.errors import UserError
 
 # Adam's state is made in the first step, so the second is the first whole one.
 MEMORY_STEPS = 2
@@ -31,12 +33,13 @@ def load(job: Job) -> Any:
     place = ranks.load_device(cell)
     ledger = memory.Ledger(place.type)
     device.reset_peaks()
+    record.provenance.model = model.provenance(cell.model)
     started = time.perf_counter()
     loaded = model.load_base(cell, place)
     device.synchronize()
     record.speed.load_seconds = time.perf_counter() - started
     record.memory.phases["load"] = [read_phase()]
-    record.provenance.model = model.provenance(cell.model, loaded)
+    record.provenance.unexpected_weights = loading_info.unexpected(loaded)
     memory.tag_model(ledger, loaded)
     if cell.quantization is not None and cell.quantization.kbit_preparation and cell.train:
         job.enter("kbit_preparation")
@@ -166,6 +169,8 @@ def _keep_memory(record: Record, steps: MemorySteps) -> None:
     live = memory.live_at(events, peak.at)
     record.memory.by_category = memory.by_category(live)
     record.memory.top_tensors = [_live_tensor(storage) for storage in live[:TOP_TENSORS]]
+    record.memory.ledger_peak_bytes = peak.bytes
+    record.memory.ledger_peak_phase = phase  # type: ignore[assignment]
     record.memory.headline, record.memory.peak_bytes = "ledger", peak.bytes
     record.memory.peak_phase = phase  # type: ignore[assignment]
     _prefer_counters(record)
@@ -211,15 +216,17 @@ def timed_steps(job: Job, loaded: Any, tokenizer: Any, rows: Any) -> ObservedTra
             optimizer, train.optimizer
         )
         verified.substitutions += ranks.substitutions(cell)
+        verified.loss_terms = losses.further_terms(trainer)
         job.save()
 
     def report(step: int, loss: float, seconds: float) -> None:
         job.step(step)
-        done = speed.tokens_so_far(trainer.counted.counts, train, step)
-        figures = {"loss": loss, "tokens_per_second": done * record.cell.ranks / seconds}
+        done = clock.counts[-1]
+        rate = done.non_padding * cell.ranks / seconds
+        figures = {"loss": loss if done.loss else None, "tokens_per_second": rate}
         if job.progress(step=step, steps=train.steps, **figures):
             # A killed worker leaves the steps until here.
-            speed.fill(record, clock, trainer.counted.counts)
+            speed.fill(record, clock)
             job.save()
 
     clock = StepClock(speed.warmup_steps(train), report, begin)
@@ -229,13 +236,21 @@ def timed_steps(job: Job, loaded: Any, tokenizer: Any, rows: Any) -> ObservedTra
             cell, loaded, tokenizer, rows, course, output_dir=Path(scratch), observer=clock
         )
         record.verified = verify.verify_model(loaded, cell)
+        record.preparation = trainer.preparation
+        trainer.data_collator = CountingCollator(trainer.data_collator)
         device.reset_peaks()
         started = time.perf_counter()
         try:
             trainer.train()
         finally:
             record.speed.train_seconds = time.perf_counter() - started
-            speed.fill(record, clock, trainer.counted.counts)
+            speed.fill(record, clock)
+    if len(clock.seconds) != train.steps:
+        raise UserError(
+            f"the Trainer ended after {len(clock.seconds)} of {train.steps} steps: "
+            f"it was given {len(trainer.train_dataset)} sequences",
+            key="train.steps",
+        )
     record.memory.host_peak_rss_bytes = device.host_peak_rss_bytes()
     speed.note_device_peak(record)
     loaded.zero_grad(set_to_none=True)

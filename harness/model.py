@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -10,9 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from harness import device, packaged
+from harness import device, hub, loading_info, packaged
+from harness.record import Record
 from matrices.cell import Adapter, Cell, Model, Quantization
 from matrices.errors import UserError, nearest
+from matrices.fingerprint import refuse_hub_id_of_directory
 
 QV_NAMES = {"q_proj", "v_proj", "query", "value", "q", "v", "wq", "wv"}
 # Projections that hold query, key and value in one matrix stand for query and value too.
@@ -20,15 +23,41 @@ FUSED_QKV_NAMES = {"qkv_proj", "query_key_value", "c_attn", "Wqkv", "qkv", "W_pa
 
 
 def source(model: Model) -> tuple[str, dict[str, Any]]:
-    """What `from_pretrained` is asked for: a directory or hub id, and its keyword arguments."""
+    """What `from_pretrained` is asked for: a directory or hub id, and its keyword arguments.
+
+    All that one process loads of a hub model is of one commit."""
     if model.name in packaged.NAMES:
         return str(packaged.ensure_model(model.name)), {}
-    if model.fingerprint is not None or Path(model.name).expanduser().is_dir():
+    if not hub.is_hub_model(model):
         return str(Path(model.name).expanduser()), {}
+    refuse_hub_id_of_directory(model.name, "model.name")
     return model.name, {
-        "revision": model.revision or "main",
+        "revision": commit(model) or model.revision or "main",
         "trust_remote_code": model.trust_remote_code,
     }
+
+
+def commit(model: Model) -> str | None:
+    """The commit of a hub model, looked up once in a process; none for another, or where neither
+    the hub nor a local copy tells."""
+    return _commit(model.name, model.revision) if hub.is_hub_model(model) else None
+
+
+@functools.cache
+def _commit(name: str, revision: str | None) -> str | None:
+    from transformers.utils.hub import resolve_revision
+
+    found = resolve_revision(name, revision)
+    return getattr(found, "resolved", None) or hub.known_commit(name, revision)
+
+
+def at_commit(record: Record) -> Cell:
+    """The cell of a record with its hub model at the commit that was read, for what is loaded in
+    another process: what is scored has to be what was trained."""
+    cell, read = record.cell, record.provenance.model.get("commit")
+    if read is None or not hub.is_hub_model(cell.model):
+        return cell
+    return cell.model_copy(update={"model": cell.model.model_copy(update={"revision": read})})
 
 
 def load_tokenizer(model: Model) -> Any:
@@ -40,9 +69,9 @@ def load_tokenizer(model: Model) -> Any:
 
 def load_base(cell: Cell, place: torch.device | None = None, directory: Path | None = None) -> Any:
     """The base model on `place`, else on the training device, in 4 bit when the cell asks for it;
-    from `directory` when its weights were trained meanwhile."""
-    from transformers import AutoModelForCausalLM
+    from `directory` when its weights were trained meanwhile.
 
+    Raises loading_info.WeightsError when a weight of it is not the checkpoint's."""
     name, keywords = source(cell.model) if directory is None else (str(directory), {})
     keywords |= {
         "dtype": device.DTYPES[cell.model.weight_dtype],
@@ -53,7 +82,7 @@ def load_base(cell: Cell, place: torch.device | None = None, directory: Path | N
         keywords["quantization_config"] = quantization_config(
             cell.quantization, cell.model.compute_dtype
         )
-    return AutoModelForCausalLM.from_pretrained(name, **keywords)
+    return loading_info.from_pretrained(name, **keywords)
 
 
 def _device_map(cell: Cell, place: torch.device | None) -> Any:
@@ -219,12 +248,11 @@ def shortest_endings(chosen: Iterable[str], names: Sequence[str]) -> list[str]:
     return sorted(endings)
 
 
-def provenance(model: Model, loaded: Any) -> dict[str, str]:
-    """Which weights were read: the hub commit, or a local directory's fingerprint."""
-    commit = getattr(loaded.config, "_commit_hash", None)
+def provenance(model: Model) -> dict[str, str]:
+    """Which weights are read: the hub commit, or a local directory's fingerprint."""
     found = {"name": model.name}
-    if commit:
-        found["commit"] = str(commit)
+    if of_hub := commit(model):
+        found["commit"] = of_hub
     if model.fingerprint:
         found["fingerprint"] = model.fingerprint
     if model.name == "smollm2-135m":

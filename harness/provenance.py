@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import psutil
 
+from harness import hub
 from harness.record import Hardware, Provenance, Record, Stack
 from matrices.cell import Cell, base_cells
 
@@ -307,5 +308,5 @@ def new_record(cell: Cell, command: list[str], attempt: int = 1) -> Record:
         reason="did not start",
         started=now(),
         attempt=attempt,
-        provenance=Provenance(environment=environment()),
+        provenance=Provenance(environment=environment(), **hub.known_commits(cell)),
     )

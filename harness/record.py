@@ -83,11 +83,21 @@ class LiveTensor(Part):
 
 class Memory(Part):
     """`headline` names the meter behind `peak_bytes`: torch's CUDA counter where there is one,
-    else the ledger. The peak is over the training phases; load and evaluation stand apart."""
+    else the ledger. The peak is over the training phases of the untimed full-length steps; load
+    and evaluation stand apart. `peak_bytes` and `peak_phase` are of one moment, and `by_category`,
+    `top_tensors` and `ledger_peak_phase` are of another one where the headline is not the
+    ledger's. On several ranks all of them are of the rank with the highest peak."""
 
     headline: Literal["cuda_allocated", "ledger"] | None = None
     peak_bytes: int | None = None
     peak_phase: Phase | None = None
+    ledger_peak_bytes: int | None = Field(None, description="the ledger's training peak")
+    ledger_peak_phase: Phase | None = Field(None, description="where the ledger has its peak")
+    timed_peak_bytes: int | None = Field(
+        None,
+        description="torch's CUDA peak over the timed steps, whose phases are not told apart; on "
+        "several ranks the largest",
+    )
     phases: dict[Phase, list[PhaseMemory]] = Field(
         default_factory=dict, description="one entry per rank"
     )
@@ -109,6 +119,55 @@ class Tokens(Part):
     all: float
     non_padding: float
     loss: float
+
+
+class Steps(Part):
+    """What each optimizer step, warm-up too, was made of, as counted while it ran: one entry per
+    step in every list. Of several ranks, counts are summed; the rest is rank 0's."""
+
+    micro_batches: list[int] = Field(default_factory=list)
+    samples: list[int] = Field(default_factory=list, description="rows of the prepared data")
+    tokens_all: list[int] = Field(default_factory=list, description="with padding")
+    tokens_non_padding: list[int] = Field(default_factory=list)
+    tokens_loss: list[int] = Field(
+        default_factory=list, description="tokens that carry a label and are predicted"
+    )
+    epoch: list[float] = Field(
+        default_factory=list, description="passes over the data by the end of the step"
+    )
+    learning_rate: list[float] = Field(
+        default_factory=list, description="that the step was taken with, of the first group"
+    )
+    gradient_norm: list[float | None] = Field(
+        default_factory=list, description="before clipping, as the Trainer computed it"
+    )
+    loss_divisor: list[float | None] = Field(
+        default_factory=list,
+        description="the Trainer's num_items_in_batch, over all ranks unless it was told otherwise",
+    )
+    skipped_updates: list[int] = Field(
+        default_factory=list,
+        description="steps, counted from 1, whose gradients overflowed and changed no weight",
+    )
+
+
+class Preparation(Part):
+    """What became of the rows on their way from the source to the model, counted on the data sets
+    that TRL's own preparation made."""
+
+    rows_read: int
+    rows_kept: int | None = None
+    rows_truncated: int | None = Field(None, description="kept, but longer than max_length")
+    rows_dropped: int | None = Field(
+        None, description="left out: no token with a label remains, or no token at all"
+    )
+    rows_cut_off: int | None = Field(
+        None, description="rows all of whose labels are beyond max_length; dropped unless packed"
+    )
+    sequences: int = Field(description="rows of the prepared data: packed rows where it packs")
+    tokens_read: int | None = Field(None, description="in all rows, before anything was cut")
+    tokens: int = Field(description="in the prepared data")
+    loss_tokens: int = Field(description="of these, those that carry a label and are predicted")
 
 
 class Speed(Part):
@@ -181,8 +240,10 @@ class Quality(Part):
     """lm-eval's scores of what was trained (or of the base, for a base cell)."""
 
     tasks: dict[str, TaskScore] = Field(default_factory=dict)
-    train_loss: list[float] = Field(
-        default_factory=list, description="mean loss of each optimizer step, unrounded"
+    train_loss: list[float | None] = Field(
+        default_factory=list,
+        description="loss of each optimizer step as the Trainer has it, unrounded: the mean over "
+        "its predicted tokens unless verified.loss_normalization says otherwise; none without any",
     )
     generations: list[Generation] = Field(default_factory=list)
     samples_file: str | None = Field(
@@ -214,6 +275,12 @@ class Verified(Part):
     world_size: int | None = Field(None, description="ranks found when it trained")
     weight_dtypes: dict[str, int] = Field(
         default_factory=dict, description="parameters by dtype before training"
+    )
+    loss_normalization: str | None = Field(
+        None, description="what the loss is, where it is not the mean over predicted tokens"
+    )
+    loss_terms: list[str] = Field(
+        default_factory=list, description="what the loss holds beside the cross entropy"
     )
     substitutions: list[str] = Field(
         default_factory=list, description="what ran instead of what was asked, and why"
@@ -337,6 +404,11 @@ class Provenance(Part):
 
     model: dict[str, str] = Field(default_factory=dict)
     data: dict[str, str] = Field(default_factory=dict)
+    unexpected_weights: dict[str, int] = Field(
+        default_factory=dict,
+        description="tensors of the checkpoint that the model has no place for: names with * for "
+        "numbers, and how many each",
+    )
     environment: dict[str, str] = Field(
         default_factory=dict, description="variables that change results, as they were"
     )
@@ -359,7 +431,9 @@ class Record(Part):
     started: str
     ended: str | None = None
     attempt: int = 1
+    preparation: Preparation | None = None
     memory: Memory = Field(default_factory=Memory)
+    steps: Steps = Field(default_factory=Steps)
     speed: Speed = Field(default_factory=Speed)
     quality: Quality = Field(default_factory=Quality)
     artifacts: Artifacts = Field(default_factory=Artifacts)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from harness import evaluate
-from matrices.cell import Evaluate
+from harness import evaluate, model
+from matrices.cell import Evaluate, Model
 from matrices.errors import UserError
 
 
@@ -21,6 +21,15 @@ def check_tasks(recipe: Evaluate) -> None:
         group = loaded["groups"].get(name)
         together += [group] if group is not None else loaded["tasks"].values()
     _loaded(manager, together, "lm-eval cannot score these tasks together")
+
+
+def check_chat_template(recipe: Evaluate, chosen: Model) -> None:
+    """Raises UserError when the recipe asks for a chat template and the tokenizer has none."""
+    if recipe.apply_chat_template and model.load_tokenizer(chosen).chat_template is None:
+        raise UserError(
+            f"the tokenizer of {chosen.name} has no chat template; leave apply_chat_template out",
+            key="evaluate.apply_chat_template",
+        )
 
 
 def _loaded(manager: Any, tasks: list[Any], refused: str) -> dict[str, dict[str, Any]]:

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import transformers
 from datasets import Dataset
 from transformers import TrainerCallback
 
-from harness import device
-from harness.data import CountingCollator, loss_arguments
+from harness import device, preparation
+from harness.data import loss_arguments
+from harness.record import Preparation
 from matrices.cell import Cell, Train
 
 try:
@@ -37,6 +39,16 @@ NOT_EVERYWHERE = frozenset(
 )
 
 
+class StepFacts(NamedTuple):
+    """What the Trainer knows of a step at its end. The norm may still be on the device, or be
+    divided among ranks, or be unknown to the engine."""
+
+    epoch: float
+    learning_rate: float
+    gradient_norm: Any
+    skipped: bool
+
+
 class Observer:
     """Is told where training is. This one does nothing; meters override what they need."""
 
@@ -46,9 +58,15 @@ class Observer:
     def phase(self, name: str) -> None:
         """`forward`, `backward` or `optimizer_step` starts."""
 
-    def micro_batch_end(self, loss: Any) -> None:
+    def micro_batch(self, inputs: dict[str, Any]) -> None:
+        """A micro batch is taken up, as the loader gave it."""
+
+    def micro_batch_end(self, loss: Any, divisor: Any = None) -> None:
         """A micro batch was propagated back; `loss` is its share of the step's loss, a detached
-        scalar tensor."""
+        scalar tensor, and `divisor` the number of labels that the whole step is divided by."""
+
+    def step_facts(self, facts: StepFacts) -> None:
+        """Comes right before `step_end`."""
 
     def step_end(self, step: int) -> None:
         """Optimizer step number `step`, counted from 1, is complete and gradients are gone."""
@@ -59,18 +77,21 @@ class ObservedTrainer(SFTTrainer):
 
     def __init__(self, *args: Any, observer: Observer, **kwargs: Any) -> None:
         self.observer = observer
-        self.data_collator: Any
-        super().__init__(*args, callbacks=[_StepCallback(observer)], **kwargs)
-        self.counted = CountingCollator(self.data_collator)
-        self.data_collator = self.counted
+        self.preparation: Preparation | None = None
+        self._rate = math.nan
+        self._gradient_norm: Any = None
+        super().__init__(*args, callbacks=[_StepCallback(self)], **kwargs)
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+    def training_step(self, model: Any, inputs: Any, *divisor: Any, **named: Any) -> Any:
         self._hear_of_steps()
+        # DeepSpeed's engine moves on to the next rate within the step.
+        self._rate = float(self.optimizer.param_groups[0]["lr"])
+        self.observer.micro_batch(inputs)
         self.observer.phase("forward")
-        loss = super().training_step(*args, **kwargs)
+        loss = super().training_step(model, inputs, *divisor, **named)
         # Clipping the gradients is part of the optimizer step.
         self.observer.phase("optimizer_step")
-        self.observer.micro_batch_end(loss)
+        self.observer.micro_batch_end(loss, *divisor, *named.values())
         return loss
 
     def _hear_of_steps(self) -> None:
@@ -91,16 +112,34 @@ class ObservedTrainer(SFTTrainer):
         self.observer.phase("backward")
         return loss
 
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        self._gradient_norm = super()._get_grad_norm(*args, **kwargs)
+        return self._gradient_norm
+
+    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        made, self.preparation = preparation.observed(
+            super()._prepare_dataset, dataset, *args, **kwargs
+        )
+        return made
+
+    def end_step(self, state: Any) -> None:
+        """Tell the observer about the step that `state` has just counted."""
+        skipped = bool(self.accelerator.optimizer_step_was_skipped)
+        facts = StepFacts(state.epoch, self._rate, self._gradient_norm, skipped)
+        self._gradient_norm = None
+        self.observer.step_facts(facts)
+        self.observer.step_end(state.global_step)
+
 
 class _StepCallback(TrainerCallback):
-    def __init__(self, observer: Observer) -> None:
-        self._observer = observer
+    def __init__(self, trainer: ObservedTrainer) -> None:
+        self._trainer = trainer
 
     def on_train_begin(self, *args: Any, optimizer: Any = None, **kwargs: Any) -> None:
-        self._observer.train_begin(optimizer)
+        self._trainer.observer.train_begin(optimizer)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._observer.step_end(state.global_step)
+        self._trainer.end_step(state)
 
 
 @dataclass(frozen=True)
@@ -185,12 +224,13 @@ def _sections(cell: Cell) -> tuple[Train, Any]:
 
 
 def worst_case_rows(cell: Cell, vocabulary: int, steps: int) -> Dataset:
-    """Full-length rows for `steps` optimizer steps: no padding, a loss on every token.
+    """Full-length rows for `steps` whole optimizer steps on every rank: no padding, a loss on every
+    token.
 
     Memory does not depend on which tokens they are, so they count through the vocabulary.
     """
     train, data = _sections(cell)
-    rows = steps * train.micro_batch_size * train.gradient_accumulation_steps
+    rows = steps * train.micro_batch_size * train.gradient_accumulation_steps * cell.ranks
     ids = [[(row + at) % vocabulary for at in range(data.max_length)] for row in range(rows)]
     columns: dict[str, Any] = {"input_ids": ids, "labels": ids}
     if data.packing and data.packing_strategy != "wrapped":

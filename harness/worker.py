@@ -19,12 +19,23 @@ from typing import Any
 import bitsandbytes  # noqa: F401
 import lm_eval.evaluator
 import lm_eval.models.huggingface  # noqa: F401
-import peft
+import peft  # noqa: F401
 import torch  # noqa: F401
 from transformers import AutoModelForCausalLM  # noqa: F401
 from transformers.utils import logging as transformers_logging
 
-from harness import device, evaluate, gathered, measuring, model, provenance, ranks, verify
+from harness import (
+    device,
+    evaluate,
+    gathered,
+    identity,
+    loading_info,
+    measuring,
+    model,
+    provenance,
+    ranks,
+    verify,
+)
 from harness.job import Interrupted, Job
 from harness.meters import speed
 from harness.meters.steps import read_phase
@@ -97,6 +108,8 @@ def _has_gpu() -> bool:
 def _measure(job: Job) -> None:
     """A cell in this one process."""
     cell = job.record.cell
+    job.enter("load", cell.model.name)
+    identity.check(cell)
     tokenizer = model.load_tokenizer(cell.model)
     loaded = measuring.load(job)
     if cell.train is not None:
@@ -126,6 +139,7 @@ def _train_a_rank(record: Record, output_dir: Path) -> int:
 def _train_with_others(job: Job) -> None:
     cell = job.record.cell
     job.enter("load", f"waiting for {ranks.world_size()} ranks")
+    identity.check(cell)
     # Before the others are met: a packaged model may have to be made, which transformers would then
     # have the first rank alone write.
     tokenizer = model.load_tokenizer(cell.model)
@@ -171,8 +185,7 @@ def _train_and_score(record: Record, output_dir: Path) -> int:
 
 
 def _score_what_was_trained(job: Job) -> None:
-    cell = job.record.cell
-    tokenizer = model.load_tokenizer(cell.model)
+    tokenizer = model.load_tokenizer(model.at_commit(job.record).model)
     try:
         _evaluate(job, _as_shipped(job), tokenizer)
     finally:
@@ -181,11 +194,12 @@ def _score_what_was_trained(job: Job) -> None:
 
 def _as_shipped(job: Job) -> Any:
     """What a user of the result loads: a fresh base with the saved adapter on it, or the model."""
-    cell = job.record.cell
+    cell = model.at_commit(job.record)
     job.enter("evaluation", "loading what was trained")
     if cell.adapter is None:
         return model.load_base(cell, directory=job.output_dir / measuring.TRAINED)
-    return peft.PeftModel.from_pretrained(model.load_base(cell), job.output_dir / "adapter")
+    identity.check(cell)
+    return loading_info.with_adapter(model.load_base(cell), job.output_dir / "adapter")
 
 
 def _evaluate(job: Job, scored: Any, tokenizer: Any) -> None:

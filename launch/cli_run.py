@@ -97,7 +97,7 @@ def run(
     tunebench run my-sweep.yaml --results /shared/sweep --on slurm --partition gpu --time 4:00:00
     tunebench run my-sweep.yaml --results /shared/sweep --on ray --address 10.0.0.1:6379
     """
-    from launch.local import ProblemsFound
+    from launch.left_out import ProblemsFound
     from launch.progress import display_for_stderr
     from launch.stopping import Stopped
 
@@ -138,10 +138,10 @@ def run(
     except ProblemsFound as error:
         # Cells share models, data and tasks, so they share problems.
         for problem in {str(each): each for each in error.problems}.values():
-            print_error(_located(problem, found))
+            print_error(problem)
         raise typer.Exit(2) from None
     except UserError as error:
-        raise _located(error, found) from error
+        raise sweep.located(error) from error
     except Stopped as stopped:
         print("tunebench: stopped before the first cell", file=sys.stderr)
         raise typer.Exit(128 + stopped.number) from None
@@ -191,7 +191,7 @@ def sweep_of(
     for note in expansion.notes:
         print(f"tunebench: note: {note}", file=sys.stderr)
     directory = results or Path("results") / matrix.name
-    sweep = Sweep(expansion.cells, directory, statuses, matrix.score_base)
+    sweep = Sweep(expansion.cells, directory, statuses, matrix.score_base, matrix.locate)
     return matrix, sweep, expansion.combinations
 
 
@@ -221,12 +221,14 @@ def _here(
         limits[0],
         phase_seconds=limits[1],
         slots=Slots(exclusive=not side_by_side, allow_busy=allow_busy),
+        sweep=sweep,
     )
     if not no_predict:
         past = [job.entry.record for job in jobs if job.entry is not None]
         show = show_for_stderr()
         runner.foretell = partial(foretell, show=show, skip=skip_predicted_oom, past=past)
-    return jobs, runner.run(jobs)
+    finished = runner.run(jobs)
+    return list(finished.jobs), finished
 
 
 def _order(
@@ -284,9 +286,3 @@ def exit_code(entries: Mapping[str, Entry], stopped_by: int | None) -> int:
         return 128 + stopped_by
     complete = all(entry.record.status in RESULTS for entry in entries.values())
     return 0 if complete else EXIT_INCOMPLETE
-
-
-def _located(error: UserError, matrix: Matrix) -> UserError:
-    if error.where is None and error.key is not None:
-        return UserError(error.message, key=error.key, where=matrix.locate(error.key))
-    return error

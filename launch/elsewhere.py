@@ -9,8 +9,8 @@ from harness import provenance
 from harness.record import Record
 from harness.store import INCONCLUSIVE, Entry, record_key
 from launch import preflight
-from launch.local import ProblemsFound
-from launch.plan import Job
+from launch.left_out import leave_out
+from launch.plan import Job, Sweep
 from launch.progress import Display
 from launch.server import start_server
 
@@ -53,19 +53,21 @@ def _rank(record: Record) -> tuple[bool, str]:
     return record.status not in INCONCLUSIVE, record.ended or record.started
 
 
-def check(jobs: Sequence[Job], display: Display) -> None:
-    """Check models, data and tasks, and fetch them, once for all nodes. Raises ProblemsFound."""
+def check(
+    jobs: Sequence[Job], to_check: Sequence[Job], display: Display, sweep: Sweep
+) -> list[Job]:
+    """Check models, data and tasks of some of the jobs, and fetch them, once for all nodes. The
+    jobs, without those that cannot run. Raises ProblemsFound when none can."""
     before = dict(os.environ)
     try:
         server = start_server([PREFLIGHT])
         with display.busy(
             "importing torch, transformers, trl and lm-eval; checking models, data and tasks"
         ):
-            found = preflight.problems(server, PREFLIGHT, [job.cell for job in jobs])
+            found = preflight.problems(server, PREFLIGHT, [job.cell for job in to_check])
     finally:
         _with_own_threads(before)
-    if found:
-        raise ProblemsFound(found)
+    return leave_out(jobs, found, display, sweep)
 
 
 def _with_own_threads(environment: Mapping[str, str]) -> None:

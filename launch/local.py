@@ -13,12 +13,15 @@ from multiprocessing import connection
 from pathlib import Path
 
 from harness import provenance
+from harness.problems import Problem
 from harness.record import Record, Status, read_record
 from harness.store import Entry, Store
 from launch import preflight, profile, starting
 from launch.finish import contamination, finish_abandoned, finish_record
 from launch.foretelling import Foretold, with_prediction
-from launch.plan import Job
+from launch.left_out import ProblemsFound as ProblemsFound
+from launch.left_out import leave_out
+from launch.plan import Job, Sweep
 from launch.process import free_port, read_progress, start_ranks
 from launch.progress import Display
 from launch.server import start_server
@@ -31,21 +34,14 @@ from matrices.cell import Cell
 from matrices.errors import UserError
 
 
-class ProblemsFound(Exception):
-    """Preflight found mistakes of the user's; nothing was started."""
-
-    def __init__(self, problems: list[UserError]) -> None:
-        super().__init__(f"{len(problems)} problems")
-        self.problems = problems
-
-
 @dataclass(frozen=True)
 class Finished:
-    """What a run leaves: the last record of each of its cells, by key, and the signal that
-    stopped it."""
+    """What a run leaves: the last record of each of its cells, by key, the signal that stopped
+    it, and the jobs as its checks left them."""
 
     entries: dict[str, Entry]
     stopped_by: int | None = None
+    jobs: Sequence[Job] = ()
 
 
 @dataclass
@@ -69,7 +65,7 @@ class Runner:
     `grant` is what an engine has given this process: then no devices are asked for, and cells run
     one after another. `engine`, and its `job`, are recorded. `rendezvous` is where the machines of
     a cell on several of them meet, of which this is the first. `stopped` lets the engine say in a
-    record why it had its cell stopped.
+    record why it had its cell stopped. `sweep` tells where in the matrix a problem stands.
     """
 
     store: Store
@@ -86,6 +82,7 @@ class Runner:
     slots: Slots | None = None
     rendezvous: Rendezvous | None = None
     stopped: Callable[[Record], Record] | None = None
+    sweep: Sweep | None = None
     running: list[Running] = field(default_factory=list)
 
     def run(self, jobs: Sequence[Job]) -> Finished:
@@ -97,17 +94,20 @@ class Runner:
             free_port(port)
         with stop_signals() as signals:
             if to_run:
-                self._start_server([job.cell for job in to_run])
+                jobs = leave_out(jobs, self._start_server(to_run), self.display, self.sweep)
                 if self.foretell is not None:
-                    self.foretold = self.foretell([job.cell for job in to_run])
+                    left = [job.cell for job in jobs if job.action in ("run", "retry")]
+                    self.foretold = self.foretell(left)
             self.store.prepare()
             self._recover_all()
             signals.raising = False
             entries = {job.key: job.entry for job in jobs if job.entry and job.action == "keep"}
             entries |= self._run_all([job for job in jobs if job.action != "keep"], signals)
-        return Finished(entries, next(iter(signals.received), None))
+        return Finished(entries, next(iter(signals.received), None), jobs)
 
-    def _start_server(self, cells: list[Cell]) -> None:
+    def _start_server(self, jobs: Sequence[Job]) -> list[Problem]:
+        """Have the stack imported, and say what is wrong with the cells of these jobs."""
+        cells = [job.cell for job in jobs]
         modules = [self.worker] + ([self.preflight] if self.preflight else [])
         # It looks for GPUs when it is imported, which a process that is forked from must not do.
         gpu = provenance.uses_gpu(provenance.stack(), provenance.hardware())
@@ -115,13 +115,11 @@ class Runner:
             modules.append("deepspeed")
         self.server = start_server(modules)
         if self.preflight is None:
-            return
+            return []
         with self.display.busy(
             "importing torch, transformers, trl and lm-eval; checking models, data and tasks"
         ):
-            found = preflight.problems(self.server, self.preflight, cells)
-        if found:
-            raise ProblemsFound(found)
+            return preflight.problems(self.server, self.preflight, cells)
 
     def _recover_all(self) -> None:
         for key in dict.fromkeys(key for key, _ in self.store.abandoned()):

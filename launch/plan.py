@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from harness import provenance
+from harness import hub, provenance
 from harness.prediction import Prediction
 from harness.record import Record, Status
 from harness.store import Entry, record_key
@@ -25,12 +25,20 @@ RETRIED: frozenset[Status] = frozenset({"failed", "interrupted", "skipped", "inv
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """What is asked for: the cells of a matrix, which of them to repeat, where records go."""
+    """What is asked for: the cells of a matrix, which of them to repeat, where records go.
+    `locate` tells where in the matrix a setting stands."""
 
     cells: Sequence[Cell]
     results: Path
     retry: frozenset[Status] = RETRIED
     score_base: bool = True
+    locate: Callable[[str], str] | None = None
+
+    def located(self, error: UserError) -> UserError:
+        """The error with the place of its key, where it has none yet."""
+        if self.locate is None or error.where is not None or error.key is None:
+            return error
+        return UserError(error.message, key=error.key, where=self.locate(error.key))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +46,8 @@ class Job:
     """One cell of a run and what is to be done about it.
 
     `seen_attempt` is the last attempt that was there when the plan was made (0: none), so that a
-    runner can tell what another one added since.
+    runner can tell what another one added since. `implied` is a base cell that the matrix does not
+    name: it is there for the cells that are judged against it.
     """
 
     cell: Cell
@@ -48,6 +57,7 @@ class Job:
     why: str
     seen_attempt: int
     entry: Entry | None
+    implied: bool = False
 
     def as_json(self, prediction: Prediction | None = None) -> dict[str, Any]:
         """For machines; the prediction, if there is one, in short."""
@@ -128,7 +138,8 @@ def plan_jobs(
         entry = present.get(key)
         action, why = decide(entry.record if entry else None, refused, retry)
         attempt = entry.record.attempt if entry else 0
-        jobs.append(Job(cell, key, names[cell_id], action, why, attempt, entry))
+        implied = cell_id not in reasons
+        jobs.append(Job(cell, key, names[cell_id], action, why, attempt, entry, implied))
     return with_new_base_scores(jobs)
 
 
@@ -146,13 +157,16 @@ def _refusal(cell: Cell, machine: Machine) -> str:
 
 def decide(record: Record | None, refused: str, retry: frozenset[Status]) -> tuple[Action, str]:
     """What to do about a cell, given its last record here and why this machine refuses it."""
-    if record is not None and record.status not in retry:
-        return "keep", f"{record.status} since {(record.ended or record.started)[:16]}Z"
+    changed = hub.changed_since(record) if record is not None else ""
+    # A result outlives a refusal.
+    if record is not None and record.status not in retry and (refused or not changed):
+        since = f"{record.status} since {(record.ended or record.started)[:16]}Z"
+        return "keep", f"{since}, but {changed}" if changed else since
     if refused:
         return "invalid", refused
     if record is None:
         return "run", "not measured on this stack"
-    reason = f" ({record.reason})" if record.reason else ""
+    reason = f" ({changed or record.reason})" if changed or record.reason else ""
     return "retry", f"attempt {record.attempt} was {record.status}{reason}"
 
 

@@ -9,16 +9,18 @@ import traceback
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 
+from harness.problems import Problem
 from launch.server import Server, follow_parent
 from matrices.cell import Cell
 from matrices.errors import UserError
 
 
-def problems(server: Server, module: str, cells: Sequence[Cell]) -> list[UserError]:
-    """What the user has to put right before these cells can run.
+def problems(server: Server, module: str, cells: Sequence[Cell]) -> list[Problem]:
+    """What the user has to put right, and before which of these cells can run.
 
-    Waits for the fork server's imports first. Raises RuntimeError with the process's own
-    traceback when the check itself breaks.
+    Waits for the fork server's imports first. Raises UserError when something keeps the run as a
+    whole from starting, and RuntimeError with the process's own traceback when the check itself
+    breaks.
     """
     receiver, sender = server.context.Pipe(duplex=False)
     process = server.context.Process(target=_main, args=(module, list(cells), sender))
@@ -28,7 +30,7 @@ def problems(server: Server, module: str, cells: Sequence[Cell]) -> list[UserErr
         raise RuntimeError(f"the stack cannot be imported:\n{server.said()}") from error
     sender.close()
     try:
-        found, broken = receiver.recv()
+        found, wrong, broken = receiver.recv()
     except EOFError:
         process.join()
         code = process.exitcode
@@ -41,6 +43,8 @@ def problems(server: Server, module: str, cells: Sequence[Cell]) -> list[UserErr
     process.join()
     if broken:
         raise RuntimeError(f"preflight failed:\n{broken}")
+    if wrong is not None:
+        raise wrong
     return list(found)
 
 
@@ -49,8 +53,8 @@ def _main(module: str, cells: list[Cell], sender: Connection) -> None:
     try:
         found = importlib.import_module(module).problems(cells)
     except UserError as error:
-        sender.send(([error], None))
+        sender.send(([], error, None))
     except Exception:
-        sender.send(([], traceback.format_exc()))
+        sender.send(([], None, traceback.format_exc()))
     else:
-        sender.send((found, None))
+        sender.send((found, None, None))

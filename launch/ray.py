@@ -77,7 +77,8 @@ def run_on_ray(
         requests = {job.key: asked(job.cell, nodes, options.per_device) for job in to_run}
         if to_run:
             check_nodes(nodes, store)
-            check(to_run, display)
+            jobs = check(jobs, to_run, display, sweep)
+            to_run = [job for job in jobs if job.action in ("run", "retry")]
         signals.raising = False
         settled = Runner(store, display, engine="ray").run([j for j in jobs if j not in to_run])
         driver = Driver(store, display, order, nodes, there)

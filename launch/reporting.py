@@ -12,7 +12,7 @@ from harness.record import read_record
 from matrices.errors import UserError
 from reports.page import page
 from reports.render import render
-from reports.results import Result, bases, index, load_records
+from reports.results import Result, bases, by_commit, index, load_records
 from reports.show import show
 from reports.tables import TABLES, build, build_all
 from reports.write import write_report
@@ -74,11 +74,11 @@ def write_all(
 def record_text(cell: str, results: Path, as_json: bool) -> str:
     """One record for people, or as it is for machines. Raises UserError when there is none."""
     path = find_record(cell, results)
-    result = Result(read_record(path), path)
+    result = Result(by_commit(read_record(path)), path)
     if as_json:
         return path.read_text().rstrip("\n")
     beside = records_in(Path(os.path.normpath(path.parent / "..")))
-    among = [Result(record, directory / RECORD) for directory, record in beside]
+    among = [Result(by_commit(record), directory / RECORD) for directory, record in beside]
     return show(result, bases(result, index(among)))
 
 

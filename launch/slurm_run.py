@@ -44,8 +44,11 @@ def run_on_slurm(
     to_run = [job for job in jobs if job.action in ("run", "retry")]
     slurm.check_fits(to_run, on, asked)
     with stop_signals() as signals:
-        if to_run and len(queued(store, to_run)) < len(to_run):
-            elsewhere.check(to_run, display)
+        if to_run:
+            there = queued(store, to_run)
+            new = [job for job in to_run if job.cell.cell_id not in there]
+            jobs = elsewhere.check(jobs, new, display, sweep) if new else jobs
+            to_run = [job for job in jobs if job.action in ("run", "retry")]
         signals.raising = False
         settled = Runner(store, display).run([job for job in jobs if job not in to_run])
         watcher = Watcher(store, display, on, {})

@@ -84,7 +84,8 @@ def expand(matrix: Matrix) -> Expansion:
             key="exclude",
             where=matrix.locate("exclude"),
         )
-    notes = (*builder.notes, *_unmatched(matrix, builder), *_idle_axes(matrix, builder.methods))
+    idle = (*_unmatched(matrix, builder), *_idle_axes(matrix, builder.methods))
+    notes = (*matrix.notes, *builder.notes, *idle)
     return Expansion(tuple(builder.cells.values()), kept, notes)
 
 

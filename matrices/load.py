@@ -11,7 +11,7 @@ from matrices import document, own_keys
 from matrices.cell import SECTIONS
 from matrices.document import Spot
 from matrices.errors import UserError, nearest
-from matrices.fingerprint import FINGERPRINTED, fingerprint, local_path
+from matrices.fingerprint import FINGERPRINTED, fingerprint, is_written_as_path, local_path
 from matrices.models import plain_config
 from matrices.profiles import profile_at
 from matrices.settings import (
@@ -54,6 +54,7 @@ class Matrix:
     """Dotted setting, section or matrix key to `file:line`."""
     fingerprints: Mapping[str, str] = field(default_factory=dict)
     """Absolute path of each local model and data file to its content hash."""
+    notes: tuple[str, ...] = ()
 
     def locate(self, key: str) -> str:
         """`file:line` of a setting; where it is not written, of what it most likely comes from:
@@ -106,6 +107,7 @@ def load(source: str | Path, overrides: Sequence[str] = (), seeds: int | None = 
             "phase_timeout_seconds", own.get("phase_timeout_seconds")
         ),
         fingerprints=reader.fingerprints,
+        notes=tuple(reader.notes),
         places={key: spot.where for key, spot in top.value.items()} | reader.places,
     )
     return _overridden(matrix, overrides, seeds)
@@ -136,6 +138,7 @@ class _Reader:
     def __init__(self, base: Path) -> None:
         self.base = base
         self.fingerprints: dict[str, str] = {}
+        self.notes: dict[str, None] = {}
         self.places: dict[str, str] = {}
 
     def settings(self, written: Mapping[str, Spot]) -> dict[str, Spot]:
@@ -152,6 +155,9 @@ class _Reader:
         local = local_path(key, value, self.base, spot.where)
         if local is None:
             return value
+        if key == "model.name" and "/" not in value and not is_written_as_path(value):
+            note = f"{spot.where}: model {value!r} is the directory {local}; write ./{value}"
+            self.notes[f"{note} to say so"] = None
         if key in FINGERPRINTED and str(local) not in self.fingerprints:
             try:
                 if key == "model.config":
@@ -284,6 +290,7 @@ def _overridden(matrix: Matrix, overrides: Sequence[str], seeds: int | None) -> 
         axes=axes,
         places={**matrix.places, **reader.places},
         fingerprints={**matrix.fingerprints, **reader.fingerprints},
+        notes=(*matrix.notes, *reader.notes),
         **changes,
     )
 

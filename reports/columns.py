@@ -191,13 +191,21 @@ def _memory() -> list[Column]:
         ),
         Column("memory.peak_phase", "memory.peak_phase", "string", "peak in", "sets the peak"),
         Column(
+            "memory.ledger_peak_phase", "memory.ledger_peak_phase", "string", "ledger peak in",
+            "where the categories are taken",
+        ),
+        Column(
+            "memory.timed_peak_bytes", "memory.timed_peak_bytes", "Int64", "peak of timed steps",
+            "torch's CUDA peak over the timed steps", "bytes", "lower",
+        ),
+        Column(
             "memory.rank_imbalance", rank_imbalance, "Float64", "imbalance",
             "largest over smallest training peak of a rank, minus 1", "ratio", "lower",
         ),
         *[_phase(phase, None, "peak") for phase in PHASES],
         *[_phase(phase, "reserved_peak_bytes", "reserved_peak") for phase in PHASES],
         *[_phase(phase, "process_bytes", "process") for phase in PHASES],
-        *[_category("by_category", name, "at the training peak") for name in CATEGORIES],
+        *[_category("by_category", name, "at the ledger's training peak") for name in CATEGORIES],
         *[_category("resident", name, "held before the first step") for name in CATEGORIES],
         Column(
             "memory.host_peak_rss_bytes", "memory.host_peak_rss_bytes", "Int64", "host peak RSS",
@@ -320,12 +328,42 @@ def _speed() -> list[Column]:
     ]  # fmt: skip
 
 
+def _rows(name: str, description: str) -> Column:
+    return Column(
+        f"preparation.{name}", f"preparation.{name}", "Int64", name.replace("_", " "), description,
+    )  # fmt: skip
+
+
+def _counted() -> list[Column]:
+    return [
+        _rows("rows_read", "rows that the preparation was given"),
+        _rows("rows_kept", "rows that are trained on"),
+        _rows("rows_truncated", "kept, but longer than max_length"),
+        _rows("rows_dropped", "left out by the preparation"),
+        _rows("rows_cut_off", "rows all of whose labels are beyond max_length"),
+        _rows("sequences", "rows of the prepared data; packed rows where it packs"),
+        Column(
+            "steps.epochs", lambda record: record.steps.epoch[-1] if record.steps.epoch else None,
+            "Float64", "epochs", "passes over the data", "epochs",
+        ),
+        Column(
+            "steps.samples", lambda record: sum(record.steps.samples) or None, "Int64", "samples",
+            "sequences of all steps", "samples",
+        ),
+        Column(
+            "verified.loss_normalization", "verified.loss_normalization", "string", "loss is",
+            "what the loss is, where it is not the mean over predicted tokens",
+        ),
+    ]  # fmt: skip
+
+
 def _other() -> list[Column]:
     return [
         Column(
             "quality.train_loss_final",
             lambda record: record.quality.train_loss[-1] if record.quality.train_loss else None,
-            "Float64", "final train loss", "mean loss of the last step", "nats/token", "lower",
+            "Float64", "final train loss",
+            "mean loss of the last step; none without a label", "nats/token", "lower",
         ),
         Column(
             "quality.softmax_dtype", softmax_dtype, "string", "log-likelihoods in",
@@ -352,5 +390,5 @@ def _other() -> list[Column]:
 
 COLUMNS: tuple[Column, ...] = (
     *_settings(), *_provenance(), *_placement(), *_memory(), *_ranks(), *_prediction(), *_speed(),
-    *_other(),
+    *_counted(), *_other(),
 )  # fmt: skip

@@ -84,9 +84,9 @@ def losses_text(records: Sequence[Record]) -> str:
                 escape_markdown(record.cell.model.name),
                 record.cell.method,
                 record.cell.parallelism,
-                f"{losses[0]:.5f}",
-                f"{losses[-1]:.5f}",
-                DASH if alone is record else f"{_difference(record, alone):.0e}",
+                _loss(losses[0]),
+                _loss(losses[-1]),
+                DASH if alone is record else _difference(record, alone),
                 f"{max(shares):.1%}" if shares else DASH,
                 bytes_text(record.memory.peak_bytes),
             ]
@@ -126,9 +126,16 @@ def _but_spread(record: Record) -> dict[str, Any]:
     }
 
 
-def _difference(record: Record, alone: Record) -> float:
+def _loss(loss: float | None) -> str:
+    return DASH if loss is None else f"{loss:.5f}"
+
+
+def _difference(record: Record, alone: Record) -> str:
     pairs = zip(record.quality.train_loss, alone.quality.train_loss, strict=True)
-    return max(abs(mine - other) / abs(other) for mine, other in pairs)
+    known = [(mine, other) for mine, other in pairs if mine is not None and other is not None]
+    if not known or record.verified.loss_normalization != alone.verified.loss_normalization:
+        return DASH
+    return f"{max(abs(mine - other) / abs(other) for mine, other in known):.0e}"
 
 
 def _of(records: Sequence[Record], parallelism: str, method: str) -> list[Record]:

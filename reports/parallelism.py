@@ -150,7 +150,7 @@ def loss_columns(table: Table, baselines: Baselines) -> list[TableColumn]:
 
 def _final(item: Group) -> Estimate | None:
     losses = [result.record.quality.train_loss for result in item.measured]
-    last = [each[-1] for each in losses if each]
+    last = [each[-1] for each in losses if each and each[-1] is not None]
     if not last:
         return None
     mean = math.fsum(last) / len(last)
@@ -177,6 +177,10 @@ def _gap(ours: Record, theirs: Record) -> float:
     mine, other = ours.quality.train_loss, theirs.quality.train_loss
     if not mine or len(mine) != len(other):
         raise NotComparable("the loss curves are not of the same steps")
-    gaps = [abs(a - b) for a, b in zip(mine, other, strict=True)]
+    if ours.verified.loss_normalization != theirs.verified.loss_normalization:
+        raise NotComparable("the losses are not divided by the same number of tokens")
+    if [a is None for a in mine] != [b is None for b in other]:
+        raise NotComparable("a step without any label in one has some in the other")
+    gaps = [abs(a - b) for a, b in zip(mine, other, strict=True) if a is not None and b is not None]
     # max() would drop a NaN or not, as it stands.
-    return math.nan if any(map(math.isnan, gaps)) else max(gaps)
+    return math.nan if any(map(math.isnan, gaps)) else max(gaps, default=0.0)

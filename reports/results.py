@@ -6,11 +6,13 @@ import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from harness import hub
 from harness.reading import read_sound, record_files, set_aside
 from harness.recipe import WITHOUT_ARGUMENT, softmax_dtype
 from harness.record import Record
+from matrices.cell import Data, Model
 from matrices.errors import UserError
 
 if TYPE_CHECKING:
@@ -79,7 +81,7 @@ def load_records(results: Path) -> list[Result]:
         raise UserError("no such results directory", where=str(results))
     paths = list(record_files(results))
     read = [(read_sound(path), path) for path in paths]
-    found = [Result(record, path) for record, path in read if record is not None]
+    found = [Result(by_commit(record), path) for record, path in read if record is not None]
     if not found:
         raise UserError(
             f"none of its {len(paths)} record.json can be read"
@@ -88,6 +90,25 @@ def load_records(results: Path) -> list[Result]:
             where=str(results),
         )
     return found
+
+
+def by_commit(record: Record) -> Record:
+    """The record with the commits that it read from the hub beside the branches in its cell: what
+    was measured of two commits of one branch differs in the setting `revision`."""
+    cell, read = record.cell, record.provenance
+    changes: dict[str, Any] = {}
+    if hub.is_hub_model(cell.model):
+        changes["model"] = _at(cell.model, read.model.get("commit"))
+    if cell.data is not None and hub.is_hub_data(cell.data):
+        changes["data"] = _at(cell.data, read.data.get("commit"))
+    return record.model_copy(update={"cell": cell.model_copy(update=changes)})
+
+
+def _at(section: Model | Data, commit: str | None) -> Model | Data:
+    if commit is None or section.revision == commit:
+        return section
+    named = f"{section.revision or 'main'}@{commit[:12]}"
+    return section.model_copy(update={"revision": named})
 
 
 def index(results: Iterable[Result]) -> Index:

@@ -6,7 +6,7 @@ import shlex
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 
-from harness.record import CATEGORIES, PHASES, Record
+from harness.record import CATEGORIES, PHASES, Memory, Record
 from matrices.cell import SECTIONS, flatten, label
 from reports.display import (
     DASH,
@@ -24,6 +24,7 @@ from reports.metric_choice import metric_text
 from reports.results import Result
 from reports.samples import difference, score
 from reports.show_ranks import rank_facts, rank_rows
+from reports.show_steps import data_facts, loss_facts, step_facts
 
 WIDTH = 100
 BAR = 30
@@ -36,9 +37,12 @@ def show(result: Result, judged: Mapping[str, Result]) -> str:
         _head(result),
         _settings(result.record),
         _verified(result.record),
+        _facts("Data, as it was prepared", data_facts(result.record)),
         _memory(result.record),
         _ranks(result.record),
+        _facts("Steps, as they were counted", step_facts(result.record)),
         _speed(result.record),
+        _facts("Training loss", loss_facts(result.record)),
         _quality(result, judged),
         _generations(result.record, judged.get("untouched")),
         _missing(result.record),
@@ -65,6 +69,11 @@ def _aligned(rows: Sequence[tuple[str, ...]], right: Sequence[int] = ()) -> list
         ).rstrip()
         for row in rows
     ]
+
+
+def _facts(title: str, facts: Mapping[str, str]) -> str:
+    told = {name: text for name, text in facts.items() if text}
+    return _section(title, [line for item in told.items() for line in _wrapped(*item)])
 
 
 def _wrapped(name: str, text: str) -> list[str]:
@@ -194,6 +203,9 @@ def _memory(record: Record) -> str:
         where = f" in {memory.peak_phase.replace('_', ' ')}" if memory.peak_phase else ""
         lines += _wrapped("peak", f"{bytes_text(memory.peak_bytes)}{where}")
         lines += _wrapped("meter", METERS[memory.headline])
+    if memory.timed_peak_bytes is not None and memory.timed_peak_bytes > (memory.peak_bytes or 0):
+        told = f"{bytes_text(memory.timed_peak_bytes)}: higher, in a phase that is not known"
+        lines += _wrapped("timed steps", told)
     lines += _predicted(record)
     if memory.host_peak_rss_bytes is not None:
         lines += _wrapped("host peak RSS", bytes_text(memory.host_peak_rss_bytes))
@@ -204,14 +216,14 @@ def _memory(record: Record) -> str:
         lines += ["", "  peak of each phase, the largest of all ranks"]
         lines += _bars(phases, memory.peak_phase or "")
     for title, held in (
-        ("at the training peak, by the ledger", memory.by_category),
+        (_ledger_moment(memory), memory.by_category),
         ("held before the first step", memory.resident),
     ):
         if held:
             known = {name: held.get(name) for name in CATEGORIES if name in held}
             lines += ["", f"  {title}", *_bars(known)]
     if memory.top_tensors:
-        lines += ["", "  largest tensors live at the peak"]
+        lines += ["", "  largest tensors live at that peak of the ledger"]
         lines += _aligned(
             [
                 (
@@ -226,6 +238,14 @@ def _memory(record: Record) -> str:
             right=(0,),
         )
     return _section("Memory", lines)
+
+
+def _ledger_moment(memory: Memory) -> str:
+    """The moment that the categories are of."""
+    if memory.ledger_peak_phase is None or memory.ledger_peak_bytes is None:
+        return "at the training peak, by the ledger"
+    phase = memory.ledger_peak_phase.replace("_", " ")
+    return f"at the ledger's training peak, {bytes_text(memory.ledger_peak_bytes)} in {phase}"
 
 
 def _ranks(record: Record) -> str:
@@ -281,9 +301,6 @@ def _quality(result: Result, found: Mapping[str, Result]) -> str:
     notes = [f"  partial: first {limit} documents of each task"] if limit else []
     if told := precision_text(result.record):
         notes.append(f"  log-likelihoods in {told}")
-    losses = result.record.quality.train_loss
-    if losses:
-        notes.append(f"  training loss {losses[0]:.4f} → {losses[-1]:.4f} in {len(losses)} steps")
     rows = [("task", "metric", "score", *[f"vs {role} base" for role in found], "n")]
     for task, scores in result.record.quality.tasks.items():
         for metric in scores.metrics:

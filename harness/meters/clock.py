@@ -8,18 +8,20 @@ from typing import NamedTuple
 
 
 class Count(NamedTuple):
-    """Tokens of one or more micro batches: with padding, without, and those that carry a label."""
+    """Tokens of one or more micro batches: with padding, without, and those that carry a label;
+    the rows they are made of; and how many micro batches these are."""
 
     all: int
     non_padding: int
     loss: int
     samples: int
+    micro_batches: int = 1
 
     def plus(self, other: Count) -> Count:
         return Count(*(a + b for a, b in zip(self, other, strict=True)))
 
 
-NOTHING = Count(0, 0, 0, 0)
+NOTHING = Count(0, 0, 0, 0, 0)
 
 
 def quartiles(seconds: Sequence[float]) -> tuple[float, float, float] | None:
@@ -31,18 +33,6 @@ def quartiles(seconds: Sequence[float]) -> tuple[float, float, float] | None:
         return (seconds[0],) * 3
     q1, median, q3 = statistics.quantiles(seconds, n=4, method="inclusive")
     return q1, median, q3
-
-
-def counts_per_step(micro_batches: Sequence[Count], accumulation: int) -> list[Count]:
-    """Sum consecutive groups of `accumulation` micro batches; an incomplete last group, fetched
-    ahead and never trained on, is dropped."""
-    steps = []
-    for start in range(0, len(micro_batches) - accumulation + 1, accumulation):
-        total = NOTHING
-        for count in micro_batches[start : start + accumulation]:
-            total = total.plus(count)
-        steps.append(total)
-    return steps
 
 
 def total(counts: Sequence[Count]) -> Count:

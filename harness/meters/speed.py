@@ -6,14 +6,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from harness import device
-from harness.meters import clock
-from harness.meters.clock import Count
-from harness.record import Record, Tokens
+from harness.meters import losses
+from harness.meters.clock import Count, quartiles, tflops_per_second, total
+from harness.record import Record, Steps, Tokens
 from matrices.cell import Train
 
 NO_PEAK_RATE = "no published peak rate is known for this device"
 NO_ACCOUNT = "this system's count of busy processors does not include this process's own time"
 TOO_SHORT = "every step was a warm-up step"
+SHORTER = "the timed batches were shorter than the full-length ones whose operations were counted"
+NO_NORM = "the engine tells no gradient norm"
 
 
 def warmup_steps(train: Train) -> int:
@@ -22,13 +24,8 @@ def warmup_steps(train: Train) -> int:
     return train.warmup_steps if chosen is None else chosen
 
 
-def tokens_so_far(counts: Sequence[Count], train: Train, step: int) -> int:
-    """Non-padding tokens of optimizer step `step`, counted from 1."""
-    return clock.counts_per_step(counts, train.gradient_accumulation_steps)[step - 1].non_padding
-
-
-def fill(record: Record, steps: Any, counts: Sequence[Count]) -> None:
-    """Put what a StepClock and the collator saw into `record`, complete or not.
+def fill(record: Record, clock: Any) -> None:
+    """Put what a StepClock saw into `record`, complete or not.
 
     Rates are totals over totals (tokens of the timed steps / seconds of the timed steps), never
     means of per-step rates.
@@ -36,18 +33,17 @@ def fill(record: Record, steps: Any, counts: Sequence[Count]) -> None:
     train = record.cell.train
     assert train is not None
     speed, warmup = record.speed, warmup_steps(train)
-    speed.step_seconds, speed.warmup_steps = steps.seconds, warmup
-    speed.meter_seconds = steps.meter_seconds
-    record.quality.train_loss = steps.losses
-    timed = steps.seconds[warmup:]
-    middle = clock.quartiles(timed)
+    speed.step_seconds, speed.warmup_steps = clock.seconds, warmup
+    speed.meter_seconds = clock.meter_seconds
+    _steps(record, clock)
+    timed = clock.seconds[warmup:]
+    middle = quartiles(timed)
     if middle is None:
         record.missing["speed.tokens_per_second"] = TOO_SHORT
         return
     record.missing.pop("speed.tokens_per_second", None)
     speed.step_seconds_q1, speed.step_seconds_median, speed.step_seconds_q3 = middle
-    per_step = clock.counts_per_step(counts, train.gradient_accumulation_steps)
-    counted = clock.total(per_step[warmup : len(steps.seconds)])
+    counted = total(clock.counts[warmup:])
     seconds = sum(timed)
     speed.tokens = Tokens(all=counted.all, non_padding=counted.non_padding, loss=counted.loss)
     speed.tokens_per_second = Tokens(
@@ -56,44 +52,78 @@ def fill(record: Record, steps: Any, counts: Sequence[Count]) -> None:
         loss=counted.loss / seconds,
     )
     speed.samples_per_second = counted.samples / seconds
-    speed.foreign_cpu_share = steps.foreign_cpu_share()
+    speed.foreign_cpu_share = clock.foreign_cpu_share()
     if speed.foreign_cpu_share is None:
         record.missing["speed.foreign_cpu_share"] = NO_ACCOUNT
-    energy = steps.energy()
+    energy = clock.energy()
     speed.energy_joules = energy.joules
     if energy.reason:
         record.missing["speed.energy_joules"] = energy.reason
-    _operations(record, counted, len(timed), seconds)
+    _operations(record, clock.counts[warmup:], seconds)
 
 
-def _operations(record: Record, counted: Count, steps: int, seconds: float) -> None:
-    """Operations were counted on full-length steps; they stand for the timed ones only when those
-    were as long."""
+def _steps(record: Record, clock: Any) -> None:
+    """What each step was made of, and its loss. A rank knows nothing of the others' labels: until
+    all are put together, each keeps its own share of every loss."""
+    counts: list[Count] = clock.counts
+    record.steps = Steps(
+        micro_batches=[count.micro_batches for count in counts],
+        samples=[count.samples for count in counts],
+        tokens_all=[count.all for count in counts],
+        tokens_non_padding=[count.non_padding for count in counts],
+        tokens_loss=[count.loss for count in counts],
+        epoch=[facts.epoch for facts in clock.facts],
+        learning_rate=[facts.learning_rate for facts in clock.facts],
+        gradient_norm=[facts.gradient_norm for facts in clock.facts],
+        loss_divisor=clock.divisors,
+        skipped_updates=[n for n, facts in enumerate(clock.facts, start=1) if facts.skipped],
+    )
+    if None in record.steps.gradient_norm:
+        record.missing["steps.gradient_norm"] = NO_NORM
+    if record.cell.ranks == 1:
+        keep_losses(record, clock.losses, [record.steps])
+    else:
+        record.quality.train_loss = clock.losses
+
+
+def keep_losses(record: Record, together: Sequence[float], ranks: Sequence[Steps]) -> None:
+    """The losses over all ranks, as far as there were labels, and what they are divided by;
+    `record.steps` holds the counts of all."""
+    record.quality.train_loss = losses.known(together, record.steps.tokens_loss)
+    record.verified.loss_normalization = losses.normalization(ranks)
+    reason = losses.why_unknown(record.quality.train_loss)
+    if reason:
+        record.missing["quality.train_loss"] = reason
+
+
+def _operations(record: Record, timed: Sequence[Count], seconds: float) -> None:
+    """Operations were counted on whole, full-length steps; they stand for the timed ones only when
+    each of those was one."""
     train, data, speed = record.cell.train, record.cell.data, record.speed
     assert train is not None
     assert data is not None
     record.missing["speed.mfu"] = NO_PEAK_RATE
     if speed.flops_per_step is None:
         return
-    full = train.micro_batch_size * train.gradient_accumulation_steps * data.max_length
-    if counted.all != full * steps:
-        record.missing["speed.tflops_per_second"] = (
-            "the timed batches were shorter than the full-length ones whose operations were counted"
-        )
+    whole = train.gradient_accumulation_steps
+    full = train.micro_batch_size * whole * data.max_length
+    if any((count.micro_batches, count.all) != (whole, full) for count in timed):
+        record.missing["speed.tflops_per_second"] = SHORTER
         return
-    speed.tflops_per_second = clock.tflops_per_second(speed.flops_per_step, steps, seconds)
+    record.missing.pop("speed.tflops_per_second", None)
+    speed.tflops_per_second = tflops_per_second(speed.flops_per_step, len(timed), seconds)
 
 
 def note_device_peak(record: Record) -> None:
-    """The timed steps' own device peak, when it is higher than that of the memory steps."""
-    seen = device.peaks().allocated_bytes
-    if seen is not None and record.memory.peak_bytes is not None:
-        record.memory.peak_bytes = max(record.memory.peak_bytes, seen)
+    """The timed steps' own device peak. It stays beside the headline: nobody knows in which of
+    their phases it was, or what lived then."""
+    record.memory.timed_peak_bytes = device.peaks().allocated_bytes
 
 
 def explain_missing(record: Record) -> None:
     """Say why the meters that do not exist here gave nothing."""
     if not device.has_cuda():
+        record.missing["memory.timed_peak_bytes"] = device.NO_CUDA
         for name in ("allocated_peak_bytes", "reserved_peak_bytes"):
             record.missing[f"memory.phases.{name}"] = device.NO_CUDA
         for name in ("process_bytes", "device_bytes"):

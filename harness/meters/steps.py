@@ -18,12 +18,13 @@ from torch.utils.flop_counter import (
 )
 
 from harness import device
-from harness.meters import memory, shards
+from harness.meters import batches, memory, shards
+from harness.meters.clock import Count
 from harness.meters.collectives import Collectives
 from harness.meters.energy import Energy, EnergyMeter
 from harness.meters.load import ForeignLoad
 from harness.record import Communication, PhaseMemory
-from harness.train import Observer
+from harness.train import Observer, StepFacts
 
 # The largest storages listed in a record.
 TOP_TENSORS = 12
@@ -35,7 +36,8 @@ class Diverged(RuntimeError):
 
 class StepClock(Observer):
     """Times whole optimizer steps, data loading included: from the end of one to the end of the
-    next. The device is synchronized at step ends only. Keeps unrounded losses.
+    next. The device is synchronized at step ends only. Keeps unrounded losses, and what each step
+    was made of.
 
     `begin(optimizer)` is called once everything is prepared and before any clock runs,
     `report(step, loss, seconds)` between steps, outside of every measured interval.
@@ -53,9 +55,15 @@ class StepClock(Observer):
         self._energy = EnergyMeter()
         self._others = ForeignLoad()
         self._parts: list[Any] = []
+        self._counted: list[Any] = []
+        self._divisor: Any = None
+        self._facts: StepFacts | None = None
         self._since = 0.0
         self.seconds: list[float] = []
         self.losses: list[float] = []
+        self.counts: list[Count] = []
+        self.divisors: list[float | None] = []
+        self.facts: list[StepFacts] = []
         self.meter_seconds = 0.0
 
     def train_begin(self, optimizer: Any) -> None:
@@ -64,23 +72,43 @@ class StepClock(Observer):
         device.synchronize()
         self._since = time.perf_counter()
 
-    def micro_batch_end(self, loss: Any) -> None:
+    def micro_batch(self, inputs: dict[str, Any]) -> None:
+        self._counted.append(batches.count_of(inputs))
+
+    def micro_batch_end(self, loss: Any, divisor: Any = None) -> None:
         self._parts.append(loss)
+        self._divisor = divisor
+
+    def step_facts(self, facts: StepFacts) -> None:
+        self._facts = facts
 
     def step_end(self, step: int) -> None:
         device.synchronize()
         now = time.perf_counter()
         self.seconds.append(now - self._since)
-        loss = sum(float(part) for part in self._parts)
-        self._parts.clear()
-        self.losses.append(loss)
+        loss = self._keep_step()
         if not math.isfinite(loss):
-            raise Diverged(f"the loss of step {step} is {loss}")
+            unlabelled = "" if self.counts[-1].loss else ", and no token of it carries a label"
+            raise Diverged(f"the loss of step {step} is {loss}{unlabelled}")
         self._report(step, loss, self.seconds[-1])
         if step == self._warmup_steps:
             self._start_counters()
         self._since = time.perf_counter()
         self.meter_seconds += self._since - now
+
+    def _keep_step(self) -> float:
+        """File what the step was made of; returns its loss. Nothing is asked of the device before
+        this."""
+        self.counts.append(batches.total(self._counted))
+        self.divisors.append(_number(self._divisor))
+        if self._facts is not None:
+            norm = _number(self._facts.gradient_norm)
+            self.facts.append(self._facts._replace(gradient_norm=norm))
+        self.losses.append(sum(float(part) for part in self._parts))
+        self._parts.clear()
+        self._counted.clear()
+        self._divisor = self._facts = None
+        return self.losses[-1]
 
     def _start_counters(self) -> None:
         self._energy.start()
@@ -93,6 +121,14 @@ class StepClock(Observer):
     def foreign_cpu_share(self) -> float | None:
         """What other processes took of the processors over the timed steps."""
         return self._others.share()
+
+
+def _number(value: Any) -> float | None:
+    """A scalar tensor's value; that of a norm over shards once all ranks have put it together."""
+    if value is None:
+        return None
+    whole = value.full_tensor() if hasattr(value, "full_tensor") else value
+    return float(whole)
 
 
 class CounterSteps(Observer):

@@ -17,16 +17,17 @@ from pathlib import Path
 from types import FrameType
 
 from harness.files import write_atomically
+from harness.problems import Findings, Problem
 from harness.provenance import now
 from harness.record import Failure, Record, read_record
 from matrices.cell import Cell
 from matrices.errors import UserError
 
-OK, FAILS, HANGS, DEAF, DIES, RAISES, SPAWNS, SEGFAULTS = range(8)
+OK, FAILS, HANGS, DEAF, DIES, RAISES, SPAWNS, SEGFAULTS, WRONG = range(9)
 LONGEST_SECONDS = 60.0
 
 
-def problems(cells: list[Cell]) -> list[UserError]:
+def problems(cells: list[Cell]) -> list[Problem]:
     """The stand-in for preflight: some models are not there."""
     name = cells[0].model.name
     if name == "broken":
@@ -34,11 +35,13 @@ def problems(cells: list[Cell]) -> list[UserError]:
     if name.startswith("slow:"):
         Path(name.removeprefix("slow:")).write_text(str(os.getpid()))
         _wait_for(Path("never"))
-    return [
-        UserError(f"no such model: {cell.model.name}", key="model.name")
-        for cell in cells
-        if cell.model.name.startswith("missing")
-    ]
+    found = Findings()
+    for cell in cells:
+        if cell.model.name.startswith("missing"):
+            found.add([cell], UserError(f"no such model: {cell.model.name}", key="model.name"))
+        if cell.seed == WRONG:
+            found.add([cell], UserError("is not a seed", key="seed"))
+    return found.problems
 
 
 def run(cell_path: Path, output_dir: Path) -> int:

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import psutil
 import pytest
-from stand_in_worker import DEAF, FAILS, HANGS, OK, RAISES, SEGFAULTS, SPAWNS
+from stand_in_worker import DEAF, FAILS, HANGS, OK, RAISES, SEGFAULTS, SPAWNS, WRONG
 
 from harness.record import Record, read_record
 
@@ -298,6 +298,18 @@ def test_preflight_problems_start_nothing_and_leave_nothing(start: Callable[...,
     assert run.wait() == 2
     assert "no such model: missing" in run.err
     assert not run.results.exists()
+
+
+def test_a_problem_of_one_cell_leaves_the_others_to_run(start: Callable[..., Run]) -> None:
+    run = start(OK, WRONG)
+    assert run.wait() == 0
+    found = records(run)
+    assert {key: record.status for key, record in found.items()} == {
+        (OK, 1): "ok",
+        (WRONG, 1): "invalid",
+    }
+    assert found[WRONG, 1].reason == "seed: is not a seed"
+    assert "1 of 2 cells left out as invalid: seed: is not a seed" in run.err
 
 
 def test_a_bug_in_preflight_is_a_traceback(start: Callable[..., Run]) -> None:

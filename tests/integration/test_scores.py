@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import lm_eval
 import pytest
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from harness import evaluate, task_check, task_index
 from harness.packaged import ensure_model
-from matrices.cell import Evaluate
+from matrices.cell import Evaluate, Model
 from matrices.errors import UserError
 
 DOCUMENTS = """
@@ -114,6 +115,20 @@ def test_what_lm_eval_refuses_after_the_training_is_found_before(
         task_check.check_tasks(recipe.model_copy(update={"tasks": tasks}))
     assert caught.value.key == "evaluate.tasks"
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("template", "asked"), [(None, True), (None, False), ("{{a}}", True)])
+def test_a_chat_template_that_is_asked_for_is_there(
+    monkeypatch: pytest.MonkeyPatch, template: str | None, asked: bool
+) -> None:
+    tokenizer = SimpleNamespace(chat_template=template)
+    monkeypatch.setattr(task_check.model, "load_tokenizer", lambda chosen: tokenizer)
+    recipe = Evaluate(apply_chat_template=asked)
+    if asked and template is None:
+        with pytest.raises(UserError, match="has no chat template"):
+            task_check.check_chat_template(recipe, Model())
+    else:
+        task_check.check_chat_template(recipe, Model())
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@ that is possible. `tests/data/published_measurements.yaml` says where the figure
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from launch.prediction_progress import Silent
 from launch.stacks import overlay
 
 DATA = Path(__file__).parents[1] / "data" / "published_measurements"
-ROWS = published.read(DATA.with_suffix(".csv"))
+ALL_ROWS = published.read(DATA.with_suffix(".csv"))
 TOLD = yaml.safe_load(DATA.with_suffix(".yaml").read_text())
 VOCABULARY = {name: entry["size"] for name, entry in TOLD["vocabulary"].items()}
 STACK = (
@@ -30,6 +31,26 @@ SINGLE, SEVERAL, STEADY = 1e-4, 1e-3, 1e-3
 # the peak and of 0.8 GB between steps.
 PEAK_OF = {"fms-a100_80gb-24bdadb-071": 1.1e-4}
 STEADY_OF = {"fms-a100_80gb-24bdadb-071": 2.3e-3}
+
+
+def chosen(rows: list[published.Measurement]) -> list[published.Measurement]:
+    """What the gate predicts: every row of one GPU, and of two GPUs, whose simulations take four
+    times as long, the first batch size of each method. TUNEBENCH_ALL_ROWS=1 predicts all of them,
+    as `tests/benchmarks/accuracy.py` does."""
+    if os.environ.get("TUNEBENCH_ALL_ROWS"):
+        return rows
+    seen: set[tuple[str, str]] = set()
+    kept = []
+    for row in rows:
+        kind = (row.model_id, row.columns["scenario"])
+        if row.devices == 1 or kind not in seen:
+            kept.append(row)
+        if row.devices > 1:
+            seen.add(kind)
+    return kept
+
+
+ROWS = chosen(ALL_ROWS)
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -78,7 +99,7 @@ def test_the_steady_state(row_id: str, predicted: dict[str, Compared]) -> None:
 def test_mistral_is_exact(predicted: dict[str, Compared]) -> None:
     """Full fine-tuning, LoRA and QLoRA, on one GPU and under FSDP1 on two: to the byte."""
     mistral = [found for found in predicted.values() if found.row.model_id.startswith("mistralai")]
-    assert len(mistral) == 16
+    assert len(mistral) == sum(row.model_id.startswith("mistralai") for row in ROWS) >= 12
     for found in mistral:
         assert found.error("peak_allocated_bytes") == 0, found.row.row_id
         assert found.error("steady_allocated_bytes") == 0, found.row.row_id
@@ -92,7 +113,7 @@ def test_the_versions_that_were_measured_were_executed(predicted: dict[str, Comp
 
 def test_the_trained_parameters_are_the_published_ones(predicted: dict[str, Compared]) -> None:
     told = [found for found in predicted.values() if found.row.columns["trainable_params"]]
-    assert len(told) == 20
+    assert len(told) >= 14
     for found in told:
         published_count = int(float(found.row.columns["trainable_params"]))
         assert found.prediction.trainable_parameters == published_count

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from matrices.errors import UserError
-from matrices.fingerprint import MIB, fingerprint
+from matrices.file_hash import MIB
+from matrices.fingerprint import fingerprint, is_unchanged
 
 
 def test_a_file_is_its_sha256(tmp_path: Path) -> None:
@@ -18,37 +22,118 @@ def test_a_file_is_its_sha256(tmp_path: Path) -> None:
     assert fingerprint(file) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 
 
-def test_a_file_of_64_mib_is_read_whole(tmp_path: Path) -> None:
-    file = tmp_path / "weights"
-    with file.open("wb") as out:
-        out.truncate(64 * MIB)
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TUNEBENCH_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "hashes"
+
+
+def sparse(path: Path, size: int) -> Path:
+    with path.open("wb") as out:
+        out.truncate(size)
+    return path
+
+
+def write_at(path: Path, position: int, byte: bytes) -> None:
+    with path.open("r+b") as out:
+        out.seek(position)
+        out.write(byte)
+
+
+@pytest.mark.usefixtures("cache")
+def test_a_large_file_is_read_whole(tmp_path: Path) -> None:
+    file = sparse(tmp_path / "weights", 65 * MIB)
+    assert fingerprint(file) == hashlib.sha256(bytes(65 * MIB)).hexdigest()
+    # Between two blocks that were sampled once.
+    write_at(file, 65 * MIB // 2 + 5, b"x")
+    with file.open("rb") as content:
+        assert fingerprint(file) == hashlib.file_digest(content, "sha256").hexdigest()
+
+
+@pytest.mark.usefixtures("cache")
+def test_a_fingerprint_of_samples_still_holds(tmp_path: Path) -> None:
+    """As the first records have it of files above 64 MiB: the size and 64 blocks of 1 MiB."""
+    size = 200 * MIB + 7
+    file = sparse(tmp_path / "weights", size)
+    sampled = hashlib.sha256(str(size).encode() + bytes(64 * MIB)).hexdigest()
+    assert is_unchanged(file, sampled)
+    assert is_unchanged(file, fingerprint(file))
+    write_at(file, size - 1, b"x")
+    assert not is_unchanged(file, sampled)
+
+
+def test_a_settled_large_file_is_read_once(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = sparse(tmp_path / "weights", 5 * MIB)
+    digest = hashlib.sha256(bytes(5 * MIB)).hexdigest()
+    assert fingerprint(file) == digest
+    assert not cache.exists(), "it may change once more within the clock's grain"
+
+    monkeypatch.setattr("matrices.file_hash.time.time", lambda: file.stat().st_ctime + 60)
+    assert fingerprint(file) == digest
+    [entry] = cache.iterdir()
+    monkeypatch.setattr("matrices.file_hash.hashlib.file_digest", _must_not_be_read)
+    assert fingerprint(file) == digest
+    link = tmp_path / "link"
+    link.symlink_to(file)
+    assert fingerprint(link) == digest
+
+    monkeypatch.undo()
+    monkeypatch.setenv("TUNEBENCH_CACHE", str(cache.parent))
+    for damaged in (
+        b"",
+        entry.read_bytes()[:80],
+        entry.read_bytes().replace(b"0", b"1", 1),
+        b"\xff",
+    ):
+        entry.write_bytes(damaged)
+        assert fingerprint(file) == digest
+
+
+def _must_not_be_read(*_: object) -> None:
+    raise AssertionError("read again")
+
+
+def test_an_edit_that_keeps_size_and_mtime_is_seen(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = sparse(tmp_path / "weights", 5 * MIB)
+    state = file.stat()
+    monkeypatch.setattr("matrices.file_hash.time.time", lambda: state.st_ctime + 60)
     before = fingerprint(file)
-    assert before == hashlib.sha256(bytes(64 * MIB)).hexdigest()
-    with file.open("r+b") as out:
-        out.seek(33 * MIB + 5)
-        out.write(b"x")
+    assert len(list(cache.iterdir())) == 1
+    time.sleep(0.02)
+    write_at(file, 77, b"x")
+    os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))
     assert fingerprint(file) != before
 
 
-def test_a_larger_file_is_sampled_first_and_last_block_included(tmp_path: Path) -> None:
-    file = tmp_path / "weights"
-    size = 200 * MIB + 7
-    with file.open("wb") as out:
-        out.truncate(size)
-    expected = hashlib.sha256(str(size).encode() + bytes(64 * MIB)).hexdigest()
-    assert fingerprint(file) == expected
-    for position in (0, MIB - 1, size - MIB, size - 1):
-        with file.open("r+b") as out:
-            out.seek(position)
+def test_a_cache_that_cannot_be_written_costs_time_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("TUNEBENCH_CACHE", str(tmp_path / "file"))
+    file = sparse(tmp_path / "weights", 5 * MIB)
+    monkeypatch.setattr("matrices.file_hash.time.time", lambda: file.stat().st_ctime + 60)
+    assert fingerprint(file) == hashlib.sha256(bytes(5 * MIB)).hexdigest()
+
+
+def test_a_file_that_grows_while_it_is_read_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = sparse(tmp_path / "weights", 5 * MIB)
+    read = hashlib.file_digest
+
+    def grow(opened: Any, name: str) -> Any:
+        digest = read(opened, name)
+        with file.open("ab") as out:
             out.write(b"x")
-            out.flush()
-            assert fingerprint(file) != expected, position
-            out.seek(position)
-            out.write(b"\0")
-    assert fingerprint(file) == expected
-    with file.open("ab") as out:
-        out.write(b"\0")
-    assert fingerprint(file) != expected
+        return digest
+
+    monkeypatch.setattr("matrices.file_hash.hashlib.file_digest", grow)
+    with pytest.raises(UserError, match="changed while it was read"):
+        fingerprint(file)
 
 
 def test_a_directory_is_its_names_and_contents(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from matrices.errors import UserError
+from matrices.expand import expand
 from matrices.load import Matrix, load, shipped
 from matrices.presets import PRESETS
 from matrices.settings import BARE, LEAVES, SCHEMAS, example, resolve, validate
@@ -317,6 +318,31 @@ def test_local_paths_start_at_the_file_and_are_hashed(
     assert overridden.constants["data.source"] == str(elsewhere / "rows.csv")
     mine = overridden.fingerprints[str(elsewhere / "rows.csv")]
     assert mine == hashlib.sha256(b"elsewhere").hexdigest()
+
+
+def test_a_hub_id_is_never_silently_a_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("Qwen/Qwen3-1.7B", "gpt2", "deep/down/below"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    for key in ("model", "data"):
+        with pytest.raises(UserError) as caught:
+            read(tmp_path, f"rank: 8\n{key}: Qwen/Qwen3-1.7B\n")
+        assert f"m.yaml:2: {key}." in str(caught.value)
+        assert f"also there as {tmp_path}/Qwen/Qwen3-1.7B; write ./Qwen/Qwen3-1.7B" in str(
+            caught.value
+        )
+    for name in ("./Qwen/Qwen3-1.7B", "deep/down/below"):
+        matrix = read(tmp_path, f"model: {name}\n")
+        assert matrix.constants["model.name"] == str(tmp_path / name)
+        assert matrix.notes == ()
+    # Also the name of a directory beside the matrix, as it has always been; but it is said.
+    matrix = read(tmp_path, "model: gpt2\n")
+    assert matrix.constants["model.name"] == str(tmp_path / "gpt2")
+    said = f"{tmp_path}/m.yaml:1: model 'gpt2' is the directory {tmp_path}/gpt2; write ./gpt2"
+    assert matrix.notes == expand(matrix).notes == (f"{said} to say so",)
 
 
 def test_names_that_are_no_paths_stay_names(tmp_path: Path) -> None:

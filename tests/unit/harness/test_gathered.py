@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from harness.gathered import by_rank, gather
+from harness.meters.speed import SHORTER
 from harness.provenance import new_record
-from harness.record import PhaseMemory, RankState, Record, Tokens
+from harness.record import PhaseMemory, RankState, Record, Steps, Tokens
 from matrices.cell import Adapter, Cell, Data, Train
 
 CELL = Cell(
@@ -26,14 +27,26 @@ def of_rank(rank: int, peak: int, seconds: list[float], tokens: float) -> Record
     record.memory.peak_bytes, record.memory.headline = peak, "ledger"
     record.memory.peak_phase = "backward"
     record.memory.by_category = {"weights": peak}
+    record.memory.ledger_peak_bytes, record.memory.ledger_peak_phase = peak, "backward"
     speed = record.speed
     speed.step_seconds, speed.warmup_steps = seconds, 1
     speed.tokens = Tokens(all=tokens, non_padding=tokens, loss=tokens)
-    speed.samples_per_second = 4 / sum(seconds[1:])
+    record.steps = Steps(
+        micro_batches=[2, 1, 1],
+        samples=[4, 2, 2 - rank],
+        tokens_all=[30, 30, 30],
+        tokens_non_padding=[30, 20, 20],
+        tokens_loss=[20, 0, 10 * rank],
+        epoch=[0.5, 1.0, 1.5],
+        learning_rate=[0.1, 0.2, 0.3],
+        gradient_norm=[1.0, 2.0, 3.0],
+        loss_divisor=[40.0, 0.0, 10.0],
+        skipped_updates=[1] if rank else [],
+    )
     speed.flops_per_step = 100
     speed.tflops_per_second = 1.0
     speed.energy_joules = 5.0
-    record.quality.train_loss = [float(rank + 1), 2.0, 3.0]
+    record.quality.train_loss = [float(rank + 1), 0.0, 6.0 * rank]
     return record
 
 
@@ -56,7 +69,7 @@ def test_tokens_are_summed_once_over_the_slowest_ranks_seconds(both: Record) -> 
     assert both.speed.tokens == Tokens(all=160.0, non_padding=160.0, loss=160.0)
     assert both.speed.tokens_per_second is not None
     assert both.speed.tokens_per_second.all == pytest.approx(160 / 5)
-    assert both.speed.samples_per_second == pytest.approx(8 / 5)
+    assert both.speed.samples_per_second == pytest.approx((4 + 3) / 5)
     assert both.speed.step_seconds_median == pytest.approx(2.5)
 
 
@@ -67,7 +80,41 @@ def test_operations_and_energy_are_everybodys(both: Record) -> None:
 
 
 def test_the_loss_is_the_mean_of_the_ranks(both: Record) -> None:
-    assert both.quality.train_loss == [1.5, 2.0, 3.0]
+    """No rank has a label in the second step; one of them has none in the third."""
+    assert both.quality.train_loss == [1.5, None, 3.0]
+    assert "step 2" in both.missing["quality.train_loss"]
+    assert both.verified.loss_normalization is None
+
+
+def test_each_ranks_counts_are_summed(both: Record) -> None:
+    steps = both.steps
+    assert (steps.micro_batches, steps.samples) == ([4, 2, 2], [8, 4, 3])
+    assert (steps.tokens_all, steps.tokens_loss) == ([60] * 3, [40, 0, 10])
+    assert (steps.epoch, steps.gradient_norm) == ([0.5, 1.0, 1.5], [1.0, 2.0, 3.0])
+    assert steps.skipped_updates == [1]
+
+
+def test_operations_of_shorter_batches_on_another_rank_are_no_rate() -> None:
+    first, second = of_rank(0, 1, [1.0] * 3, 1.0), of_rank(1, 1, [1.0] * 3, 1.0)
+    second.speed.tflops_per_second = None
+    second.missing["speed.tflops_per_second"] = SHORTER
+    gather(first, [second])
+    assert first.speed.tflops_per_second is None
+    assert first.missing["speed.tflops_per_second"] == SHORTER
+
+
+def test_peak_phase_and_categories_are_of_one_rank() -> None:
+    """Torch's counter heads it; the ledger has its peak elsewhere, and says where."""
+    first, second = of_rank(0, 1000, [1.0] * 3, 1.0), of_rank(1, 900, [1.0] * 3, 1.0)
+    second.memory.headline, second.memory.peak_bytes = "cuda_allocated", 1200
+    second.memory.peak_phase, second.memory.timed_peak_bytes = "optimizer_step", 1100
+    first.memory.timed_peak_bytes = 1300
+    gather(first, [second])
+    memory = first.memory
+    assert (memory.peak_bytes, memory.peak_phase) == (1200, "optimizer_step")
+    assert (memory.ledger_peak_bytes, memory.ledger_peak_phase) == (900, "backward")
+    assert sum(memory.by_category.values()) == memory.ledger_peak_bytes
+    assert memory.timed_peak_bytes == 1300
 
 
 def test_energy_that_one_rank_does_not_know_is_not_known() -> None:

@@ -1,4 +1,4 @@
-"""Rows under TRL's column names, errors that name what there is, and tokens counted by hand."""
+"""Rows under TRL's column names, and errors that name what there is."""
 
 from __future__ import annotations
 
@@ -9,13 +9,10 @@ from typing import Any
 
 import pandas as pd
 import pytest
-import torch
 from datasets import Dataset
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from harness import data
-from harness.data import CountingCollator, count_tokens, data_format
-from harness.meters.clock import Count
+from harness.data import data_format
 from matrices.cell import Data
 from matrices.errors import UserError
 
@@ -200,47 +197,3 @@ def test_provenance_tells_rows_apart() -> None:
     assert len({digest(rows) for rows in ([one, other], [other, one], [one], [one, one])}) == 4
     found = data.provenance(Data(source="mine.jsonl"), Dataset.from_list([one]))
     assert (found["source"], found["rows"]) == ("mine.jsonl", "1")
-
-
-def test_tokens_of_a_padded_batch() -> None:
-    """Two rows of 5, the second with 2 of padding: 10 tokens, 8 of them text. The first label of a
-    row predicts nothing, so 4 + 2 carry a loss."""
-    batch = {
-        "input_ids": torch.tensor([[5, 6, 7, 8, 9], [5, 6, 7, 0, 0]]),
-        "attention_mask": torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]),
-        "labels": torch.tensor([[5, 6, 7, 8, 9], [5, 6, 7, -100, -100]]),
-    }
-    assert count_tokens(batch, 2) == Count(all=10, non_padding=8, loss=6, samples=2)
-
-
-def test_tokens_of_prompt_and_completion() -> None:
-    """Labels on the completion alone: 3 prompt tokens, 2 of completion, 1 of padding."""
-    batch = {
-        "input_ids": torch.tensor([[5, 6, 7, 8, 9, 0]]),
-        "attention_mask": torch.tensor([[1, 1, 1, 1, 1, 0]]),
-        "labels": torch.tensor([[-100, -100, -100, 8, 9, -100]]),
-    }
-    assert count_tokens(batch, 1) == Count(all=6, non_padding=5, loss=2, samples=1)
-
-
-def test_tokens_without_a_mask_are_all_text() -> None:
-    batch = {"input_ids": torch.ones(1, 7), "labels": torch.ones(1, 7)}
-    assert count_tokens(batch, 3) == Count(all=7, non_padding=7, loss=6, samples=3)
-
-
-def test_counts_through_trls_own_collator() -> None:
-    """Rows of 3 and 5 tokens, the first two of each a prompt that carries no label."""
-    rows = [
-        {"input_ids": [4, 5, 6], "labels": [-100, -100, 6]},
-        {"input_ids": [4, 5, 6, 7, 8], "labels": [-100, -100, 6, 7, 8]},
-    ]
-    texts = [{"input_ids": row["input_ids"]} for row in rows]
-    padded = CountingCollator(DataCollatorForLanguageModeling(pad_token_id=0))
-    padded(rows)
-    padded(rows[:1])
-    padded(texts)
-    assert padded.counts == [Count(10, 8, 1 + 3, 2), Count(3, 3, 1, 1), Count(10, 8, 2 + 4, 2)]
-    # Flattened into one row: no padding, and neither row's first token is predicted.
-    flat = CountingCollator(DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True))
-    flat(texts)
-    assert flat.counts == [Count(8, 8, 2 + 4, 2)]

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness import measuring, worker
+from harness import device, measuring, worker
+from harness.meters import speed
 from harness.meters.steps import CounterSteps
 from harness.provenance import new_record
 from harness.record import PhaseMemory, Record, read_record
@@ -46,6 +47,18 @@ def test_without_counters_the_ledger_heads_the_record() -> None:
         record.memory.phases[phase][0].allocated_peak_bytes = None
     measuring._prefer_counters(record)
     assert (record.memory.headline, record.memory.peak_bytes) == ("ledger", 3000)
+
+
+def test_a_peak_of_the_timed_steps_stays_beside_the_headline(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    record = measured_by_ledger()
+    measuring._prefer_counters(record)
+    before = record.memory.model_copy()
+    monkeypatch.setattr(device, "peaks", lambda: device.Peaks(5000, 6000))
+    speed.note_device_peak(record)
+    assert record.memory.timed_peak_bytes == 5000
+    assert record.memory.model_copy(update={"timed_peak_bytes": None}) == before
 
 
 def test_counter_steps_keep_the_highest_of_each_phase(monkeypatch: pytest.MonkeyPatch) -> None:

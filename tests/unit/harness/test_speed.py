@@ -17,6 +17,7 @@ from harness.meters.load import foreign_share
 from harness.meters.steps import Diverged, StepClock, highest
 from harness.provenance import new_record
 from harness.record import PhaseMemory, Record
+from harness.train import StepFacts
 from matrices.cell import Cell, Data, Train
 
 
@@ -28,10 +29,16 @@ def record_of(flops: int | None = None, max_length: int = 100, **train: Any) -> 
     return record
 
 
-def steps(seconds: list[float], joules: float | None = None) -> Any:
+def steps(
+    seconds: list[float], counts: list[Count] | None = None, joules: float | None = None
+) -> Any:
+    counts = COUNTS[: len(seconds)] if counts is None else counts
     return SimpleNamespace(
         seconds=seconds,
         losses=[2.0] * len(seconds),
+        counts=counts,
+        divisors=[float(count.loss) for count in counts],
+        facts=[StepFacts(0.5 * n, 0.1, 1.5, False) for n, _ in enumerate(seconds, start=1)],
         meter_seconds=0.25,
         energy=lambda: Energy(joules, None if joules is not None else "no counter"),
         foreign_cpu_share=lambda: 0.125,
@@ -45,8 +52,6 @@ COUNTS = [
     Count(100, 100, 99, 1),
     Count(100, 50, 49, 1),
     Count(100, 30, 29, 1),
-    # Fetched ahead, never trained on.
-    Count(100, 100, 99, 1),
 ]
 
 
@@ -54,7 +59,7 @@ def test_rates_are_totals_over_totals_of_the_timed_steps() -> None:
     """Timed: 1 + 2 + 5 = 8 s, 300 tokens, 180 of them text, 177 with a label, 3 samples. The mean
     of the steps' rates would be (100 + 25 + 6) / 3 = 43.7 text tokens a second, not 22.5."""
     record = record_of()
-    speed.fill(record, steps(SECONDS, joules=40.0), COUNTS)
+    speed.fill(record, steps(SECONDS, joules=40.0))
     found = record.speed
     assert found.tokens is not None
     assert found.tokens_per_second is not None
@@ -78,7 +83,7 @@ def test_rates_are_totals_over_totals_of_the_timed_steps() -> None:
 def test_the_table_balances() -> None:
     """tokens = rate x time, for every kind of token."""
     record = record_of(warmup_steps=1)
-    speed.fill(record, steps(SECONDS), COUNTS)
+    speed.fill(record, steps(SECONDS))
     seconds = math.fsum(record.speed.step_seconds[record.speed.warmup_steps :])
     tokens, rates = record.speed.tokens, record.speed.tokens_per_second
     assert tokens is not None
@@ -87,27 +92,27 @@ def test_the_table_balances() -> None:
         assert getattr(rates, kind) * seconds == pytest.approx(getattr(tokens, kind), rel=1e-12)
 
 
-def test_a_step_of_several_micro_batches() -> None:
-    """Two micro batches a step: three steps of which one is timed, and half a step fetched."""
-    record = record_of(gradient_accumulation_steps=2, steps=3)
-    counts = [Count(10, 10, n, 2) for n in (1, 2, 3, 4, 5, 6, 7)]
-    speed.fill(record, steps([1.0, 1.0, 4.0]), counts)
-    assert record.speed.tokens is not None
-    assert record.speed.tokens.loss == 5 + 6
-    assert record.speed.samples_per_second == 4 / 4.0
-
-
-def test_tokens_so_far_are_those_of_the_step() -> None:
-    train = Train(gradient_accumulation_steps=2)
-    counts = [Count(10, n, 0, 1) for n in (1, 2, 3, 4, 5)]
-    assert [speed.tokens_so_far(counts, train, step) for step in (1, 2)] == [3, 7]
+def test_steps_are_filed_as_they_were_counted() -> None:
+    """Steps of 3 and, at an epoch's end, 1 micro batch; the middle one learns nothing."""
+    record = record_of(gradient_accumulation_steps=3, steps=3, warmup_steps=0)
+    counts = [Count(60, 50, 44, 6, 3), Count(20, 20, 0, 2, 1), Count(60, 60, 54, 6, 3)]
+    speed.fill(record, steps([1.0, 1.0, 2.0], counts))
+    found = record.steps
+    assert (found.micro_batches, found.samples) == ([3, 1, 3], [6, 2, 6])
+    assert (found.tokens_all, found.tokens_non_padding) == ([60, 20, 60], [50, 20, 60])
+    assert (found.tokens_loss, found.loss_divisor) == ([44, 0, 54], [44.0, 0.0, 54.0])
+    assert (found.epoch, found.gradient_norm) == ([0.5, 1.0, 1.5], [1.5] * 3)
+    assert record.speed.samples_per_second == 14 / 4
+    assert record.quality.train_loss == [2.0, None, 2.0]
+    assert "1 of 3 steps (step 2)" in record.missing["quality.train_loss"]
+    assert record.verified.loss_normalization is None
 
 
 def test_timing_warmup_is_the_schedules_unless_said() -> None:
     assert speed.warmup_steps(Train(warmup_steps=3)) == 3
     assert speed.warmup_steps(Train(warmup_steps=3, timing_warmup_steps=0)) == 0
     record = record_of(timing_warmup_steps=0)
-    speed.fill(record, steps([1.0, 3.0]), COUNTS)
+    speed.fill(record, steps([1.0, 3.0]))
     assert record.speed.tokens_per_second is not None
     assert record.speed.tokens_per_second.all == 50.0
 
@@ -115,7 +120,7 @@ def test_timing_warmup_is_the_schedules_unless_said() -> None:
 @pytest.mark.parametrize("seconds", [[], [9.0], [9.0, 7.0]])
 def test_nothing_but_warmup_gives_reasons_not_numbers(seconds: list[float]) -> None:
     record = record_of()
-    speed.fill(record, steps(seconds), COUNTS)
+    speed.fill(record, steps(seconds))
     found = record.speed
     assert found.step_seconds == seconds
     assert found.tokens is found.tokens_per_second is found.samples_per_second is None
@@ -125,7 +130,7 @@ def test_nothing_but_warmup_gives_reasons_not_numbers(seconds: list[float]) -> N
 
 def test_a_run_cut_short_keeps_the_steps_it_has() -> None:
     record = record_of()
-    speed.fill(record, steps([9.0, 7.0, 4.0]), COUNTS)
+    speed.fill(record, steps([9.0, 7.0, 4.0]))
     assert record.speed.tokens is not None
     assert record.speed.tokens.non_padding == 100
     assert "speed.tokens_per_second" not in record.missing
@@ -133,7 +138,7 @@ def test_a_run_cut_short_keeps_the_steps_it_has() -> None:
 
 def test_a_missing_energy_counter_is_a_reason() -> None:
     record = record_of()
-    speed.fill(record, steps(SECONDS), COUNTS)
+    speed.fill(record, steps(SECONDS))
     assert record.speed.energy_joules is None
     assert record.missing["speed.energy_joules"] == "no counter"
 
@@ -141,14 +146,17 @@ def test_a_missing_energy_counter_is_a_reason() -> None:
 def test_operations_stand_for_steps_as_long_as_those_counted() -> None:
     """3 timed steps of 2e12 operations in 8 s: 0.75e12 a second; not when a batch was shorter."""
     record = record_of(flops=2 * 10**12)
-    speed.fill(record, steps(SECONDS), COUNTS)
+    speed.fill(record, steps(SECONDS))
     assert record.speed.tflops_per_second == 0.75
     assert record.speed.mfu is None
     assert record.missing["speed.mfu"] == speed.NO_PEAK_RATE
     shorter = record_of(flops=2 * 10**12)
-    speed.fill(shorter, steps(SECONDS), [*COUNTS[:4], Count(99, 30, 29, 1)])
+    speed.fill(shorter, steps(SECONDS, [*COUNTS[:4], Count(99, 30, 29, 1)]))
     assert shorter.speed.tflops_per_second is None
     assert "shorter" in shorter.missing["speed.tflops_per_second"]
+
+
+BATCH = {"input_ids": torch.ones(1, 3), "labels": torch.ones(1, 3)}
 
 
 def test_the_clock_keeps_losses_and_leaves_reporting_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,12 +172,14 @@ def test_the_clock_keeps_losses_and_leaves_reporting_out(monkeypatch: pytest.Mon
     work = [(3.0, (0.5, 0.25)), (5.0, (1.0, 2.0)), (4.0, (0.125, 0.0))]
     for number, (seconds, parts) in enumerate(work, start=1):
         for part in parts:
+            clock.micro_batch(BATCH)
             clock.phase("forward")
             now[0] += seconds / 2
             clock.micro_batch_end(torch.tensor(part))
         clock.step_end(number)
     assert clock.seconds == [3.0, 5.0, 4.0]
     assert clock.losses == [0.75, 3.0, 0.125]
+    assert clock.counts == [Count(6, 6, 4, 2, 2)] * 3
     assert clock.meter_seconds == 300.0
 
 

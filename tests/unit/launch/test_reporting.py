@@ -10,8 +10,8 @@ import pytest
 from harness.provenance import new_record
 from harness.record import Memory
 from harness.store import Entry, Store, record_key
-from launch.cli_run import _located
 from launch.doctor import _hub
+from launch.plan import Sweep
 from launch.reporting import find_record, record_text, table_text, write_all, write_page
 from matrices.cell import Adapter, Cell, Data, Train
 from matrices.errors import UserError
@@ -97,10 +97,11 @@ def test_a_problem_of_preflight_is_placed_in_the_matrix(tmp_path: Path) -> None:
     path = tmp_path / "m.yaml"
     path.write_text("name: m\nmodel: somebody/something\naxes: {method: [lora]}\n")
     matrix = load(path)
-    located = _located(UserError("no such model", key="model.name"), matrix)
+    sweep = Sweep((), tmp_path, locate=matrix.locate)
+    located = sweep.located(UserError("no such model", key="model.name"))
     assert str(located) == f"{path}:2: model.name: no such model"
     kept = UserError("no such model", key="model.name", where="elsewhere:1")
-    assert _located(kept, matrix) is kept
+    assert sweep.located(kept) is kept
 
 
 def test_the_hub_is_asked_and_its_silence_told(monkeypatch: pytest.MonkeyPatch) -> None:

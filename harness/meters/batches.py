@@ -1,0 +1,67 @@
+"""What each micro batch holds, counted when it is collated and carried along with it.
+
+Batches are fetched ahead (by accelerate's loader, by the Trainer for a whole accumulation window,
+by the loader's workers): a count belongs to the batch it was taken of, never to a place in a list.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+
+from harness.meters.clock import Count
+
+
+class CountedBatch(dict[str, Any]):
+    """A batch with its count. Loader workers, pinning and moving to a device keep both."""
+
+    count: Count | None = None
+
+    def to(self, device: Any, **how: Any) -> CountedBatch:
+        """The batch on `device`, as accelerate would move a plain dict."""
+        moved = CountedBatch(send_to_device(dict(self), device, **how))
+        moved.count = self.count
+        return moved
+
+
+class CountingCollator:
+    """A collator, and the count of every batch it makes. Counts are taken before a batch goes to
+    the device, so that none costs a synchronization."""
+
+    def __init__(self, collator: Any) -> None:
+        self._collator = collator
+
+    def __call__(self, examples: list[dict[str, Any]]) -> CountedBatch:
+        batch = CountedBatch(self._collator(examples))
+        batch.count = _read(count_tokens(batch, len(examples)))
+        return batch
+
+
+def count_of(inputs: dict[str, Any]) -> Any:
+    """The count that a batch carries. One that was put together anew on the way (by a loader that
+    dispatches from one process) is counted here; its figures may still be on the device."""
+    count = getattr(inputs, "count", None)
+    return count_tokens(inputs, len(inputs["input_ids"])) if count is None else count
+
+
+def total(counts: list[Any]) -> Count:
+    """The sum of what `count_of` returned; reads what is still on the device."""
+    result = Count(0, 0, 0, 0, 0)
+    for count in counts:
+        result = result.plus(_read(count))
+    return result
+
+
+def count_tokens(batch: dict[str, Any], samples: int) -> tuple[Any, ...]:
+    """Tokens of one micro batch, in the order of `Count`. The first label of a row predicts
+    nothing: labels are shifted."""
+    everything = batch["input_ids"].numel()
+    mask: torch.Tensor | None = batch.get("attention_mask")
+    labelled = (batch["labels"][..., 1:] != -100).sum()
+    return everything, everything if mask is None else mask.sum(), labelled, samples, 1
+
+
+def _read(count: Any) -> Count:
+    return Count(*(int(figure) for figure in count))

@@ -1,0 +1,73 @@
+"""The cells of a run that have a problem: left out, recorded as invalid, and told once each."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Protocol
+
+from harness.problems import Problem
+from launch.plan import Job, Sweep
+from matrices.cell import base_cells
+from matrices.errors import UserError
+
+
+class ProblemsFound(Exception):
+    """Mistakes of the user's leave nothing to run; nothing was started."""
+
+    def __init__(self, problems: list[UserError]) -> None:
+        super().__init__(f"{len(problems)} problems")
+        self.problems = problems
+
+
+class Teller(Protocol):
+    def message(self, text: str) -> None: ...
+
+
+def leave_out(
+    jobs: Sequence[Job], problems: Sequence[Problem], display: Teller, sweep: Sweep | None = None
+) -> list[Job]:
+    """The jobs, those with a problem refused (`refused`), and a line about each problem; the
+    `sweep` tells where in the matrix it stands.
+
+    Raises ProblemsFound when that leaves nothing to run and nothing that was kept."""
+    if not problems:
+        return list(jobs)
+    located = [sweep.located(each.error) if sweep else each.error for each in problems]
+    after = refused(jobs, problems)
+    if not any(job.action in ("run", "retry", "keep") for job in after):
+        raise ProblemsFound(located)
+    asked = {job.cell.cell_id for job in jobs if not job.implied}
+    for problem, error in zip(problems, located, strict=True):
+        out = len(asked.intersection(problem.cells))
+        display.message(f"{out} of {len(asked)} cells left out as invalid: {error}")
+    return after
+
+
+def refused(jobs: Sequence[Job], problems: Sequence[Problem]) -> list[Job]:
+    """The jobs as a plan shows them: those that would run and have a problem are invalid, and base
+    cells stay only while a cell is left that is judged against them."""
+    reasons: dict[str, list[str]] = {}
+    for problem in problems:
+        for cell_id in problem.cells:
+            reasons.setdefault(cell_id, []).append(_without_place(problem.error))
+    found = []
+    for job in jobs:
+        why = reasons.get(job.cell.cell_id)
+        if why and job.action in ("run", "retry"):
+            job = dataclasses.replace(job, action="invalid", why="; ".join(why))
+        found.append(job)
+    if not reasons:
+        return found
+    needed = {
+        base.cell_id
+        for job in found
+        if job.action != "invalid"
+        for base in base_cells(job.cell).values()
+    }
+    return [job for job in found if not job.implied or job.cell.cell_id in needed]
+
+
+def _without_place(error: UserError) -> str:
+    """A record is read without the matrix."""
+    return str(UserError(error.message, key=error.key))

@@ -49,7 +49,7 @@ def check(cell: Cell) -> None:
     measures: an adapter, no weights or only a part of them, weights stored in few bits, an
     encoder, or weights of another shape than config.json says.
 
-    Of a hub model, what is here already is looked at.
+    Of a hub model it looks at the files that are here already.
     """
     directory = directory_of(cell.model)
     if directory is None:
@@ -72,8 +72,8 @@ def directory_of(model: Model) -> Path | None:
 
 
 def read(directory: Path, complete: bool = True) -> Checkpoint:
-    """What the directory holds. With `complete` false, weights may be absent (a download that has
-    not come to them), but those that are there have to be whole. Raises UserError."""
+    """What the directory holds. With `complete` false, weights may be absent (an unfinished
+    download), but those that are there must be whole. Raises UserError."""
     try:
         files = [path for path in sorted(directory.iterdir()) if path.is_file()]
         state = tuple((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files)

@@ -3,52 +3,102 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import inspect
+import json
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from datasets import Dataset, load_dataset
+import pyarrow
+from datasets import Dataset, Features, Json, List, Value, load_dataset
 
-from harness import hub, reference_text
+from harness import data_files, data_rows, hub, reference_text
+from harness.data_files import FIRST_ROWS, READERS, standard_or_refused
 from harness.packaged import cache_directory
+from matrices import data_format
 from matrices.cell import Data
-from matrices.errors import UserError, nearest
+from matrices.data_format import TEMPLATE_COLUMNS, Layout, layout_of
+from matrices.errors import UserError
 from matrices.fingerprint import refuse_hub_id_of_directory
 
 PACKAGED = hub.PACKAGED_DATA
-LOCAL_READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+Rows = Iterator[tuple[int, dict[str, Any]]]
+
+
+class Read(NamedTuple):
+    """Rows under TRL's column names, how they were read, and the hub commit they are of, if any."""
+
+    rows: Dataset
+    layout: Layout
+    commit: str | None = None
 
 
 def load_rows(data: Data) -> Dataset:
-    """The training rows under TRL's standard column names.
+    """The training rows under TRL's standard column names; see `read`."""
+    return read(data).rows
 
-    Raises UserError when the data or a column is not there.
+
+def read(data: Data) -> Read:
+    """The training rows.
+
+    Raises UserError when the data or a column is not there, or a value cannot be trained on: with
+    file, row, column and value.
     """
     if data.source == PACKAGED:
         texts = [passage.text for passage in reference_text.training_passages()]
-        rows = Dataset.from_dict({data.text_column: texts})
-    elif not hub.is_hub_data(data):
-        rows = _load_local(Path(data.source).expanduser())
+        table = Dataset.from_dict({data.text_column: texts})
+    elif hub.is_hub_data(data):
+        table = _load_hub(data)
     else:
-        rows = _load_hub(data)
-    if len(rows) == 0:
+        path = _readable(Path(data.source).expanduser())
+        if READERS[path.suffix] == "json":
+            return _read_json(path, data)
+        table = _load_local(path, data)
+    if len(table) == 0:
         raise UserError(f"{data.source} has no rows", key="data.source")
+    of_hub = commit(table)
     if data.max_samples is not None:
-        rows = rows.select(range(min(data.max_samples, len(rows))))
-    return _standard_columns(rows, data)
+        table = table.select(range(min(data.max_samples, len(table))))
+    layout = layout_of(data, table.column_names, table[0])
+    rows = _standard(table.select_columns(list(layout.columns)), layout, data.source)
+    return Read(rows, layout, of_hub)
 
 
-def _load_local(path: Path) -> Dataset:
-    reader = LOCAL_READERS.get(path.suffix)
-    if reader is None:
-        known = ", ".join(sorted(LOCAL_READERS))
+def _readable(path: Path) -> Path:
+    if path.suffix not in READERS:
+        known = ", ".join(sorted(READERS))
         raise UserError(f"{path} is not one of {known}", key="data.source")
     if not path.is_file():
         raise UserError(f"{path} is not there", key="data.source")
+    return path
+
+
+def _read_json(path: Path, data: Data) -> Read:
+    """Rows of JSON are taken from the file itself. datasets would turn texts that look like dates
+    into times, read texts beside lists as JSON, and give each struct the keys of all others."""
+    looked_at = min(FIRST_ROWS, data.max_samples or FIRST_ROWS)
+    first = list(islice(data_files.json_rows(path), looked_at))
+    layout = data_files.first_layout(data, first)
+
+    def rows() -> Rows:
+        return islice(data_files.json_rows(path), data.max_samples)
+
+    state = path.stat()
+    identity = [str(path.resolve()), state.st_size, state.st_mtime_ns, state.st_ino]
+    return Read(_written(rows, layout, data.source, [*identity, data.max_samples]), layout)
+
+
+def _load_local(path: Path, data: Data) -> Dataset:
+    reader = READERS[path.suffix]
     try:
         return load_dataset(
-            reader, data_files=str(path), split="train", cache_dir=str(cache_directory() / "data")
+            reader, data_files=str(path), split="train", cache_dir=str(_data_directory())
         )
     except Exception as error:
+        if reader == "csv":
+            # It tells the row.
+            data_files.check_csv(data)
         # The readers raise anything from JSONDecodeError to ArrowInvalid; the cause says it best.
         said = str(error.__cause__ or error).strip().splitlines()
         # Of a file without rows they say this, or raise a StopIteration without a word.
@@ -91,50 +141,104 @@ def commit(rows: Dataset) -> str | None:
     return names[0] if names and hub.COMMIT.fullmatch(names[0]) else None
 
 
-def data_format(data: Data, columns: Sequence[str]) -> str:
-    """`text`, `prompt-completion` or `chat`: the one asked for, else the first whose columns are
-    there. Raises UserError, with the columns there are, when one is not."""
-    needed = {
-        "chat": (data.messages_column,),
-        "prompt-completion": (data.prompt_column, data.completion_column),
-        "text": (data.text_column,),
-    }
-    if data.format != "auto":
-        for column in needed[data.format]:
-            if column not in columns:
-                raise UserError(
-                    f"{column!r} is not a column of {data.source}, which has "
-                    + ", ".join(columns)
-                    + nearest(column, columns),
-                    key=_column_setting(data, column),
-                )
-        return data.format
-    for name, wanted in needed.items():
-        if all(column in columns for column in wanted):
-            return name
-    raise UserError(
-        f"{data.source} has the columns {', '.join(columns)}: none of "
-        f"{data.messages_column!r}, {data.prompt_column!r} and {data.completion_column!r}, or "
-        f"{data.text_column!r}; name them, e.g. text_column: {columns[0]}",
-        key="data.text_column",
+def _data_directory() -> Path:
+    return cache_directory() / "data"
+
+
+def _standard(table: Dataset, layout: Layout, source: str) -> Dataset:
+    """The table under TRL's names, as it is stored where that is right already."""
+    renamed = dict(zip(layout.columns, _needed_names(layout), strict=False))
+    plain = table.select_columns(list(renamed)).rename_columns(
+        {old: new for old, new in renamed.items() if old != new}
+    )
+    if not layout.conversational and layout.format != "alpaca" and _is_all_text(plain):
+        return plain
+
+    def rows() -> Rows:
+        return ((number, _with_own_tools(row)) for number, row in enumerate(table, 1))
+
+    standard = (standard_or_refused(source, number, row, layout) for number, row in rows())
+    if all(one == other for one, other in zip(standard, plain, strict=True)):
+        return plain
+    return _written(rows, layout, source, [table._fingerprint])
+
+
+def _needed_names(layout: Layout) -> tuple[str, ...]:
+    if layout.format in ("prompt-completion", "alpaca"):
+        return ("prompt", "completion")
+    return ("messages",) if layout.conversational else ("text",)
+
+
+def _is_all_text(table: Dataset) -> bool:
+    columns = [table.data.column(name) for name in table.column_names]
+    texts = (pyarrow.types.is_string, pyarrow.types.is_large_string)
+    return all(
+        column.null_count == 0 and any(is_text(column.type) for is_text in texts)
+        for column in columns
     )
 
 
-def _column_setting(data: Data, column: str) -> str:
-    for leaf in ("text_column", "prompt_column", "completion_column", "messages_column"):
-        if getattr(data, leaf) == column:
-            return f"data.{leaf}"
-    return "data.format"
+def _with_own_tools(row: dict[str, Any]) -> dict[str, Any]:
+    """A table stores each tool with the keys of all tools; those that are null are not its own."""
+    return {**row, "tools": _without_nulls(row["tools"])} if "tools" in row else row
 
 
-def _standard_columns(rows: Dataset, data: Data) -> Dataset:
-    names = {
-        "chat": {data.messages_column: "messages"},
-        "prompt-completion": {data.prompt_column: "prompt", data.completion_column: "completion"},
-        "text": {data.text_column: "text"},
-    }[data_format(data, rows.column_names)]
-    rows = rows.select_columns(list(names))
-    return rows.rename_columns({old: new for old, new in names.items() if old != new})
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(held) for key, held in value.items() if held is not None}
+    return [_without_nulls(held) for held in value] if isinstance(value, list) else value
+
+
+def _written(
+    rows: Callable[[], Rows], layout: Layout, source: str, identity: Sequence[Any]
+) -> Dataset:
+    """The standard rows, written to the cache once for the same content and the same code."""
+    code = [inspect.getsource(module) for module in (data_files, data_format, data_rows)]
+    key = json.dumps([code, repr(layout), *identity])
+    try:
+        dataset = Dataset.from_generator(
+            _encoded,
+            features=_features(layout),
+            cache_dir=str(_data_directory()),
+            gen_kwargs={"rows": rows, "layout": layout, "source": source},
+            fingerprint=hashlib.sha256(key.encode()).hexdigest(),
+        )
+    except Exception as error:
+        # datasets wraps what a generator raises.
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from error
+        raise
+    unused = [
+        name for name in TEMPLATE_COLUMNS if name in dataset.column_names and not any(dataset[name])
+    ]
+    return dataset.remove_columns(unused)
+
+
+def _encoded(rows: Callable[[], Rows], layout: Layout, source: str) -> Iterator[dict[str, Any]]:
+    for number, row in rows():
+        standard = standard_or_refused(source, number, row, layout)
+        if not layout.conversational:
+            yield standard
+            continue
+        found: dict[str, Any] = {
+            name: [json.dumps(message) for message in standard[name]]
+            for name in _needed_names(layout)
+        }
+        if "tools" in layout.columns:
+            found["tools"] = standard.get("tools")
+        if "chat_template_kwargs" in layout.columns:
+            found["chat_template_kwargs"] = json.dumps(standard.get("chat_template_kwargs", {}))
+        yield found
+
+
+def _features(layout: Layout) -> Features:
+    held = List(Json()) if layout.conversational else Value("string")
+    features = dict.fromkeys(_needed_names(layout), held)
+    if "tools" in layout.columns:
+        features["tools"] = Value("string")
+    if "chat_template_kwargs" in layout.columns:
+        features["chat_template_kwargs"] = Json()
+    return Features(features)
 
 
 def loss_arguments(data: Data, columns: Sequence[str]) -> dict[str, bool]:
@@ -154,14 +258,21 @@ def loss_arguments(data: Data, columns: Sequence[str]) -> dict[str, bool]:
     }
 
 
-def provenance(data: Data, rows: Dataset) -> dict[str, str]:
-    """Which rows were trained on: their number and the sha256 of their content in order."""
+def provenance(data: Data, read: Read) -> dict[str, str]:
+    """Which rows were trained on: their number, the sha256 of their content in order, the columns
+    they were read from, and as what."""
     digest = hashlib.sha256()
-    for row in rows:
+    for row in read.rows:
         digest.update(repr(sorted(row.items())).encode())
-    found = {"source": data.source, "rows": str(len(rows)), "sha256": digest.hexdigest()}
-    if of_hub := commit(rows):
-        found["commit"] = of_hub
+    found = {
+        "source": data.source,
+        "rows": str(len(read.rows)),
+        "sha256": digest.hexdigest(),
+        "format": read.layout.format,
+        "columns": ", ".join(read.layout.columns),
+    }
+    if read.commit is not None:
+        found["commit"] = read.commit
     if data.source == PACKAGED:
         found["reference_sha256"] = reference_text.fingerprint()
     return found

@@ -136,8 +136,8 @@ def _other_shapes_in_4bit(model: Any) -> list[tuple[str, Any, Any]]:
 
 
 def with_adapter(base: Any, directory: Path) -> Any:
-    """`base` with the adapter saved in `directory` on it. Raises a warning of PEFT's as an error
-    when weights of the adapter are not there, which would be fresh ones."""
+    """`base` with the adapter saved in `directory`. Raises PEFT's warning as an error when weights
+    of the adapter are missing there: PEFT would leave fresh ones."""
     from peft import PeftModel
 
     with warnings.catch_warnings():
@@ -148,8 +148,8 @@ def with_adapter(base: Any, directory: Path) -> Any:
 def check(chosen: Model, skeleton: Any) -> None:
     """Compare every name and shape in the model's files with `skeleton`, the model on meta.
 
-    Raises UserError with what loading would find missing. Nothing to compare are files that are
-    not here yet, and weights stored in few bits, whose layers are made as they are read.
+    Raises UserError with what loading would find missing. Files that are not here yet are not
+    compared, nor weights stored in few bits: their layers are made while they are read.
     """
     directory = checkpoint.directory_of(chosen)
     if directory is None:

@@ -8,7 +8,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-from harness import data, device, loading_info, model, ranks, verify
+from harness import (
+    arguments,
+    behaviour,
+    checkpointing,
+    data,
+    device,
+    loading_info,
+    model,
+    ranks,
+    verify,
+)
 from harness.files import TEMPORARY_PREFIX
 from harness.job import Job
 from harness.meters import losses, memory, shards, speed
@@ -49,7 +59,10 @@ def load(job: Job) -> Any:
             loaded = model.prepare_kbit(loaded, cell)
         _keep_phase(record, "kbit_preparation", read_phase(), ledger.events)
     ledger.close()
+    seen = behaviour.look(loaded, cell)
     loaded = model.add_adapter(loaded, cell)
+    record.verified = verify.verify_model(loaded, cell)
+    behaviour.note(record, seen, loaded)
     record.artifacts.trainable_parameters, record.artifacts.total_parameters = (
         model.count_parameters(loaded) if cell.train else (0, model.count_parameters(loaded)[1])
     )
@@ -79,9 +92,9 @@ def rows_of(job: Job) -> Any:
     cell = job.record.cell
     assert cell.data is not None
     job.enter("data", cell.data.source)
-    rows = data.load_rows(cell.data)
-    job.record.provenance.data = data.provenance(cell.data, rows)
-    return rows
+    read = data.read(cell.data)
+    job.record.provenance.data = data.provenance(cell.data, read)
+    return read.rows
 
 
 def memory_steps(job: Job, loaded: Any, tokenizer: Any) -> None:
@@ -98,6 +111,7 @@ def memory_steps(job: Job, loaded: Any, tokenizer: Any) -> None:
     finally:
         _keep_memory(record, steps)
         _keep_share(job, steps)
+    checkpointing.demand_recomputed(steps.recomputation, record.cell)
     record.speed.flops_per_step = steps.flops_per_step
     if device.has_cuda():
         # A dispatch mode keeps autograd from adding gradients in place: torch's own counters would
@@ -210,12 +224,12 @@ def timed_steps(job: Job, loaded: Any, tokenizer: Any, rows: Any) -> ObservedTra
     job.enter("train", "preparing the data")
 
     def begin(optimizer: Any) -> None:
+        checkpointing.verify(loaded, cell)
         verified = record.verified
         verified.distributed_type, verified.world_size = ranks.verify(trainer.accelerator, cell)
-        verified.optimizer, verified.substitutions = verify.verify_optimizer(
-            optimizer, train.optimizer
-        )
-        verified.substitutions += ranks.substitutions(cell)
+        verified.optimizer, replaced = verify.verify_optimizer(optimizer, train.optimizer)
+        verified.substitutions += [*replaced, *ranks.substitutions(cell)]
+        arguments.verify_optimizer_arguments(train.sft_config, optimizer)
         verified.loss_terms = losses.further_terms(trainer)
         job.save()
 
@@ -235,7 +249,11 @@ def timed_steps(job: Job, loaded: Any, tokenizer: Any, rows: Any) -> ObservedTra
         trainer = build_trainer(
             cell, loaded, tokenizer, rows, course, output_dir=Path(scratch), observer=clock
         )
-        record.verified = verify.verify_model(loaded, cell)
+        record.verified.weight_dtypes = verify.verify_again(loaded, cell)
+        record.verified.passed_through = arguments.seen(train.sft_config, trainer.args)
+        if cell.adapter is not None:
+            held = loaded.peft_config["default"]
+            record.verified.passed_through |= arguments.seen(cell.adapter.lora_config, held)
         record.preparation = trainer.preparation
         trainer.data_collator = CountingCollator(trainer.data_collator)
         device.reset_peaks()

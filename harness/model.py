@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import re
 from collections.abc import Iterable, Sequence
@@ -11,11 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from harness import device, hub, loading_info, packaged
+from harness import device, hub, loading_info, packaged, quantization
+from harness.quantization import whole_numel
 from harness.record import Record
 from matrices.cell import Adapter, Cell, Model, Quantization
 from matrices.errors import UserError, nearest
 from matrices.fingerprint import refuse_hub_id_of_directory
+from matrices.parallel_rules import reentrant
 
 QV_NAMES = {"q_proj", "v_proj", "query", "value", "q", "v", "wq", "wv"}
 # Projections that hold query, key and value in one matrix stand for query and value too.
@@ -82,7 +85,10 @@ def load_base(cell: Cell, place: torch.device | None = None, directory: Path | N
         keywords["quantization_config"] = quantization_config(
             cell.quantization, cell.model.compute_dtype
         )
-    return loading_info.from_pretrained(name, **keywords)
+    loaded = loading_info.from_pretrained(name, **keywords)
+    if cell.quantization is not None:
+        quantization.keep_kernels_that_can(loaded)
+    return loaded
 
 
 def _device_map(cell: Cell, place: torch.device | None) -> Any:
@@ -119,7 +125,7 @@ def prepare_kbit(model: Any, cell: Cell) -> Any:
     return prepare_model_for_kbit_training(
         model,
         use_gradient_checkpointing=cell.train.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": cell.train.use_reentrant},
+        gradient_checkpointing_kwargs={"use_reentrant": reentrant(cell)},
     )
 
 
@@ -130,26 +136,49 @@ def add_adapter(model: Any, cell: Cell) -> Any:
 
     if cell.adapter is None:
         return model
+    config = lora_config(cell.adapter, model)
     # As SFTTrainer does before it attaches an adapter itself, so that losses agree with it.
     set_seed(cell.seed)
-    return get_peft_model(model, lora_config(cell.adapter, model))
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise refused_by_peft(error) from error
 
 
 def lora_config(adapter: Adapter, model: Any) -> Any:
+    """PEFT's configuration of an adapter on `model`. Raises UserError for what PEFT refuses."""
     from peft import LoraConfig
 
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=adapter.rank,
-        lora_alpha=alpha(adapter),
-        lora_dropout=adapter.dropout,
-        target_modules=target_modules(adapter.target_modules, model),
-        **adapter.lora_config,
-    )
+    names = target_modules(adapter.target_modules, model)
+    try:
+        return LoraConfig(
+            task_type="CAUSAL_LM",
+            r=adapter.rank,
+            lora_alpha=alpha(adapter),
+            lora_dropout=adapter.dropout,
+            target_modules=names,
+            # PEFT changes what it is given.
+            **copy.deepcopy(adapter.lora_config),
+        )
+    except LIBRARY_REFUSALS as error:
+        raise refused_by_peft(error) from error
+
+
+# What PEFT raises for values that it does not take.
+LIBRARY_REFUSALS = (ValueError, TypeError, AttributeError, KeyError, ImportError)
+
+
+def refused_by_peft(error: Exception) -> UserError:
+    said = " ".join(str(error).split()) or type(error).__name__
+    return UserError(f"PEFT refuses it: {said}", key="adapter.lora_config")
 
 
 def alpha(adapter: Adapter) -> int:
     return adapter.alpha if adapter.alpha is not None else 2 * adapter.rank
+
+
+# LoRA can be put on these too, where they are asked for by name.
+_BY_NAME_ONLY = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def adaptable_modules(model: Any) -> list[str]:
@@ -182,11 +211,12 @@ def target_modules(wanted: str | Sequence[str], model: Any) -> list[str]:
                 key="adapter.target_modules",
             )
         return shortest_endings(chosen, names)
+    names += [full for full, module in model.named_modules() if isinstance(module, _BY_NAME_ONLY)]
     for name in explicit:
         if not any(_ends_with(full, name) for full in names):
             leaves = sorted({_leaf(full) for full in names})
             raise UserError(
-                f"{name!r} matches no linear layer; this model has {', '.join(leaves)}"
+                f"{name!r} matches no layer LoRA can be put on; this model has {', '.join(leaves)}"
                 + nearest(name, leaves),
                 key="adapter.target_modules",
             )
@@ -258,11 +288,6 @@ def provenance(model: Model) -> dict[str, str]:
     if model.name == "smollm2-135m":
         found |= {"wheel": packaged.WHEEL, "wheel_sha256": packaged.WHEEL_SHA256}
     return found
-
-
-def whole_numel(parameter: torch.Tensor) -> int:
-    """Elements of a parameter; of one that ZeRO-3 has divided among ranks, of the whole."""
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

@@ -122,6 +122,9 @@ class Prediction(Part):
     speed: PredictedSpeed = Field(default_factory=PredictedSpeed)
     trainable_parameters: int | None = None
     total_parameters: int | None = None
+    quantized_share: float | None = Field(
+        None, description="of the base model's weights, those in 4 bit, by number"
+    )
     assumptions: list[str] = Field(default_factory=list)
     modelled: list[str] = Field(default_factory=list)
     simulation_seconds: float | None = Field(None, description="without imports")

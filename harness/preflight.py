@@ -7,34 +7,37 @@ compiled collectives.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 from harness import (
-    checkpoint,
-    data,
+    adapter_check,
+    arguments,
+    behaviour,
+    data_check,
     evaluate,
     extensions,
     loading_info,
     model,
+    plan_checks,
     profile_check,
     task_check,
 )
 from harness.problems import Findings, Problem, shared
-from matrices.cell import Adapter, Cell, Data, Evaluate, Model
-from matrices.errors import UserError, nearest
+from matrices.cell import Adapter, Cell, Evaluate, Model, Quantization
+from matrices.errors import UserError
 
 
 def problems(cells: Sequence[Cell]) -> list[Problem]:
     """Everything the user has to put right, each said once; empty when all cells can start."""
     found = Findings()
-    _check_models(found, cells)
-    # What follows needs the model's tokenizer.
-    for (source, chosen), having in shared(found.without(cells), _trained_on):
-        found.check(having, _check_data, source, chosen)
-    for arguments, having in shared(cells, lambda cell: cell.train and cell.train.sft_config):
-        found.check(having, _check_sft_config, arguments)
+    plan_checks.check(found, cells)
+    # A directory that is no model is not loaded; and rows are prepared with the model's tokenizer.
+    loadable = _check_models(found, found.without(cells))
+    for about, having in shared(loadable, data_check.subject):
+        found.check(having, data_check.check, *about)
+    for _, having in shared(found.without(cells), _trained_with):
+        found.check(having, arguments.check_sft, having[0])
     for spread in (cell for cell in cells if cell.profile):
         found.check([spread], profile_check.check, spread)
     for (recipe, chosen), having in shared(found.without(cells), lambda c: (c.evaluate, c.model)):
@@ -47,19 +50,28 @@ def problems(cells: Sequence[Cell]) -> list[Problem]:
     return found.problems
 
 
-def _check_models(found: Findings, cells: Sequence[Cell]) -> None:
-    for _, having in shared(cells, lambda cell: (cell.method, cell.model, cell.quantization)):
-        found.check(having, checkpoint.check, having[0])
-    for chosen, having in shared(found.without(cells), lambda cell: cell.model):
+def _check_models(found: Findings, cells: Sequence[Cell]) -> list[Cell]:
+    """Check models and adapters; the cells whose model can be loaded."""
+    loadable: list[Cell] = []
+    for chosen, having in shared(cells, lambda cell: cell.model):
         skeleton = found.check(having, _skeleton, chosen)
         if skeleton is None:
             continue
-        for adapter, adapted in shared(having, lambda cell: cell.adapter):
-            found.check(adapted, _check_adapter, adapter, skeleton)
+        loadable += having
+        for (adapter, quantization), adapted in shared(having, _adapted):
+            found.check(adapted, _check_adapter, adapter, skeleton, quantization)
+    return loadable
 
 
-def _trained_on(cell: Cell) -> tuple[Data, Model] | None:
-    return (cell.data, cell.model) if cell.data is not None else None
+def _adapted(cell: Cell) -> tuple[Adapter, Quantization | None] | None:
+    return (cell.adapter, cell.quantization) if cell.adapter is not None else None
+
+
+def _trained_with(cell: Cell) -> Any:
+    """What the arguments of training depend on, where any are passed through."""
+    if cell.train is None or not cell.train.sft_config:
+        return None
+    return cell.train, cell.data, cell.model.compute_dtype
 
 
 def _check_recipe(found: Findings, cells: Sequence[Cell], recipe: Evaluate) -> None:
@@ -92,46 +104,20 @@ def _skeleton(chosen: Model) -> Any:
             "a hub id",
             key="model.name",
         ) from error
+    behaviour.refuse_encoder(skeleton, chosen)
     loading_info.check(chosen, skeleton)
     return skeleton
 
 
-def _check_adapter(adapter: Adapter, skeleton: Any) -> None:
-    from peft import LoraConfig
-
-    fields = {field.name for field in dataclasses.fields(LoraConfig)}
-    for name in adapter.lora_config:
-        if name not in fields:
-            raise UserError(
-                f"peft.LoraConfig has no argument {name!r}{nearest(name, fields)}",
-                key="adapter.lora_config",
-            )
-    model.target_modules(adapter.target_modules, skeleton)
-
-
-def _check_data(source: Data, chosen: Model) -> None:
-    rows = data.load_rows(source)
-    data.loss_arguments(source, rows.column_names)
-    if "messages" in rows.column_names:
-        tokenizer = model.load_tokenizer(chosen)
-        if tokenizer.chat_template is None:
-            raise UserError(
-                f"{source.source} holds chat messages, but the tokenizer of {chosen.name} has no "
-                "chat template",
-                key="data.format",
-            )
-
-
-def _check_sft_config(arguments: dict[str, Any]) -> None:
-    from trl import SFTConfig
-
-    fields = {field.name for field in dataclasses.fields(SFTConfig)}
-    for name in arguments:
-        if name not in fields:
-            raise UserError(
-                f"trl.SFTConfig has no argument {name!r}{nearest(name, fields)}",
-                key="train.sft_config",
-            )
+def _check_adapter(adapter: Adapter, skeleton: Any, quantization: Quantization | None) -> None:
+    try:
+        model.lora_config(adapter, skeleton)
+    except (TypeError, ValueError, ImportError) as error:
+        raise UserError(
+            f"LoraConfig refuses it: {_first_line(error)}", key="adapter.lora_config"
+        ) from error
+    adapter_check.check(adapter, skeleton, quantization)
+    adapter_check.attach(adapter, skeleton, quantization is not None)
 
 
 def _first_line(error: BaseException) -> str:

@@ -43,6 +43,7 @@ NOTED_PACKAGES = (
     "flash-attn",
     "huggingface-hub",
     "kernels",
+    "liger-kernel",
     "nvidia-ml-py",
     "pandas",
     "pyarrow",

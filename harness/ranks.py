@@ -20,6 +20,7 @@ from harness.record import Record, read_record
 from harness.train import Course, sft_config
 from harness.verify import VerificationError
 from matrices.cell import Cell
+from matrices.parallel_rules import reentrant
 from matrices.profiles import mixed_precision
 
 # What accelerate has to say of itself where a cell asks for this parallelism.
@@ -35,6 +36,7 @@ DISTRIBUTED_TYPES = {
 # Weights are read into host memory, and each device takes its part of them from there.
 SHARDED_FROM_HOST = ("fsdp", "fsdp1")
 BACK = "every weight to {dtype}, and trains fp32 copies of what is trained"
+FORCED = "use_reentrant false: TRL checkpoints adapters under ZeRO-3 with use_reentrant true only"
 # Another machine's file may become visible late: NFS keeps a directory's attributes for a minute.
 FILE_WAIT_SECONDS = 120.0
 
@@ -136,6 +138,13 @@ def substitutions(cell: Cell) -> list[str]:
             said.append(f"kbit_preparation's fp32 norms and head: DeepSpeed casts {BACK}")
         elif cell.model.weight_dtype == "fp32":
             said.append(f"weight_dtype fp32: DeepSpeed casts {BACK}")
+    train = cell.train
+    if (
+        train is not None
+        and train.gradient_checkpointing
+        and reentrant(cell) != train.use_reentrant
+    ):
+        said.append(FORCED)
     return [each.format(dtype=mixed_precision(cell)) for each in said]
 
 

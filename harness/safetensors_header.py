@@ -34,8 +34,8 @@ class Tensor(NamedTuple):
 
 
 def read_header(path: Path) -> dict[str, Tensor]:
-    """Every tensor of the file by its name. Raises UserError saying what is wrong with a file
-    that is no safetensors file, or is not all there."""
+    """Every tensor of the file by its name. Raises UserError that says what is wrong when it is not
+    a safetensors file, or not a whole one."""
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size

@@ -23,6 +23,7 @@ from harness import device, preparation
 from harness.data import loss_arguments
 from harness.record import Preparation
 from matrices.cell import Cell, Train
+from matrices.parallel_rules import reentrant
 
 try:
     from trl import SFTConfig, SFTTrainer
@@ -179,7 +180,8 @@ def sft_config(cell: Cell, rows: Dataset | None, course: Course, output_dir: Pat
         "learning_rate": course.learning_rate,
         "per_device_train_batch_size": train.micro_batch_size,
         "gradient_accumulation_steps": train.gradient_accumulation_steps,
-        "lr_scheduler_type": train.lr_scheduler_type,
+        # At a rate of 0 there is no schedule, and the polynomial one refuses it.
+        "lr_scheduler_type": "constant" if course.prepared else train.lr_scheduler_type,
         "warmup_steps": train.warmup_steps,
         "optim": train.optimizer,
         "weight_decay": train.weight_decay,
@@ -187,7 +189,7 @@ def sft_config(cell: Cell, rows: Dataset | None, course: Course, output_dir: Pat
         "bf16": autocast and cell.model.compute_dtype == "bf16",
         "fp16": autocast and cell.model.compute_dtype == "fp16",
         "gradient_checkpointing": train.gradient_checkpointing,
-        "gradient_checkpointing_kwargs": {"use_reentrant": train.use_reentrant},
+        "gradient_checkpointing_kwargs": {"use_reentrant": reentrant(cell)},
         "max_length": data.max_length,
         "packing": data.packing and not course.prepared,
         "packing_strategy": data.packing_strategy,
@@ -208,13 +210,16 @@ def sft_config(cell: Cell, rows: Dataset | None, course: Course, output_dir: Pat
     else:
         assert rows is not None
         arguments |= loss_arguments(data, rows.column_names) | {"data_seed": cell.seed}
+    further = dict(train.sft_config)
+    if course.prepared:
+        further.pop("lr_scheduler_kwargs", None)
     known = {field.name for field in dataclasses.fields(SFTConfig)}
     arguments = {
         name: value
         for name, value in arguments.items()
         if name in known or name not in NOT_EVERYWHERE
     }
-    return SFTConfig(**(arguments | train.sft_config))
+    return SFTConfig(**(arguments | further))
 
 
 def _sections(cell: Cell) -> tuple[Train, Any]:
@@ -230,12 +235,14 @@ def worst_case_rows(cell: Cell, vocabulary: int, steps: int) -> Dataset:
     Memory does not depend on which tokens they are, so they count through the vocabulary.
     """
     train, data = _sections(cell)
-    rows = steps * train.micro_batch_size * train.gradient_accumulation_steps * cell.ranks
+    rows = steps * train.micro_batch_size * train.gradient_accumulation_steps
     ids = [[(row + at) % vocabulary for at in range(data.max_length)] for row in range(rows)]
     columns: dict[str, Any] = {"input_ids": ids, "labels": ids}
     if data.packing and data.packing_strategy != "wrapped":
         columns["seq_lengths"] = [[data.max_length]] * rows
-    return Dataset.from_dict(columns)
+    made = Dataset.from_dict(columns)
+    # Each rank takes its share of an epoch: one epoch holds whole steps for all of them.
+    return made if cell.ranks == 1 else made.select(list(range(rows)) * cell.ranks)
 
 
 @contextmanager

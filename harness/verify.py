@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
+from collections.abc import Collection
 from typing import Any
 
 from torch import nn
 
-from harness import device
-from harness.model import alpha, target_modules, whole_numel
+from harness import device, lora_layers, quantization, verify_adapter
+from harness.mismatch import VerificationError as VerificationError
+from harness.mismatch import demand
+from harness.quantization import whole_numel
 from harness.record import Verified
-from matrices.cell import Adapter, Cell, Quantization
+from matrices.cell import Cell
 
 # transformers' optim name -> (package and class that runs, its attributes that tell the variants
 # apart).
@@ -34,169 +38,118 @@ OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
 HOST_ADAM = "deepspeed.DeepSpeedCPUAdam"
 
 
-class VerificationError(RuntimeError):
-    """What was loaded is not what the cell asks for: a figure would belong to another cell."""
-
-
-def demand(found: Any, wanted: Any, what: str) -> None:
-    if found != wanted:
-        raise VerificationError(f"{what}: the cell says {wanted!r}, loaded is {found!r}")
-
-
 def verify_model(model: Any, cell: Cell) -> Verified:
     """Check quantization, adapters, dtypes, attention and what is trainable; return what is there.
 
-    Raises VerificationError at the first mismatch.
+    For a model that is loaded and has computed nothing yet: bitsandbytes casts the biases of 4-bit
+    layers at their first forward. Raises VerificationError at the first mismatch.
     """
-    linear4bit = _linear4bit(model)
+    _verify_structure(model, cell)
+    _verify_weight_dtype(model, cell, set())
+    return _findings(model)
+
+
+def verify_again(model: Any, cell: Cell) -> dict[str, int]:
+    """The same before the timed steps, when a trainer has prepared the model and it may have
+    computed: biases of 4-bit layers and what is trained may have another dtype by then. Returns
+    parameters by dtype. Raises VerificationError at the first mismatch."""
+    _verify_structure(model, cell)
+    four_bit = quantization.linear4bit(model).values()
+    cast = {id(layer.bias) for layer in four_bit if layer.bias is not None}
+    cast |= {id(p) for p in model.parameters() if p.requires_grad} if cell.adapter else set()
+    _verify_weight_dtype(model, cell, cast)
+    return _dtypes(model)
+
+
+def _verify_structure(model: Any, cell: Cell) -> None:
     if cell.quantization is None:
-        demand(len(linear4bit), 0, "4-bit layers")
+        demand(len(quantization.linear4bit(model)), 0, "4-bit layers")
     else:
-        _verify_quantization(linear4bit, model, cell.quantization, cell.model.compute_dtype)
+        quantization.verify(model, cell.quantization, cell.model.compute_dtype)
     adapters = _adapters(model)
     if cell.adapter is None:
         demand(sorted(adapters), [], "adapted modules")
-    else:
-        _verify_adapters(adapters, model, cell.adapter)
-    _verify_trainable(model, cell)
-    demand(model.config._attn_implementation, cell.model.attn_implementation, "attn_implementation")
-    _verify_weight_dtype(model, cell)
-    if cell.train is not None:
-        demand(
-            bool(model.is_gradient_checkpointing),
-            cell.train.gradient_checkpointing,
-            "gradient_checkpointing",
-        )
-    return _findings(model, linear4bit, adapters)
-
-
-def _linear4bit(model: nn.Module) -> dict[str, Any]:
-    import bitsandbytes as bnb
-
-    return {n: m for n, m in model.named_modules() if isinstance(m, bnb.nn.Linear4bit)}
-
-
-def _adapters(model: nn.Module) -> dict[str, Any]:
-    """Modules that carry a LoRA, by the name they have without PEFT's wrapper."""
-    from peft.tuners.lora import LoraLayer
-
-    return {
-        name.removeprefix("base_model.model."): module
-        for name, module in model.named_modules()
-        if isinstance(module, LoraLayer)
-    }
-
-
-def _verify_quantization(
-    layers: dict[str, Any], model: nn.Module, wanted: Quantization, compute_dtype: str
-) -> None:
-    plain = [
-        name
-        for name, module in model.named_modules()
-        if type(module) is nn.Linear and ".lora_" not in name and not _is_head(name, model)
-    ]
-    demand(plain, [], "linear layers left unquantized")
-    if not layers:
-        raise VerificationError("the cell says 4-bit, but no layer is quantized")
-    for name, layer in layers.items():
-        state = layer.weight.quant_state
-        demand(state.quant_type, wanted.quant_type, f"quant_type of {name}")
-        demand(bool(state.nested), wanted.double_quant, f"double_quant of {name}")
-        storage = device.DTYPES[wanted.quant_storage]
-        demand(layer.weight.dtype, storage, f"quant_storage of {name}")
-        demand(layer.compute_dtype, device.DTYPES[compute_dtype], f"compute_dtype of {name}")
-
-
-def _is_head(name: str, model: Any) -> bool:
-    """The output head, and what PEFT's skip list (`llm_int8_skip_modules`) names with it."""
-    head = model.get_output_embeddings()
-    skipped = getattr(model.config, "quantization_config", None)
-    names = set(getattr(skipped, "llm_int8_skip_modules", None) or ())
-    return dict(model.named_modules()).get(name) is head or name.rsplit(".", 1)[-1] in names
-
-
-def _verify_adapters(adapters: dict[str, Any], model: Any, wanted: Adapter) -> None:
-    if not adapters:
+    elif not adapters:
         raise VerificationError("the cell says LoRA, but no module is adapted")
-    base = model.get_base_model()
-    endings = target_modules(wanted.target_modules, _Unadapted(base))
-    for name, layer in adapters.items():
-        demand(layer.r["default"], wanted.rank, f"rank of {name}")
-        demand(layer.lora_alpha["default"], alpha(wanted), f"alpha of {name}")
-        dropout = layer.lora_dropout["default"]
-        demand(getattr(dropout, "p", 0.0), wanted.dropout, f"dropout of {name}")
-    expected = {
-        name
-        for name in _Unadapted(base).names
-        if any(name == end or name.endswith("." + end) for end in endings)
-    }
-    demand(sorted(adapters), sorted(expected), "adapted modules")
-
-
-class _Unadapted:
-    """A PEFT-wrapped base seen as it was before: LoRA layers stand for the layer they wrap."""
-
-    def __init__(self, base: Any) -> None:
-        self._base = base
-        self._modules = {
-            name: getattr(module, "base_layer", module)
-            for name, module in base.named_modules()
-            if ".lora_" not in name and not name.endswith(".base_layer")
-        }
-
-    @property
-    def names(self) -> list[str]:
-        from harness.model import adaptable_modules
-
-        return adaptable_modules(self)
-
-    def named_modules(self) -> Any:
-        return self._modules.items()
-
-    def get_output_embeddings(self) -> Any:
-        return self._base.get_output_embeddings()
-
-
-def _verify_trainable(model: Any, cell: Cell) -> None:
-    if cell.method == "base":
-        return
+    else:
+        verify_adapter.verify(model, cell.adapter)
     if cell.method == "full":
         frozen = [n for n, p in model.named_parameters() if not p.requires_grad]
         demand(frozen, [], "frozen parameters under full fine-tuning")
-        return
-    wrong = [n for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n]
-    if cell.adapter is not None and not cell.adapter.lora_config:
-        demand(wrong, [], "trainable parameters outside the adapter")
-    if not any(p.requires_grad for p in model.parameters()):
-        raise VerificationError("nothing is trainable")
+    demand(model.config._attn_implementation, cell.model.attn_implementation, "attn_implementation")
 
 
-def _verify_weight_dtype(model: nn.Module, cell: Cell) -> None:
-    """The base weights, but for what k-bit preparation turns to fp32 on purpose."""
+def _adapters(model: nn.Module) -> dict[str, Any]:
+    """LoRA layers, by the name of what they adapt."""
+    found = lora_layers.places(model)
+    return {name: layer for place in found for name, layer in lora_layers.loras(place).items()}
+
+
+def _verify_weight_dtype(model: Any, cell: Cell, cast: Collection[int]) -> None:
+    """The base weights, but for what is in 4 bit, `cast` (ids) by a library since, and what
+    transformers keeps in fp32 for this architecture."""
     prepared = cell.quantization is not None and cell.quantization.kbit_preparation
     wanted = {device.DTYPES[cell.model.weight_dtype]}
     if prepared and cell.method == "qlora":
         wanted = {device.DTYPES["fp32"]}
+    kept = _kept_in_fp32(model, cell.model.weight_dtype)
     found = {
-        p.dtype
-        for n, p in model.named_parameters()
-        if "lora_" not in n and "modules_to_save" not in n and not hasattr(p, "quant_state")
+        parameter.dtype
+        for place in lora_layers.places(model)
+        for name, parameter in lora_layers.own_parameters(place).items()
+        if id(parameter) not in cast
+        and getattr(parameter, "quant_state", None) is None
+        and not (parameter.dtype == device.DTYPES["fp32"] and _named(name, kept))
     }
     demand(found, wanted, "weight_dtype")
 
 
-def _findings(model: nn.Module, linear4bit: dict[str, Any], adapters: dict[str, Any]) -> Verified:
-    dtypes: Counter[str] = Counter()
-    for parameter in model.parameters():
-        dtypes[str(parameter.dtype).removeprefix("torch.")] += whole_numel(parameter)
+def _kept_in_fp32(model: Any, weight_dtype: str) -> set[str]:
+    """What an architecture asks transformers to keep in fp32 where weights are loaded in half
+    precision: some in fp16 alone."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    kept = set(getattr(base, "_keep_in_fp32_modules_strict", None) or ())
+    if weight_dtype == "fp16":
+        kept |= set(getattr(base, "_keep_in_fp32_modules", None) or ())
+    return kept
+
+
+def _named(name: str, wanted: Collection[str]) -> bool:
+    return any(re.search(rf"(^|\.){each}($|\.)", name) for each in wanted)
+
+
+def _findings(model: Any) -> Verified:
+    linear4bit = quantization.linear4bit(model)
+    adapters = _adapters(model)
+    share = None
+    if linear4bit or getattr(model, "is_loaded_in_4bit", False):
+        share = quantization.share(quantization.base_parameters(model))
+    said = quantization.said_of_share(model, share) if share is not None else None
     return Verified(
         quantized_modules=len(linear4bit),
         quant_types=sorted({m.weight.quant_state.quant_type for m in linear4bit.values()}),
-        adapter_modules=sorted({name.rsplit(".", 1)[-1] for name in adapters}),
+        quantized_share=share,
+        adapter=verify_adapter.findings(model) if adapters else None,
+        adapter_modules=sorted({_module_of(name, adapters[name]) for name in adapters}),
         adapter_module_count=len(adapters),
         attn_implementation=str(getattr(model.config, "_attn_implementation", "")),
-        weight_dtypes=dict(dtypes),
+        weight_dtypes=_dtypes(model),
+        substitutions=[said] if said else [],
     )
+
+
+def _module_of(name: str, layer: Any) -> str:
+    """The last part of an adapted module's name."""
+    owner = name.rpartition(".")[0] if hasattr(layer, "parameter_name") else name
+    return owner.rpartition(".")[2]
+
+
+def _dtypes(model: nn.Module) -> dict[str, int]:
+    """Parameters by dtype."""
+    dtypes: Counter[str] = Counter()
+    for parameter in model.parameters():
+        dtypes[str(parameter.dtype).removeprefix("torch.")] += whole_numel(parameter)
+    return dict(dtypes)
 
 
 def verify_optimizer(optimizer: Any, name: str) -> tuple[str, list[str]]:

@@ -17,6 +17,7 @@ from launch.cli_run import exit_code, run, sweep_of
 from launch.cli_status import status
 from launch.console import print_error, print_json, show_set_aside
 from launch.options import (
+    CheckOption,
     GpuOption,
     GpusFileOption,
     JsonOption,
@@ -81,39 +82,49 @@ def plan(
     gpu: GpuOption = None,
     gpus_file: GpusFileOption = None,
     no_predict: NoPredictOption = False,
+    check: CheckOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Show the cells of a matrix, what each is predicted to need, and what would run.
 
     Each with its identity, and why it would run, be kept or be refused. Peak memory is predicted
     for this machine, or for the GPUs that are named, and remembered, so the next look is quick.
-    Nothing is run or written to the results.
+    What is wrong with a cell's arguments, model or data is told as far as no library has to be
+    imported for it; --check makes every check of a run. Nothing is run or written to the results.
 
     \b
     tunebench plan quickstart
     tunebench plan my-sweep.yaml --gpu rtx-4090 --gpu a100-80gb
     tunebench plan my-sweep.yaml --no-predict
+    tunebench plan my-sweep.yaml --check
     tunebench plan my-sweep.yaml --set rank=[8,64] --seeds 3
     tunebench plan my-sweep.yaml --json | jq '.[] | select(.action == "invalid")'
     """
     from harness.store import Store
     from launch.cli_predict import predictions_of
+    from launch.left_out import nothing_left
     from launch.listing import plan_text
     from launch.plan import plan_jobs
+    from launch.plan_check import checked
     from launch.prediction_listing import footer
 
     found, sweep, combinations = sweep_of(matrix, results, set_, seeds, retry)
     present = Store(sweep.results).latest()
     jobs = plan_jobs(sweep.cells, present, sweep.retry, sweep.score_base)
+    jobs, problems = checked(jobs, check)
     predictions = {} if no_predict else predictions_of(jobs, gpu, gpus_file)
     if as_json:
         print_json([job.as_json(predictions.get(job.cell.cell_id)) for job in jobs])
-        return
-    if found.question:
-        print(f"{found.name}: {found.question}\n")
-    print(plan_text(jobs, combinations, predictions))
-    if predictions:
-        print(footer(predictions.values()))
+    else:
+        if found.question:
+            print(f"{found.name}: {found.question}\n")
+        print(plan_text(jobs, combinations, predictions))
+        if predictions:
+            print(footer(predictions.values()))
+    if problems and nothing_left(jobs):
+        for problem in problems:
+            print_error(sweep.located(problem.error))
+        raise typer.Exit(2)
 
 
 @app.command()

@@ -68,14 +68,15 @@ def predict(
     tunebench predict my-sweep.yaml --json | jq '.[].memory.peak_allocated_bytes'
     """
     from launch.foretelling import timed
+    from launch.matrix_file import load
     from launch.plan import labels
     from launch.predicting import predict as predict_cells
     from launch.prediction_listing import explanation, predictions_text
     from launch.prediction_progress import show_for_stderr
     from matrices.expand import expand
-    from matrices.load import load
+    from matrices.passed_through import merged
 
-    expansion = expand(load(matrix, set_ or [], seeds))
+    expansion = merged(expand(load(matrix, set_ or [], seeds)))
     for note in expansion.notes:
         print_note(note)
     past = _past(records) if records is not None else []

@@ -181,13 +181,14 @@ def sweep_of(
 ) -> tuple[Matrix, Sweep, int]:
     """What the options name: the matrix, its cells, and how many combinations gave them. Raises
     UserError."""
+    from launch.matrix_file import load
     from launch.plan import Sweep, retried_statuses
     from matrices.expand import expand
-    from matrices.load import load
+    from matrices.passed_through import merged
 
     statuses = retried_statuses(retry)
     matrix = load(source, overrides or [], seeds)
-    expansion = expand(matrix)
+    expansion = merged(expand(matrix))
     for note in expansion.notes:
         print(f"tunebench: note: {note}", file=sys.stderr)
     directory = results or Path("results") / matrix.name
@@ -206,6 +207,7 @@ def _here(
 
     from harness.store import Store
     from launch.foretelling import foretell
+    from launch.left_out import quickly_checked
     from launch.local import Runner
     from launch.plan import plan_jobs
     from launch.prediction_progress import show_for_stderr
@@ -215,6 +217,7 @@ def _here(
     no_predict, skip_predicted_oom = predicting
     store = Store(sweep.results)
     jobs = plan_jobs(sweep.cells, store.latest(), sweep.retry, sweep.score_base)
+    jobs = quickly_checked(jobs, display, sweep)
     runner = Runner(
         store,
         display,

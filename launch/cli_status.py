@@ -38,10 +38,10 @@ def status(
     tunebench status my-sweep.yaml --seeds 3
     tunebench status results/my-sweep --json | jq '.[] | select(.state == "waiting")'
     """
+    from launch.matrix_file import load
     from launch.plan import plan_jobs
     from launch.status import look, status_text, statuses
     from matrices.expand import expand
-    from matrices.load import load
 
     cells = []
     if Path(target).is_dir() and not (set_ or seeds):

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 
 from harness import provenance
+from harness.problems import Problem
 from harness.record import Record
 from harness.store import INCONCLUSIVE, Entry, record_key
 from launch import preflight
@@ -13,6 +14,7 @@ from launch.left_out import leave_out
 from launch.plan import Job, Sweep
 from launch.progress import Display
 from launch.server import start_server
+from matrices.cell import Cell
 
 PREFLIGHT = "harness.preflight"
 
@@ -58,16 +60,20 @@ def check(
 ) -> list[Job]:
     """Check models, data and tasks of some of the jobs, and fetch them, once for all nodes. The
     jobs, without those that cannot run. Raises ProblemsFound when none can."""
+    return leave_out(jobs, problems([job.cell for job in to_check], display), display, sweep)
+
+
+def problems(cells: Sequence[Cell], display: Display) -> list[Problem]:
+    """What `tunebench run` would find wrong with these cells on this machine."""
     before = dict(os.environ)
     try:
         server = start_server([PREFLIGHT])
         with display.busy(
             "importing torch, transformers, trl and lm-eval; checking models, data and tasks"
         ):
-            found = preflight.problems(server, PREFLIGHT, [job.cell for job in to_check])
+            return preflight.problems(server, PREFLIGHT, cells)
     finally:
         _with_own_threads(before)
-    return leave_out(jobs, found, display, sweep)
 
 
 def _with_own_threads(environment: Mapping[str, str]) -> None:

@@ -6,9 +6,10 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Protocol
 
+from harness import plan_checks
 from harness.problems import Problem
 from launch.plan import Job, Sweep
-from matrices.cell import base_cells
+from matrices.cell import Cell, base_cells
 from matrices.errors import UserError
 
 
@@ -35,13 +36,27 @@ def leave_out(
         return list(jobs)
     located = [sweep.located(each.error) if sweep else each.error for each in problems]
     after = refused(jobs, problems)
-    if not any(job.action in ("run", "retry", "keep") for job in after):
+    if nothing_left(after):
         raise ProblemsFound(located)
     asked = {job.cell.cell_id for job in jobs if not job.implied}
     for problem, error in zip(problems, located, strict=True):
         out = len(asked.intersection(problem.cells))
         display.message(f"{out} of {len(asked)} cells left out as invalid: {error}")
     return after
+
+
+def nothing_left(jobs: Sequence[Job]) -> bool:
+    return not any(job.action in ("run", "retry", "keep") for job in jobs)
+
+
+def quickly_checked(jobs: Sequence[Job], display: Teller, sweep: Sweep) -> list[Job]:
+    """`leave_out` with what can be told before anything is imported."""
+    return leave_out(jobs, plan_checks.problems(to_run(jobs)), display, sweep)
+
+
+def to_run(jobs: Sequence[Job]) -> list[Cell]:
+    """The cells that a run would start."""
+    return [job.cell for job in jobs if job.action in ("run", "retry")]
 
 
 def refused(jobs: Sequence[Job], problems: Sequence[Problem]) -> list[Job]:

@@ -113,6 +113,14 @@ WorkersOption = Annotated[
 NoPredictOption = Annotated[
     bool, typer.Option("--no-predict", help="Leave the predictions out: the quick look.")
 ]
+CheckOption = Annotated[
+    bool,
+    typer.Option(
+        "--check",
+        help="Also make every check that a run makes before it starts: load configs, tokenizers, "
+        "rows and tasks. Takes as long as the imports.",
+    ),
+]
 SkipOption = Annotated[
     bool,
     typer.Option(

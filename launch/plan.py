@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -13,8 +12,9 @@ from harness.prediction import Prediction
 from harness.record import Record, Status
 from harness.store import Entry, record_key
 from launch.rescore import with_new_base_scores
-from matrices.cell import Cell, base_cells, flatten, label
+from matrices.cell import Cell, base_cells
 from matrices.errors import UserError, nearest
+from matrices.labels import labels
 from matrices.rules import Machine, refusals
 
 Action = Literal["run", "retry", "keep", "invalid"]
@@ -84,6 +84,7 @@ def in_short(prediction: Prediction) -> dict[str, Any]:
         "peak_allocated_bytes": memory.peak_allocated_bytes,
         "peak_reserved_bytes": memory.peak_reserved_bytes,
         "peak_phase": memory.peak_phase,
+        "quantized_share": prediction.quantized_share,
         "verdicts": {verdict.gpu: verdict.outcome for verdict in prediction.verdicts},
     }
 
@@ -168,38 +169,3 @@ def decide(record: Record | None, refused: str, retry: frozenset[Status]) -> tup
         return "run", "not measured on this stack"
     reason = f" ({changed or record.reason})" if changed or record.reason else ""
     return "retry", f"attempt {record.attempt} was {record.status}{reason}"
-
-
-def labels(cells: Sequence[Cell]) -> dict[str, str]:
-    """Cell id to a short name; where names would be equal, the settings that differ are added."""
-    short = {cell.cell_id: label(cell) for cell in cells}
-    count = Counter(short.values())
-    if all(number == 1 for number in count.values()):
-        return short
-    groups: dict[str, list[Cell]] = {}
-    for cell in cells:
-        groups.setdefault(short[cell.cell_id], []).append(cell)
-    for name, group in groups.items():
-        if len(group) > 1:
-            short |= _with_differences(name, group)
-    return short
-
-
-def _with_differences(name: str, group: list[Cell]) -> dict[str, str]:
-    flat = {cell.cell_id: flatten(cell) for cell in group}
-    keys = list(dict.fromkeys(key for settings in flat.values() for key in settings))
-    differing = [
-        key for key in keys if len({repr(settings.get(key)) for settings in flat.values()}) > 1
-    ]
-    return {
-        cell_id: " ".join(
-            [name, *(f"{key.split('.')[-1]}={_plain(settings.get(key))}" for key in differing)]
-        )
-        for cell_id, settings in flat.items()
-    }
-
-
-def _plain(value: object) -> str:
-    if isinstance(value, tuple):
-        return ",".join(str(item) for item in value)
-    return "–" if value is None else str(value)

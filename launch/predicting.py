@@ -12,6 +12,7 @@ from launch.prediction_cache import PredictionCache
 from launch.prediction_progress import Show
 from launch.simulation import Simulation
 from launch.stacks import Overlay
+from matrices import passed_through
 from matrices.cell import Cell
 from matrices.errors import UserError, nearest
 from matrices.gpus import Gpu
@@ -42,6 +43,9 @@ def predict(cells: Sequence[Cell], options: Options, show: Show) -> list[Predict
     remembered. Raises UserError for nothing: a cell's trouble is the cell's.
     """
     refused = {cell.cell_id: reason for cell in cells if (reason := refusal(cell, options.gpu))}
+    if not options.overlay.directories:
+        # Other releases may have other arguments.
+        refused |= {cell.cell_id: reason for cell in cells if (reason := _mistakes(cell))}
     wanted = {cell.cell_id: cell for cell in cells if cell.cell_id not in refused}
     request = _request(list(wanted.values()), options)
     cache = PredictionCache(request, options.overlay.identity())
@@ -79,6 +83,15 @@ def refusal(cell: Cell, gpu: Gpu | None) -> str:
     if cell.method == "base":
         return TRAINS_NOTHING
     return "; ".join(f"{each.rule}: {each.reason}" for each in prediction_refusals(cell, gpu))
+
+
+def _mistakes(cell: Cell) -> str:
+    """What the installed libraries would not take of what is passed through to them."""
+    return "; ".join(
+        str(error)
+        for class_name, arguments in passed_through.given(cell)
+        for error in passed_through.mistakes(class_name, arguments)
+    )
 
 
 def _request(cells: list[Cell], options: Options) -> Request:

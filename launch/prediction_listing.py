@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 
 from harness.prediction import Prediction
-from harness.record import PHASES
+from harness.record import MOSTLY_IN_4BIT, PHASES
 from launch.listing import aligned, counted, verdict_text
 from reports.display import DASH, bytes_text, count_text, one_line, seconds_text
 
@@ -72,9 +72,24 @@ def footer(predictions: Iterable[Prediction]) -> str:
     more = " (more with --explain)" if any(len(p.assumptions) > len(shared) for p in made) else ""
     lines = [f"executed: {'; '.join(stacks)} · on {', '.join(devices)}"]
     lines += _wrapped(f"assumptions: {'; '.join(shared)}{more}") if shared else []
+    lines += four_bit_notes(made)
     notes = dict.fromkeys(p.speed.note for p in made if p.speed.note)
     lines += _wrapped(f"step time: {'; '.join(notes)}") if notes else []
     return "\n".join(lines)
+
+
+def four_bit_notes(predictions: Iterable[Prediction]) -> list[str]:
+    """A line for every model of which 4 bit holds the lesser part."""
+    shares = {
+        p.cell.model.config or p.cell.model.name: p.quantized_share
+        for p in predictions
+        if p.quantized_share is not None and p.quantized_share < MOSTLY_IN_4BIT
+    }
+    return [
+        f"note: qlora holds {share:.0%} of the weights of {name} in 4 bit: transformers converts "
+        "plain linear layers only, and k-bit preparation turns the rest to fp32"
+        for name, share in shares.items()
+    ]
 
 
 def _wrapped(text: str) -> list[str]:
@@ -191,6 +206,9 @@ def _counts(prediction: Prediction) -> str:
     facts = [
         f"{count_text(prediction.trainable_parameters)} of "
         f"{count_text(prediction.total_parameters)} parameters trained",
+        f"{prediction.quantized_share:.0%} of the base in 4 bit"
+        if prediction.quantized_share is not None
+        else "",
         f"{speed.flops_per_step:.4g} FLOPs a step" if speed.flops_per_step else "",
         f"step at least {floor_text(prediction)} on {speed.gpu}" if speed.floor_seconds else "",
         f"simulated in {seconds_text(prediction.simulation_seconds)}"

@@ -20,6 +20,7 @@ from harness.record import read_record
 from harness.store import Entry, Store, record_key
 from launch.elsewhere import check, present
 from launch.finish import finish_abandoned
+from launch.left_out import quickly_checked
 from launch.local import Finished, Runner
 from launch.plan import Job, Sweep, plan_jobs
 from launch.process import GRACE_SECONDS
@@ -72,7 +73,7 @@ def run_on_ray(
     there = Published(store).new()
     with stop_signals(), connected(options.address), stop_signals() as signals:
         nodes = living_nodes()
-        jobs = plan(sweep, nodes, there)
+        jobs = quickly_checked(plan(sweep, nodes, there), display, sweep)
         to_run = [job for job in jobs if job.action in ("run", "retry")]
         requests = {job.key: asked(job.cell, nodes, options.per_device) for job in to_run}
         if to_run:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from harness.store import Entry, Store
 from launch import elsewhere, slurm, slurm_queue
+from launch.left_out import quickly_checked
 from launch.local import Finished, Runner
 from launch.plan import Job, Sweep, plan_jobs
 from launch.progress import Display
@@ -41,6 +42,7 @@ def run_on_slurm(
         sweep.score_base,
         slurm.machine(on),
     )
+    jobs = quickly_checked(jobs, display, sweep)
     to_run = [job for job in jobs if job.action in ("run", "retry")]
     slurm.check_fits(to_run, on, asked)
     with stop_signals() as signals:

@@ -130,8 +130,8 @@ class Data(Section):
     fingerprint: str | None = Field(
         None, description="content hash of a local file, filled in when the matrix is read"
     )
-    format: Literal["auto", "text", "prompt-completion", "chat"] = Field(
-        "auto", description="auto: told from the columns that are there"
+    format: Literal["auto", "text", "prompt-completion", "chat", "sharegpt", "alpaca"] = Field(
+        "auto", description="auto: the column that is named, else told from those that are there"
     )
     text_column: str = Field("text", description="column of plain text")
     prompt_column: str = Field("prompt", description="column of prompts")
@@ -144,7 +144,10 @@ class Data(Section):
     max_length: int = Field(256, ge=2, description="longest sequence, in tokens")
     packing: bool = Field(True, description="fill every sequence up to max_length")
     packing_strategy: Literal["wrapped", "bfd", "bfd_split"] = Field(
-        "wrapped", description="TRL's packing_strategy"
+        "wrapped",
+        description="TRL's packing_strategy; wrapped fills rows across documents, which see each "
+        "other; with bfd and bfd_split it depends on the model's attention whether they do "
+        "(falcon's do), and the record says it (verified.documents_isolated)",
     )
 
 
@@ -175,7 +178,10 @@ class Train(Section):
     weight_decay: float = Field(0.0, ge=0.0, description="decoupled weight decay")
     max_grad_norm: float = Field(1.0, ge=0.0, description="gradient clipping; 0 is none")
     gradient_checkpointing: bool = Field(False, description="recompute activations in backward")
-    use_reentrant: bool = Field(False, description="torch's reentrant checkpointing")
+    use_reentrant: bool = Field(
+        False,
+        description="torch's reentrant checkpointing; TRL makes it true for adapters under ZeRO-3",
+    )
     autocast: bool = Field(
         True, description="autocast to compute_dtype; off, each product runs in its weights' dtype"
     )
@@ -314,7 +320,8 @@ def base_cells(cell: Cell) -> dict[str, Cell]:
 
 
 def label(cell: Cell) -> str:
-    """A short human name: `qlora nf4+dq r8 attention`. Not an identity."""
+    """A short human name of a cell alone: `qlora nf4+dq r8 attention`. Not an identity; the cells
+    of a sweep are told apart by `matrices.labels`."""
     words: list[str] = [cell.method]
     if cell.quantization is not None:
         words.append(
@@ -322,7 +329,8 @@ def label(cell: Cell) -> str:
         )
     if cell.adapter is not None:
         target = cell.adapter.target_modules
-        words += [f"r{cell.adapter.rank}", target if isinstance(target, str) else ",".join(target)]
+        text = target if isinstance(target, str) else ",".join(target)
+        words += [f"r{cell.adapter.rank}", text if len(text) <= 40 else f"{text[:39]}…"]
     if cell.parallelism != "single":
         places = f"{cell.nodes}x{cell.devices // cell.nodes}"
         words += [cell.parallelism, f"x{cell.devices}" if cell.nodes == 1 else places]

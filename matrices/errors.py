@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
-from difflib import get_close_matches
 
 
 class UserError(Exception):
@@ -39,5 +39,43 @@ class SetAside(UserWarning):
 
 def nearest(word: str, known: Iterable[str], limit: int = 3) -> str:
     """`; did you mean 'a' or 'b'?`, or the empty string when nothing is near."""
-    close = get_close_matches(word, list(known), n=limit, cutoff=0.5)
+    close = closest(word, known, limit)
     return f"; did you mean {' or '.join(repr(name) for name in close)}?" if close else ""
+
+
+def closest(word: str, known: Iterable[str], limit: int = 3) -> list[str]:
+    """The names that are near to a word, nearest first.
+
+    Near is what a slip of the finger makes: one letter in four or so, two neighbours exchanged
+    counting as one, or a name of several words of which some were left out."""
+    allowed = min(3, (len(word) + 1) // 4)
+    parts = set(re.split("[-_. ]", word.lower()))
+    found = []
+    for name in dict.fromkeys(known):
+        away = _slips(word.lower(), name.lower(), allowed)
+        if away <= allowed:
+            found.append((away, name))
+        elif len(word) > 3 and parts < set(re.split("[-_. ]", name.lower())):
+            found.append((allowed + 1, name))
+    # Equally near ones stay in their order.
+    return [name for _, name in sorted(found, key=lambda each: each[0])[:limit]]
+
+
+def _slips(word: str, name: str, most: int) -> int:
+    """Letters to add, drop, replace or exchange with their neighbour; above `most`, some number
+    above it."""
+    if abs(len(word) - len(name)) > most:
+        return most + 1
+    before: list[int] = []
+    row = list(range(len(name) + 1))
+    for i, letter in enumerate(word, 1):
+        after = [i]
+        for j, other in enumerate(name, 1):
+            cost = min(row[j] + 1, after[j - 1] + 1, row[j - 1] + (letter != other))
+            if i > 1 and j > 1 and letter == name[j - 2] and word[i - 2] == other:
+                cost = min(cost, before[j - 2] + 1)
+            after.append(cost)
+        if min(after) > most:
+            return most + 1
+        before, row = row, after
+    return row[-1]

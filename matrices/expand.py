@@ -23,7 +23,8 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from matrices.cell import SECTIONS, TOP_LEVEL, Cell
+from matrices.cell import SECTIONS, TOP_LEVEL, Cell, Data
+from matrices.data_format import COLUMN_SETTINGS, format_named
 from matrices.errors import UserError
 from matrices.load import Entry, Matrix
 from matrices.models import config_name
@@ -45,6 +46,7 @@ RECIPE = tuple(
     for leaf in ("include_path", "limit", "num_fewshot", "batch_size", "apply_chat_template")
 )
 
+COLUMN_KEYS = {f"data.{leaf}" for leaves in COLUMN_SETTINGS.values() for leaf in leaves}
 GLOBAL_BATCH = "train.global_batch_size"
 
 Combination = dict[str, Any]
@@ -100,6 +102,7 @@ def _combinations(matrix: Matrix, entry: Entry | None) -> Iterator[Combination]:
         if preset not in bases:
             bases[preset] = DEFAULTS | _preset(preset) | dict(matrix.constants) | {PRESET: preset}
         combination = _named(bases[preset] | chosen, matrix, chosen)
+        _name_format(combination, matrix, chosen)
         _check_batch(matrix, entry, chosen, combination)
         yield combination
 
@@ -110,6 +113,19 @@ def _named(combination: Combination, matrix: Matrix, chosen: Combination) -> Com
     if config is not None and not {"model.name"} & (chosen.keys() | matrix.constants.keys()):
         combination["model.name"] = config_name(Path(config))
     return combination
+
+
+def _name_format(combination: Combination, matrix: Matrix, chosen: Combination) -> None:
+    """A column that is named under its default name is not seen in a cell; where another format's
+    columns would be taken in its place, its format is put down."""
+    written = COLUMN_KEYS & (chosen.keys() | matrix.constants.keys())
+    columns = matrix.columns.get(combination["data.source"])
+    if not written or not columns:
+        return
+    leaves = {key.partition(".")[2] for key in written}
+    settings = ("source", "format", *(key.partition(".")[2] for key in COLUMN_KEYS))
+    data = Data(**{leaf: combination[f"data.{leaf}"] for leaf in settings})
+    combination["data.format"] = format_named(data, leaves, columns) or data.format
 
 
 def _check_batch(

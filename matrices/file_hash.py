@@ -24,8 +24,9 @@ SETTLED_SECONDS = 2.0
 def file_sha256(path: Path) -> str:
     """sha256, hex, of a file's whole content.
 
-    That of a large file is remembered in the cache directory under its path, size, mtime, ctime
-    and inode. Raises OSError when it cannot be read, UserError when it changes meanwhile.
+    The hash of a large file is remembered in the cache directory, with the file's path, size,
+    mtime, ctime and inode. Raises OSError when the file cannot be read, UserError when it changes
+    meanwhile.
     """
     began = time.time()
     with path.open("rb") as file:
@@ -73,8 +74,8 @@ def _text(key: str, digest: str) -> str:
 
 
 def _remember(key: str, digest: str) -> None:
-    """Replace the entry of this file by one rename. A cache that cannot be written costs time only:
-    the file is read again."""
+    """Replace the entry of this file by one rename. Without a cache that can be written, the file
+    is read again each time."""
     entry = _entry(key)
     with contextlib.suppress(OSError):
         entry.parent.mkdir(parents=True, exist_ok=True)
@@ -85,8 +86,8 @@ def _remember(key: str, digest: str) -> None:
 
 
 def sampled_sha256(path: Path, whole_limit: int = 64 * MIB, blocks: int = 64) -> str:
-    """How files were hashed before they were hashed whole: above `whole_limit` their size and
-    evenly spaced blocks of 1 MiB. Records of that time are still compared by it."""
+    """The hash of early records: of a file above `whole_limit` only its size and evenly spaced
+    blocks of 1 MiB count. Such records can still be run again."""
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size <= whole_limit:

@@ -19,7 +19,7 @@ from matrices.file_hash import file_sha256, sampled_sha256
 
 FINGERPRINTED = ("model.name", "model.config", "data.source")
 DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
-# Beyond this many files at a time the disk is what takes the time.
+# More readers than this only wait for the disk.
 READERS = 4
 # `organization/name`; the hub's rules are stricter, so every hub id of today has this form.
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -48,9 +48,9 @@ def local_path(key: str, value: Any, base: Path, where: str) -> Path | None:
     """The absolute path behind a model, data or task path; None for a packaged name or hub id.
 
     A value is a path if it can be nothing else (`./x`, `../x`, `/x`, `~/x`, data ending in .json
-    and the like), or if something is there and it has not the form of a hub id. Raises UserError
-    when it can be nothing else and nothing is there, or the wrong thing is, and when a hub id
-    names something that is there."""
+    and the like), or if something is there and it does not look like a hub id. Raises UserError
+    when it can be nothing else and nothing is there, or the wrong thing is there, and when a hub
+    id names something that is there."""
     if value is None or key not in (*FINGERPRINTED, "evaluate.include_path"):
         return None
     path = Path(os.path.abspath(base / Path(value).expanduser()))

@@ -9,6 +9,7 @@ from typing import Any
 
 from matrices import document, own_keys
 from matrices.cell import SECTIONS
+from matrices.data_columns import first_columns
 from matrices.document import Spot
 from matrices.errors import UserError, nearest
 from matrices.fingerprint import FINGERPRINTED, fingerprint, is_written_as_path, local_path
@@ -54,6 +55,8 @@ class Matrix:
     """Dotted setting, section or matrix key to `file:line`."""
     fingerprints: Mapping[str, str] = field(default_factory=dict)
     """Absolute path of each local model and data file to its content hash."""
+    columns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Absolute path of each local data file to its columns."""
     notes: tuple[str, ...] = ()
 
     def locate(self, key: str) -> str:
@@ -107,6 +110,7 @@ def load(source: str | Path, overrides: Sequence[str] = (), seeds: int | None = 
             "phase_timeout_seconds", own.get("phase_timeout_seconds")
         ),
         fingerprints=reader.fingerprints,
+        columns=reader.columns,
         notes=tuple(reader.notes),
         places={key: spot.where for key, spot in top.value.items()} | reader.places,
     )
@@ -138,6 +142,7 @@ class _Reader:
     def __init__(self, base: Path) -> None:
         self.base = base
         self.fingerprints: dict[str, str] = {}
+        self.columns: dict[str, tuple[str, ...]] = {}
         self.notes: dict[str, None] = {}
         self.places: dict[str, str] = {}
 
@@ -155,6 +160,8 @@ class _Reader:
         local = local_path(key, value, self.base, spot.where)
         if local is None:
             return value
+        if key == "data.source":
+            self.columns[str(local)] = first_columns(local)
         if key == "model.name" and "/" not in value and not is_written_as_path(value):
             note = f"{spot.where}: model {value!r} is the directory {local}; write ./{value}"
             self.notes[f"{note} to say so"] = None
@@ -238,7 +245,9 @@ def flat(written: Mapping[str, Spot]) -> dict[str, Spot]:
     found: dict[str, Spot] = {}
     for name, spot in written.items():
         if name in SECTIONS and isinstance(spot.value, dict):
-            inner = {resolve(leaf, s.where, name): s for leaf, s in spot.value.items()}
+            inner = {
+                resolve(leaf, s.where, name, document.plain(s)): s for leaf, s in spot.value.items()
+            }
         elif name in SECTIONS and name not in SHORT:
             raise UserError(
                 f"is a section of settings, not {show(document.plain(spot))}; write for example "
@@ -247,7 +256,7 @@ def flat(written: Mapping[str, Spot]) -> dict[str, Spot]:
                 where=spot.where,
             )
         else:
-            inner = {resolve(name, spot.where): spot}
+            inner = {resolve(name, spot.where, value=document.plain(spot)): spot}
         _once(found, inner)
     return found
 
@@ -290,6 +299,7 @@ def _overridden(matrix: Matrix, overrides: Sequence[str], seeds: int | None) -> 
         axes=axes,
         places={**matrix.places, **reader.places},
         fingerprints={**matrix.fingerprints, **reader.fingerprints},
+        columns={**matrix.columns, **reader.columns},
         notes=(*matrix.notes, *reader.notes),
         **changes,
     )

@@ -13,6 +13,16 @@ from matrices.parallel_rules import SHARDS_PARAMETERS
 if TYPE_CHECKING:
     from matrices.rules import Machine
 
+# model_type of the causal models that look positions up in a table (transformers,
+# models/*/modeling_*.py: an nn.Embedding or a buffer with one row per position).
+POSITION_TABLES = frozenset(
+    {
+        *("biogpt", "codegen", "ctrl", "gpt2", "gpt_bigcode", "gpt_neo", "gptj", "openai-gpt"),
+        *("opt", "bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "mbart", "mvp"),
+        *("pegasus", "plbart", "prophetnet", "roformer", "trocr"),
+    }
+)
+
 
 def model_needs_weights(cell: Cell, machine: Machine) -> str | None:
     """A model known by its config.json alone, which can be predicted and not run."""
@@ -54,20 +64,45 @@ def sequence_needs_positions(cell: Cell, machine: Machine) -> str | None:
     """max_length beyond the positions the model has."""
     # Learned positions (gpt2, opt, gpt_bigcode) are a table that ends there; rotary ones can be
     # computed further, but the model was never trained there.
-    if cell.data is None:
-        return None
     try:
-        config = _config(cell)
+        said = _beyond(_config(cell), _longest(cell))
     except UserError:
         return None
-    key = positions_key(config)
-    if key is None or cell.data.max_length <= int(str(config[key])):
+    if said is None:
         return None
+    key, problem = said
     return (
-        f"max_length is {cell.data.max_length} and the model has {config[key]} positions; shorten "
-        f"the sequences, or extend the model with config_overrides: {{{key}: "
-        f"{cell.data.max_length}}}"
+        f"{problem}; shorten the sequences, or extend the model with config_overrides: {{{key}: "
+        f"{_longest(cell)}}}"
     )
+
+
+def positions_end_in_table(cell: Cell, machine: Machine) -> str | None:
+    """max_length beyond the table of positions that gpt2, opt and their like look up."""
+    try:
+        return positions_problem(_config(cell), _longest(cell))
+    except UserError:
+        return None
+
+
+def positions_problem(config: Mapping[str, object], max_length: int) -> str | None:
+    """Why a run cannot go to max_length under this config.json: positions that end in a table."""
+    if config.get("model_type") not in POSITION_TABLES:
+        return None
+    said = _beyond(config, max_length)
+    return said and f"{said[1]}, a table that ends there; shorten the sequences"
+
+
+def _longest(cell: Cell) -> int:
+    return 0 if cell.data is None else cell.data.max_length
+
+
+def _beyond(config: Mapping[str, object], max_length: int) -> tuple[str, str] | None:
+    """The key that says how many positions there are, and the problem; none where it fits."""
+    key = positions_key(config)
+    if key is None or max_length <= int(str(config[key])):
+        return None
+    return key, (f"max_length is {max_length} and the model has {config[key]} positions")
 
 
 def shards_must_not_be_empty(cell: Cell, machine: Machine) -> str | None:

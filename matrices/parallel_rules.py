@@ -180,14 +180,39 @@ def quant_storage(cell: Cell) -> str:
 
 
 def deepspeed_casts_weights(cell: Cell, machine: Machine) -> str | None:
-    """ZeRO in bf16 or fp16 with weights of another dtype."""
+    """ZeRO in bf16 or fp16 with weights of another dtype, and ZeRO-3 without mixed precision with
+    weights that are not fp32."""
     # deepspeed/runtime/engine.py, _configure_distributed_model.
     precision = mixed_precision(cell)
-    if cell.parallelism not in ZERO or precision in ("no", cell.model.weight_dtype):
+    if cell.parallelism not in ZERO or precision == cell.model.weight_dtype:
+        return None
+    if precision != "no":
+        return (
+            f"DeepSpeed's {precision} is no autocast: it casts all weights to {precision} and "
+            f"trains fp32 copies; use weight_dtype {precision}, which is the same, or autocast "
+            "false"
+        )
+    # deepspeed/runtime/zero/partition_parameters.py, InsertPostInitMethodToModuleSubClasses.
+    # transformers loads what is quantized without it.
+    divided = cell.parallelism in SHARDS_PARAMETERS and cell.quantization is None
+    if not divided or cell.model.weight_dtype == "fp32":
         return None
     return (
-        f"DeepSpeed's {precision} is no autocast: it casts all weights to {precision} and trains "
-        f"fp32 copies; use weight_dtype {precision}, which is the same, or autocast false"
+        f"{cell.parallelism} without mixed precision reads all weights as fp32, whatever they are "
+        "asked to be; use weight_dtype fp32, which is the same, or compute_dtype bf16 with autocast"
+    )
+
+
+def polynomial_needs_defaults(cell: Cell, machine: Machine) -> str | None:
+    """A polynomial schedule under ZeRO."""
+    # transformers/optimization.py, get_polynomial_decay_schedule_with_warmup: optimizer.defaults.
+    if cell.train is None or cell.train.lr_scheduler_type != "polynomial":
+        return None
+    if cell.parallelism not in ZERO:
+        return None
+    return (
+        "transformers' polynomial schedule asks the optimizer for its defaults, and DeepSpeed's "
+        "ZeRO optimizer has none; use lr_scheduler_type linear or cosine"
     )
 
 
@@ -247,25 +272,34 @@ def offload_replaces_optimizer(cell: Cell, machine: Machine) -> str | None:
     )
 
 
-def checkpointing_is_reentrant(cell: Cell, machine: Machine) -> str | None:
-    """Gradient checkpointing of adapters with a use_reentrant that the parallelism does not take:
-    DDP refuses true, and under ZeRO-3 TRL makes it true."""
-    # transformers/trainer.py, _build_accelerator_args: find_unused_parameters for PEFT models;
-    # trl/trainer/sft_trainer.py: use_reentrant is forced with ZeRO-3.
+def ddp_marks_parameters_once(cell: Cell, machine: Machine) -> str | None:
+    """DDP of adapters with reentrant checkpointing, while transformers has it look for unused
+    parameters."""
+    # transformers/trainer.py, _build_accelerator_args: find_unused_parameters for PEFT models,
+    # unless ddp_find_unused_parameters says otherwise.
     if cell.train is None or cell.adapter is None or not cell.train.gradient_checkpointing:
         return None
-    if cell.parallelism == "ddp" and cell.train.use_reentrant:
-        return (
-            "DDP refuses reentrant checkpointing of a PEFT model (torch: Expected to mark a "
-            "variable ready only once), as transformers has it look for unused parameters; use "
-            "use_reentrant false"
-        )
-    if cell.parallelism in ("zero3", "zero3-offload") and not cell.train.use_reentrant:
-        return (
-            "TRL forces reentrant checkpointing with adapters under ZeRO-3; say so with "
-            "use_reentrant true"
-        )
-    return None
+    if cell.parallelism != "ddp" or not cell.train.use_reentrant:
+        return None
+    if cell.train.sft_config.get("ddp_find_unused_parameters") is False:
+        return None
+    return (
+        "DDP refuses reentrant checkpointing of a PEFT model (torch: Expected to mark a "
+        "variable ready only once), as transformers has it look for unused parameters; use "
+        "use_reentrant false, or sft_config: {ddp_find_unused_parameters: false}"
+    )
+
+
+def reentrant(cell: Cell) -> bool:
+    """torch's reentrant checkpointing, as it will be: TRL makes it true for adapters under ZeRO-3.
+
+    A cell that says false is not refused there; its record says what ran.
+    """
+    # trl/trainer/sft_trainer.py: PEFT + DeepSpeed ZeRO-3 requires reentrant checkpointing.
+    if cell.train is None or not cell.train.gradient_checkpointing:
+        return False
+    forced = cell.adapter is not None and cell.parallelism in ("zero3", "zero3-offload")
+    return forced or cell.train.use_reentrant
 
 
 # Of every run and prediction; of runs alone; of predictions alone.
@@ -278,11 +312,12 @@ PARALLEL_RULES = (
     profile_matches_precision,
     sharding_needs_quant_storage,
     deepspeed_casts_weights,
+    polynomial_needs_defaults,
     kbit_preparation_is_kept,
     fsdp2_needs_torch_optimizer,
     adafactor_needs_matrices,
     offload_replaces_optimizer,
-    checkpointing_is_reentrant,
+    ddp_marks_parameters_once,
 )
 PARALLEL_RUN_RULES = (
     enough_devices,

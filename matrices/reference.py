@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from matrices.argument_rules import EFFECTS
 from matrices.expand import expand
 from matrices.gpus import gpus
 from matrices.load import load, shipped
 from matrices.models import architectures
+from matrices.owned import TABLES
 from matrices.presets import PRESETS
 from matrices.profiles import PLACEHOLDERS
 from matrices.rules import PREDICTION_RULES, RULES, Rule
@@ -24,6 +26,13 @@ dotted name (`train.steps: 40`) or, where a bare name is listed, under that (`st
 `exclude`, `include` and `--set KEY=VALUE`. YAML is read as YAML 1.2: `1e-4` is a number, `no` is
 text. Relative paths start at the file's directory, those of `--set` at the current one.
 
+A local model or data file is written as a path (`./mine`, `/data/mine`, `~/mine`; data also by its
+ending). What has the form of a hub id (`org/name`) is one: where a directory of that name is there
+too, it is refused until it is written `./org/name`. Local files are hashed whole; a cell whose
+model or data has another hash when it starts fails. What came from the hub is told apart by its
+commit: it is in the record, in tables beside the revision (`main@0123456789ab`), and a result of
+another commit than the local copy's is measured again.
+
 `model: {config: path/to/config.json}` is an architecture without weights: it can be predicted and
 not run, its content hash takes the place of the path in the cell's identity, and it is called after
 its file (or directory, if the file is config.json) unless `model.name` says otherwise.
@@ -32,6 +41,20 @@ its file (or directory, if the file is config.json) unless `model.name` says oth
 the cell's `parallelism`; start from what `tunebench profiles` prints. Its content, and that of a
 DeepSpeed file that it names, takes the place of the path in the cell. In both,
 {placeholders} are filled in from the cell; `$$` is a dollar sign.
+
+`data.format: auto` reads the column that is named, by a `*_column` setting that the matrix writes.
+Else it reads the first of these whose columns are there: chat (`messages`), prompt-completion
+(`prompt`, `completion`), text (`text`), ShareGPT (`conversations` of `from` and `value`), Alpaca
+(`instruction`, `output` and perhaps `input`). ShareGPT becomes messages (human is user, gpt is
+assistant), in whatever column it stands; Alpaca becomes prompt and completion by the two prompts
+of Stanford Alpaca, whose completion follows "### Response:" at once. A content of text parts is
+their text; `tools` and `chat_template_kwargs` beside messages go to the chat template. The record
+tells in `provenance.data` which columns were read, and as what.
+
+Before a run, TRL prepares the rows as it will for training: all of them, or of more than
+20,000 the first half of that number and as many at random, while values are checked in
+every row. The first row that cannot be trained on is named, by its line in a JSONL file, else by
+its place among the rows. Cells find what was prepared in the cache.
 
 * `name` names the results directory; the file's name if not given.
 * `question`: what the matrix is to answer; printed in reports.
@@ -69,6 +92,18 @@ include:
 ```
 """
 
+ARGUMENTS = """\
+Every argument of the libraries' configuration classes. "setting": write what is named here instead.
+"passed through": give it under `train.sft_config` or `adapter.lora_config`; its value is compared
+with what the library's object holds, and the record keeps both beside the library's default
+(`verified.passed_through`). "refused": the cell is `invalid`, for the reason given.
+
+Names and types are checked against the installed release when a matrix is planned. An argument that
+a newer release adds and this table does not hold is passed through, and the record says that it is
+not classified. Cells that differ only by an argument at the library's default are one cell.
+BitsAndBytesConfig has no mapping to pass through.
+"""
+
 ARCHITECTURES = """\
 What a prediction knows without a network. `model:` takes the name or one of the hub ids, in any
 case; a run needs the hub id. Parameters are the published total, tied weights counted once.
@@ -98,6 +133,7 @@ def reference() -> str:
         INTRODUCTION.replace("{placeholders}", _placeholders()),
         _settings(),
         _presets(),
+        _arguments(),
         _rules("Cells that are refused", RULES),
         _rules("Cells that are not predicted", PREDICTION_RULES),
         _architectures(),
@@ -143,6 +179,18 @@ def _presets() -> str:
         for key in keys
     ]
     return f"## Presets\n\n{table(('Setting', *(f'`{name}`' for name in PRESETS)), rows)}"
+
+
+def _arguments() -> str:
+    parts = ["## Arguments of the libraries\n", ARGUMENTS]
+    for class_name, (_, arguments) in TABLES.items():
+        rows = []
+        for name, argument in sorted(arguments.items()):
+            needs = f"only with {EFFECTS[argument.needs][1]}" if argument.needs else ""
+            kind = "passed through" if argument.kind == "passed" else argument.kind
+            rows.append((f"`{name}`", kind, argument.said or needs))
+        parts.append(f"### {class_name}\n\n{table(('Argument', 'Kind', 'Meaning here'), rows)}")
+    return "\n".join(parts)
 
 
 def _rules(title: str, rules: Sequence[Rule]) -> str:

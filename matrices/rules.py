@@ -13,15 +13,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from matrices.argument_rules import ARGUMENT_RULES, ARGUMENT_RUN_RULES
 from matrices.cell import Cell
 from matrices.gpus import Gpu
 from matrices.model_rules import (
     config_must_be_complete,
     model_needs_weights,
+    positions_end_in_table,
     sequence_needs_positions,
     shards_must_not_be_empty,
 )
-from matrices.owned import LORA_RESERVED, LORA_SETTINGS, SFT_RESERVED, SFT_SETTINGS
 from matrices.parallel_rules import (
     PARALLEL_PREDICTION_RULES,
     PARALLEL_RULES,
@@ -219,28 +220,6 @@ def head_takes_no_adapter(cell: Cell, machine: Machine) -> str | None:
     return "TRL refuses an adapter on lm_head, as it would never be trained; leave it out"
 
 
-def sft_config_contradicts(cell: Cell, machine: Machine) -> str | None:
-    """sft_config naming something a setting, or tunebench itself, decides."""
-    if cell.train is None:
-        return None
-    return _contradiction("sft_config", cell.train.sft_config, SFT_SETTINGS, SFT_RESERVED)
-
-
-def lora_config_contradicts(cell: Cell, machine: Machine) -> str | None:
-    """lora_config naming something a setting, or tunebench itself, decides."""
-    if cell.adapter is None:
-        return None
-    return _contradiction("lora_config", cell.adapter.lora_config, LORA_SETTINGS, LORA_RESERVED)
-
-
-def _contradiction(
-    mapping: str, given: Mapping[str, object], owned: Mapping[str, str], reserved: frozenset[str]
-) -> str | None:
-    said = [f"{name} (write {owned[name]})" for name in given if name in owned]
-    said += [f"{name} (tunebench sets it)" for name in given if name in reserved]
-    return f"{mapping} may not give {', '.join(said)}" if said else None
-
-
 RULES: tuple[Rule, ...] = (
     fp16_needs_gpu,
     fp16_gradient_scaling,
@@ -251,11 +230,12 @@ RULES: tuple[Rule, ...] = (
     steps_left_to_time,
     polynomial_needs_higher_rate,
     head_takes_no_adapter,
-    sft_config_contradicts,
-    lora_config_contradicts,
+    *ARGUMENT_RULES,
+    *ARGUMENT_RUN_RULES,
     *PARALLEL_RULES,
     *PARALLEL_RUN_RULES,
     model_needs_weights,
+    positions_end_in_table,
 )
 # About this machine, or about a run's timing and weights.
 _OF_A_RUN = {
@@ -263,6 +243,8 @@ _OF_A_RUN = {
     flash_attention_needs_package,
     steps_left_to_time,
     model_needs_weights,
+    *ARGUMENT_RUN_RULES,
+    positions_end_in_table,
     *PARALLEL_RUN_RULES,
 }
 PREDICTION_RULES: tuple[Rule, ...] = (

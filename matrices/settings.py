@@ -12,8 +12,8 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from matrices.cell import SECTIONS, TOP_LEVEL, Cell
-from matrices.errors import UserError, nearest
-from matrices.owned import LIBRARY_NAMES
+from matrices.errors import UserError, closest, nearest
+from matrices.hints import LIBRARY_NAMES, hint
 from matrices.presets import PRESETS
 
 PRESET = "preset"
@@ -75,8 +75,9 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-def resolve(name: str, where: str, section: str | None = None) -> str:
-    """The dotted name of a setting as written, inside `section` or at top level.
+def resolve(name: str, where: str, section: str | None = None, value: Any = None) -> str:
+    """The dotted name of a setting as written, inside `section` or at top level. The `value`
+    written for it only makes messages better.
 
     Raises UserError naming the nearest valid ones."""
     dotted = f"{section}.{name}" if section else BARE.get(name, SHORT.get(name, name))
@@ -86,22 +87,29 @@ def resolve(name: str, where: str, section: str | None = None) -> str:
         raise UserError("filled in by tunebench; remove it", key=dotted, where=where)
     if not section and name in MISLEADING:
         raise UserError(f"ambiguous; write {MISLEADING[name]}", key=name, where=where)
-    raise UserError(f"unknown setting{_hint(name, section)}", key=dotted, where=where)
+    raise UserError(f"unknown setting{_hint(name, section, value)}", key=dotted, where=where)
 
 
-def _hint(name: str, section: str | None) -> str:
+def _hint(name: str, section: str | None, value: Any) -> str:
     leaf = name.rpartition(".")[2]
     if section and leaf in BARE:
         return f"; it belongs to {BARE[leaf].rpartition('.')[0] or 'the top level'}: {BARE[leaf]}"
-    if leaf in LIBRARY_NAMES:
-        return f"; tunebench calls it {LIBRARY_NAMES[leaf]}"
-    if section:
-        known = [leaf for dotted, (_, leaf) in LEAVES.items() if dotted.startswith(f"{section}.")]
-        return nearest(name, known) or f"; {section} has {', '.join(known)}"
-    if "." in name:
-        return nearest(name, SCHEMAS) or "; 'python -m matrices.reference' lists them"
-    return nearest(name, [*BARE, *SECTIONS, *MATRIX_KEYS]) or (
-        "; 'python -m matrices.reference' lists them"
+    same_leaf = [dotted for dotted, (_, last) in LEAVES.items() if last == leaf]
+    if same_leaf and leaf not in BARE:
+        return f"; write {MISLEADING.get(leaf) or ' or '.join(same_leaf)}"
+    shown = "..." if value is None else flow(value)
+    if elsewhere := hint(leaf, shown):
+        return f"; {elsewhere}"
+    own = [last for dotted, (_, last) in LEAVES.items() if dotted.startswith(f"{section}.")]
+    known = own if section else list(SCHEMAS) if "." in name else [*BARE, *SECTIONS, *MATRIX_KEYS]
+    if near := nearest(name, known):
+        return near
+    for theirs in closest(leaf, LIBRARY_NAMES, 1):
+        return f"; did you mean {theirs!r}? {hint(theirs, shown)}"
+    return (
+        f"; {section} has {', '.join(own)}"
+        if section
+        else ("; 'python -m matrices.reference' lists them")
     )
 
 

@@ -9,7 +9,7 @@ from matrices.parallel_rules import (
     SHARDS_PARAMETERS,
     ZERO,
     adafactor_needs_matrices,
-    checkpointing_is_reentrant,
+    ddp_marks_parameters_once,
     fsdp2_needs_torch_optimizer,
     kbit_preparation_is_kept,
     offload_replaces_optimizer,
@@ -36,8 +36,8 @@ def spread_over(cell: Cell, way: Parallelism, count: int) -> Cell:
             changed = _with(changed, "quantization", kbit_preparation=False)
     if changed.train is None:
         return changed
-    if checkpointing_is_reentrant(changed, IMAGINED):
-        changed = _with(changed, "train", use_reentrant=way != "ddp")
+    if ddp_marks_parameters_once(changed, IMAGINED):
+        changed = _with(changed, "train", use_reentrant=False)
     if any(rule(changed, IMAGINED) for rule in OPTIMIZER_RULES):
         changed = _with(changed, "train", optimizer="adamw_torch")
     return changed

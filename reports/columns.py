@@ -209,7 +209,29 @@ def _memory() -> list[Column]:
         *[_category("resident", name, "held before the first step") for name in CATEGORIES],
         Column(
             "memory.host_peak_rss_bytes", "memory.host_peak_rss_bytes", "Int64", "host peak RSS",
-            "resident set of the process, at its largest", "bytes", "lower",
+            "resident set of the process, at its largest over the timed steps", "bytes", "lower",
+        ),
+    ]  # fmt: skip
+
+
+def _verified() -> list[Column]:
+    return [
+        Column(
+            "verified.quantized_share", "verified.quantized_share", "Float64", "share in 4 bit",
+            "of the base model's weights, those in 4 bit, by number",
+        ),
+        Column(
+            "verified.documents_isolated", "verified.documents_isolated", "boolean",
+            "documents isolated",
+            "whether documents packed into one row see nothing of each other",
+        ),
+        Column(
+            "verified.causal", "verified.causal", "boolean", "causal",
+            "no later token changes an earlier logit",
+        ),
+        Column(
+            "verified.adapter_starts_at_base", "verified.adapter_starts_at_base", "boolean",
+            "adapter starts at base", "before training the logits with the adapter are the base's",
         ),
     ]  # fmt: skip
 
@@ -389,6 +411,6 @@ def _other() -> list[Column]:
 
 
 COLUMNS: tuple[Column, ...] = (
-    *_settings(), *_provenance(), *_placement(), *_memory(), *_ranks(), *_prediction(), *_speed(),
-    *_counted(), *_other(),
+    *_settings(), *_provenance(), *_placement(), *_memory(), *_verified(), *_ranks(),
+    *_prediction(), *_speed(), *_counted(), *_other(),
 )  # fmt: skip

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from matrices.labels import PATHS
+
 SHORT_NAMES = {
     "quantization": "4-bit",
     "model.name": "model",
@@ -40,7 +42,7 @@ def setting_text(setting: str, value: Any) -> str:
         return "–"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if setting in ("model.name", "data.source") and Path(str(value)).is_absolute():
+    if setting in PATHS and Path(str(value)).is_absolute():
         return Path(value).name
     if setting.endswith(".fingerprint"):
         return str(value)[:12]

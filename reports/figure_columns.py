@@ -62,7 +62,7 @@ def mark_doubts(table: Table, column: TableColumn) -> None:
             continue
         records = [result.record for result in row.group.measured]
         doubts = [
-            table.note(f"In doubt: {row.group.name}, seed {r.cell.seed}: {one_line(doubt)}.")
+            table.note(f"In doubt: {row.name}, seed {r.cell.seed}: {one_line(doubt)}.")
             for r in records
             for doubt in r.contaminated
         ]
@@ -222,7 +222,7 @@ def status_column(table: Table) -> TableColumn:
 
 def failure_text(row: Row, record: Record) -> str:
     """`lora r64 qv, seed 1: oom in backward, 2.00 GiB asked for: reason`."""
-    text = f"{row.group.name}, seed {record.cell.seed}: {record.status}"
+    text = f"{row.name}, seed {record.cell.seed}: {record.status}"
     failure = record.failure
     phase = (failure.phase if failure else None) or record.phase
     if phase:

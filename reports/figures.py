@@ -167,7 +167,7 @@ def _categories(pairs: Sequence[tuple[Group, str]]) -> Drawing | None:
     figure.update_yaxes(autorange="reversed")
     return Drawing(
         "What the memory is made of",
-        "Live tensor bytes by the ledger at the training peak, first seed of each configuration.",
+        "Live tensor bytes at the ledger's training peak, first seed of each configuration.",
         figure,
     )
 

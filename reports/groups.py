@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 from harness.record import Record
 from matrices.cell import SECTIONS, TOP_LEVEL, Cell, Parallelism, flatten, label
-from reports.display import setting_text, short_name
+from matrices.labels import labels
 from reports.results import Result
 
 SETTINGS = list(TOP_LEVEL) + [
@@ -38,6 +38,7 @@ class Group:
 
     @property
     def name(self) -> str:
+        """What it is called alone; among others see `names`."""
         return label(self.cell)
 
 
@@ -129,15 +130,10 @@ def _equal(value: Any, wanted: Any) -> bool:
 
 
 def names(groups: Sequence[Group]) -> list[str]:
-    """A name for each group: its label, with the settings that differ where labels are equal."""
-    told = []
-    for item in groups:
-        alike = [other for other in groups if other.name == item.name]
-        keys = {key for other in alike for key in differing(item.cell, other.cell)}
-        flat = settings(item.cell)
-        extra = ", ".join(f"{short_name(k)} {setting_text(k, flat[k])}" for k in sorted(keys))
-        told.append(f"{item.name} ({extra})" if extra else item.name)
-    return told
+    """What each group is called among the others: what tells it from them, the seed left out."""
+    cells = [item.cell.model_copy(update={"seed": 0}) for item in groups]
+    found = labels(cells)
+    return [found[cell.cell_id] for cell in cells]
 
 
 def describe(item: Group, among: Sequence[Group]) -> str:

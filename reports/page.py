@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from harness.record import Record
-from matrices.cell import label
 from reports.captions import hardware_text, model_text
 from reports.display import DASH, one_line, seconds_text
 from reports.figures import Drawing, drawings
-from reports.groups import Group, group, section_key, sort_key
+from reports.groups import Group, group, names, section_key, sort_key
 from reports.markup import Html, tag
 from reports.page_style import STYLE
 from reports.render import record_link, render, short_id
@@ -130,14 +129,15 @@ def _runs(results: Sequence[Result], directory: Path) -> Html:
     newest = {id(result) for result in index(results).values()}
     head = ("Record", "Configuration", "Seed", "Status", "Took", "Why", "Command")
     rows = []
-    for result in sorted(results, key=lambda r: (label(r.record.cell), r.record.cell.seed)):
+    called = dict(zip(map(id, results), names([Group((each,)) for each in results]), strict=True))
+    for result in sorted(results, key=lambda r: (called[id(r)], r.record.cell.seed)):
         record = result.record
         status = record.status + ("" if id(result) in newest else ", superseded")
         rows.append(
             tag(
                 "tr",
                 tag("td", tag("a", short_id(result), href=record_link(result, directory))),
-                tag("td", label(record.cell)),
+                tag("td", called[id(result)]),
                 tag("td", str(record.cell.seed), class_="number"),
                 tag("td", tag("span", status, class_=f"chip {record.status}")),
                 tag("td", seconds_text(_took(result)), class_="number"),

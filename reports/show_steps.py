@@ -92,7 +92,7 @@ def loss_facts(record: Record) -> dict[str, str]:
     curve = f"{known[0]:.4f} → {known[-1]:.4f} in {len(losses)} steps" if known else ""
     without = len(losses) - len(known)
     if without:
-        curve += f"{'; ' if curve else ''}{_number(without, 'step')} without a label have none"
+        curve += f"{'; ' if curve else ''}{_number(without, 'step')} without a label"
     return {
         "training loss": curve,
         "is": record.verified.loss_normalization or "",

@@ -33,9 +33,11 @@ class Style:
 
 @dataclass(frozen=True)
 class Row:
-    """One configuration; a reference row is a base model that nothing is compared to here."""
+    """One configuration, and what it is called among those of its table; a reference row is a base
+    model that nothing is compared to here."""
 
     group: Group
+    name: str
     reference: bool = False
     baseline: bool = False
 

@@ -14,6 +14,7 @@ from typing import Any
 from harness.record import Record
 from matrices.cell import Quantization
 from matrices.errors import UserError, nearest
+from matrices.labels import tails
 from reports.baseline import Default, check, first_of, lowest_rank, named, parse_baseline
 from reports.captions import caption, model_text, values_by_setting
 from reports.display import setting_text, short_name
@@ -24,7 +25,7 @@ from reports.figure_columns import (
     quality_columns,
     status_column,
 )
-from reports.groups import Group, group, matches, section_key, settings, sort_key
+from reports.groups import Group, group, matches, names, section_key, settings, sort_key
 from reports.metric_choice import check_metrics, metrics_shown
 from reports.parallelism import (
     AXES,
@@ -53,6 +54,7 @@ class Spec:
     ranks: bool = False  # rows of any number of devices together, with what each rank holds
 
 
+DATA = "data.fingerprint"
 STORAGE = "quantization"
 STORAGE_PARTS = ("quantization.quant_type", "quantization.double_quant")
 PLAIN_NF4 = {"quantization.quant_type": "nf4", "quantization.double_quant": False}
@@ -188,11 +190,15 @@ def _table(
 ) -> Table:
     default = spec.default(groups, spec.axes)
     baselines = named(groups, spec.axes, explicit) if explicit else default
+    references = _references(groups, newest)
+    everything = [*references, *groups]
     table = Table(
         name=name,
         title=f"{spec.title}: {section_title(groups[0].results[0])}",
-        rows=[Row(item, reference=True) for item in _references(groups, newest)]
-        + [Row(item, baseline=item in baselines.rows) for item in groups],
+        rows=[
+            Row(item, called, item in references, item in baselines.rows)
+            for item, called in zip(everything, names(everything), strict=True)
+        ],
     )
     shown = _shown_settings(groups, spec)
     status = status_column(table)
@@ -253,8 +259,24 @@ def _setting_column(table: Table, name: str) -> TableColumn:
         elif name == "method" and row.reference:
             text = f"base, {stored or 'untouched'}"
         texts.append(text)
+    if name == DATA:
+        return TableColumn(name, "Data", "setting", _data_names(table))
     heading = short_name(name)
     return TableColumn(name, heading[:1].upper() + heading[1:], "setting", texts)
+
+
+def _data_names(table: Table) -> list[Estimate | str | None]:
+    """Local data by the name of its file; with its hash only where the same file was changed."""
+    cells = [row.group.cell for row in table.rows]
+    known = {cell.data.source: cell.data.fingerprint for cell in cells if cell.data}
+    called = tails(list(known))
+    texts: list[Estimate | str | None] = []
+    for cell in cells:
+        data = cell.data
+        changed = data is not None and known[data.source] != data.fingerprint
+        suffix = f" ({data.fingerprint[:12]})" if data and data.fingerprint and changed else ""
+        texts.append(called[data.source] + suffix if data else None)
+    return texts
 
 
 def storage_text(quantization: Quantization) -> str:

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import (
 )
 
 from harness import device
+from harness.checkpointing import Recomputation
 from harness.meters import batches, memory, shards
 from harness.meters.clock import Count
 from harness.meters.collectives import Collectives
@@ -168,6 +169,7 @@ class MemorySteps(CounterSteps):
         self._model = model
         self._optimizer: Any = None
         self._hooks: list[Any] = []
+        self.recomputation = Recomputation(model)
         self.ledger = memory.Ledger(device.training_device().type, vocabulary)
         self.operations = Operations()
         self.collectives = Collectives()
@@ -178,6 +180,7 @@ class MemorySteps(CounterSteps):
         memory.tag_model(self.ledger, self._model)
         self._hooks = memory.tag_gradients(self.ledger, self._model)
         self._hooks += memory.name_modules(self.ledger, self._model)
+        self._hooks += self.recomputation.hooks
         self.collectives.__enter__()
         self.operations.__enter__()
         self.ledger.__enter__()
@@ -202,6 +205,7 @@ class MemorySteps(CounterSteps):
     def phase(self, name: str) -> None:
         super().phase(name)
         self.ledger.enter_phase(name)
+        self.recomputation.backward = name == "backward"
         if name == "optimizer_step" and self._optimizer is not None:
             shards.tag_gradients(self.ledger, self._inner())
 

@@ -49,6 +49,7 @@ def prediction(
     made.speed = predicted_speed(found.works, gpu)
     made.trainable_parameters = found.trainable_parameters
     made.total_parameters = found.total_parameters
+    made.quantized_share = found.quantized_share
     made.simulation_seconds = found.seconds
     made.assumptions = _assumptions(cell, found, gpu)
     made.modelled = list(found.modelled)

@@ -6,6 +6,7 @@ driver (managed memory, synchronization), or refuses tensors without data (`Para
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, cast
@@ -20,6 +21,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from harness import device
 
+_ASKED = ("blocksize", "compress_statistics", "quant_type", "quant_storage")
 _CARRIED = (
     "blocksize",
     "compress_statistics",
@@ -33,6 +35,19 @@ _CARRIED = (
 
 class Params4bit(FakeTensor, bnb.nn.Params4bit):
     """A 4-bit weight without data. Libraries ask for the class by its name and by isinstance."""
+
+    def __new__(cls, data: torch.Tensor, requires_grad: bool = False, **given: Any) -> Params4bit:
+        """What the original is called with when a weight is quantized anew (PEFT's OLoRA). The
+        original waits until it is moved to its device, where this one's data is already."""
+        return _packed(data, given)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Params4bit:
+        copied: Any = torch.nn.Parameter(torch.Tensor.clone(self), requires_grad=False)
+        copied.__class__ = Params4bit
+        for name in _CARRIED:
+            setattr(copied, name, getattr(self, name, None))
+        copied.quant_state = copy.deepcopy(self.quant_state, memo)
+        return cast(Params4bit, copied)
 
     def to(self, *args: Any, **kwargs: Any) -> Params4bit:
         """Moved together with its quantization state, as the original does it; the original would
@@ -60,27 +75,29 @@ class Params4bit(FakeTensor, bnb.nn.Params4bit):
 
 def quantize(module: Any, weight: torch.Tensor) -> None:
     """Give a `Linear4bit` its weight as bitsandbytes quantizes `weight` (out, in) on its device."""
-    blank = module.weight
+    given = {name: getattr(module.weight, name) for name in _ASKED}
+    module.weight = _packed(weight, given | {"module": module})
+
+
+def _packed(weight: torch.Tensor, given: dict[str, Any]) -> Params4bit:
     place = weight.device
+    asked = {name: given[name] for name in _ASKED if given.get(name) is not None}
     if not _has_operators() and place.type == "cpu":
         # It could not quantize there: that was done on the device, where the state stays.
         weight = weight.to(device.training_device())
-    packed, state = bnb.functional.quantize_4bit(
-        weight,
-        blocksize=blank.blocksize,
-        compress_statistics=blank.compress_statistics,
-        quant_type=blank.quant_type,
-        quant_storage=blank.quant_storage,
-    )
+    packed, state = bnb.functional.quantize_4bit(weight, **asked)
     parameter: Any = torch.nn.Parameter(packed.to(place), requires_grad=False)
     parameter.__class__ = Params4bit
-    for name in ("blocksize", "compress_statistics", "quant_type", "quant_storage"):
-        setattr(parameter, name, getattr(blank, name))
+    parameter.blocksize = state.blocksize
+    parameter.compress_statistics = asked.get("compress_statistics", False)
+    parameter.quant_type = state.quant_type
+    parameter.quant_storage = packed.dtype
     parameter.quant_state = state
     parameter.bnb_quantized = True
-    parameter.module = module
-    module.weight = parameter
-    module.quant_state = state
+    parameter.module = given.get("module")
+    if parameter.module is not None:
+        parameter.module.quant_state = state
+    return cast(Params4bit, parameter)
 
 
 class Paged:

@@ -46,6 +46,7 @@ def after_imports() -> kbit.Paged:
     swap_forgets_conversions()
     masks_are_not_traced()
     lists_index_fake_tensors()
+    copies_are_new_tensors()
     values_go_over_from_the_host()
     follow_resizes()
     without_torch_function()
@@ -102,6 +103,21 @@ def lists_index_fake_tensors() -> None:
     FakeTensor.__setitem__ = lambda tensor, key, value: plain_set(  # type: ignore[method-assign]
         tensor, indices(tensor, key), value
     )
+
+
+def copies_are_new_tensors() -> None:
+    """`copy.deepcopy` leaves a fake parameter on a storage that later views of it do not share."""
+
+    def copied(tensor: Any, memo: dict[int, Any]) -> Any:
+        if id(tensor) in memo:
+            return memo[id(tensor)]
+        made: Any = tensor.detach().clone()
+        if isinstance(tensor, torch.nn.Parameter):
+            made = torch.nn.Parameter(made, tensor.requires_grad)
+        memo[id(tensor)] = made
+        return made
+
+    FakeTensor.__deepcopy__ = copied
 
 
 def values_go_over_from_the_host() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from harness import model
+from harness import adapter_check, behaviour, model, quantization
 from harness.meters import memory
 from harness.model import count_parameters
 from harness.simulate import attention, distributed, kbit, kernels, older, repeat, weights
@@ -39,6 +39,7 @@ class Simulated:
     resident: dict[str, int]
     trainable_parameters: int
     total_parameters: int
+    quantized_share: float | None
     paged_bytes: int
     workspace_bytes: int
     assumed: set[str]
@@ -121,6 +122,9 @@ def _simulate(
     kbit.forget()
     config = weights.model_config(cell.model)
     blank = weights.skeleton(cell, config)
+    behaviour.refuse_encoder(blank, cell.model)
+    if cell.adapter is not None:
+        adapter_check.check(cell.adapter, blank, cell.quantization)
     workspace = cublas_bytes(gpu) if gpu is not None else 0
     ledger = SimulatedLedger("cuda" if on_cuda else "cpu", workspace)
     ledger.experts = weights.experts(config)
@@ -133,7 +137,7 @@ def _simulate(
         FakeTensorMode(allow_non_fake_inputs=True),
         ledger,
     ):
-        loaded = _load(ledger, blank, cell, layout.load_device)
+        loaded, share = _load(ledger, blank, cell, layout.load_device)
         counted = count_parameters(loaded)
         steps, resident = _train(ledger, loaded, cell, layout, Path(scratch), repeats)
         host_bytes = layout.host_bytes()
@@ -144,6 +148,7 @@ def _simulate(
         resident=resident,
         trainable_parameters=counted[0],
         total_parameters=counted[1],
+        quantized_share=share,
         paged_bytes=paged.nbytes,
         workspace_bytes=workspace,
         assumed=ledger.assumed,
@@ -155,16 +160,20 @@ def _simulate(
     )
 
 
-def _load(ledger: SimulatedLedger, blank: Any, cell: Cell, place: torch.device | None) -> Any:
-    """The model with adapters, on the training device or on `place`."""
+def _load(
+    ledger: SimulatedLedger, blank: Any, cell: Cell, place: torch.device | None
+) -> tuple[Any, float | None]:
+    """The model with adapters, on the training device or on `place`, and under 4 bit the share of
+    its base weights that is."""
     loaded = weights.materialize(blank, place)
+    share = quantization.share(loaded.parameters()) if cell.quantization is not None else None
     memory.tag_model(ledger, loaded)
     if cell.quantization is not None and cell.quantization.kbit_preparation:
         ledger.enter_phase("kbit_preparation")
         loaded = model.prepare_kbit(loaded, cell)
         ledger.enter_phase("load")
     loaded = model.add_adapter(loaded, cell)
-    return older.prepare(loaded, cell)
+    return older.prepare(loaded, cell), share
 
 
 def _train(

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from harness import forked  # noqa: F401 - every child is put right
 from harness.prediction import Engine, Prediction, Request, Verdict
 from harness.simulate import check, fake_cuda, patches, stack
 from matrices.cell import Cell, canonical_json

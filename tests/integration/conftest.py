@@ -51,6 +51,7 @@ include:
     alpha: 3
     dropout: 0.1
     target_modules: qv
+    lora_config: {use_rslora: true}
     max_samples: 407
   - method: lora
     target_modules: mlp
@@ -62,6 +63,7 @@ include:
     max_samples: 409
   - method: full
     optimizer: adamw_8bit
+    sft_config: {adam_beta1: 0.8, train_sampling_strategy: sequential}
     max_samples: 410
   - method: full
     optimizer: paged_adamw_8bit
@@ -96,6 +98,12 @@ include:
   - method: lora
     compute_dtype: fp16
     max_samples: 418
+  - method: lora
+    lora_config: {bias: bais}
+    max_samples: 419
+  - method: lora
+    target_modules: [q_porj]
+    max_samples: 420
 """
 
 

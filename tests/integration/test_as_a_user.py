@@ -47,6 +47,25 @@ def test_mistakes_are_found_together_before_anything_starts(
     assert "words" in by_key["data.text_column"]
     assert "python_reference_bpb" in by_key["evaluate.tasks"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl", "wrong.yaml"]
+    # A plan finds the same on request, and says it of each cell.
+    two = ("--set", "data=[python-reference,rows.jsonl]", "--set", "tasks=[]")
+    planned = tunebench(
+        "plan",
+        "wrong.yaml",
+        "--no-predict",
+        "--json",
+        "--check",
+        *two,
+        "--set",
+        "target_modules=qv",
+        cwd=tmp_path,
+    )
+    assert planned.code == 0, planned.err
+    told = {cell["cell"]["data"]["source"]: cell for cell in json.loads(planned.out)}
+    assert told["python-reference"]["action"] == "run"
+    wrong = told[str(tmp_path / "rows.jsonl")]
+    assert (wrong["action"], wrong["label"]) == ("invalid", "rows.jsonl")
+    assert "data.text_column" in wrong["why"]
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from conftest import ROOT, Command, Sweep
 from harness.record import Recipe, Record, read_record
 from matrices.cell import flatten
 
-FAILING = {417: "diverged", 418: "invalid"}
+FAILING = {417: "diverged", 418: "invalid", 419: "invalid", 420: "invalid"}
 TRAINED = [401, 402, 403, 404, 405, 406, 407, 408, 409, 410, 411, 412, 413, 11, 12, 416]
 # Parameters of tiny-llama, from its config: embeddings and head 2*259*128; a layer's attention
 # 2*128*128 + 2*128*64, its mlp 3*128*320, its norms 2*128; one last norm.
@@ -45,6 +45,25 @@ def test_the_sweep_ends_with_the_status_each_cell_deserves(sweep: Sweep) -> None
 def test_an_impossible_cell_says_why(sweep: Sweep) -> None:
     assert "fp16" in (sweep.records[418].reason or "")
     assert sweep.records[418].memory.peak_bytes is None
+
+
+def test_a_mistake_in_one_cell_leaves_the_others_to_run(sweep: Sweep) -> None:
+    """Found before anything is imported, and only on the model."""
+    assert 'bias: "bais" is not one of none, all' in (sweep.records[419].reason or "")
+    assert "'q_porj' matches no linear layer" in (sweep.records[420].reason or "")
+    said = [line for line in sweep.ran.err.splitlines() if "left out as invalid" in line]
+    assert ["axes.yaml:" in line for line in said] == [True, True]
+    assert all(line.count("1 of 20 cells") == 1 for line in said)
+
+
+def test_what_is_passed_through_is_seen_and_recorded(sweep: Sweep) -> None:
+    told = sweep.records[410].verified.passed_through
+    assert {name: (each.held, each.default) for name, each in told.items()} == {
+        "adam_beta1": (0.8, 0.9),
+        "train_sampling_strategy": ("sequential", "random"),
+    }
+    assert sweep.records[407].verified.passed_through["use_rslora"].held is True
+    assert sweep.records[401].verified.passed_through == {}
 
 
 def test_a_diverged_cell_keeps_the_losses_until_then(sweep: Sweep) -> None:
@@ -254,7 +273,9 @@ def test_the_same_command_again_runs_nothing(sweep: Sweep, tunebench: Command) -
     plan = json.loads(
         tunebench("plan", "axes.yaml", "--no-predict", "--json", cwd=sweep.directory).out
     )
-    assert {cell["action"] for cell in plan} == {"keep", "invalid"}
+    # What only the model could tell is asked again.
+    asked = {cell["cell_id"] for cell in plan if cell["action"] not in ("keep", "invalid")}
+    assert asked == {sweep.records[420].cell_id}
     assert before == {p: p.read_bytes() for p in (sweep.directory / "results").rglob("record.json")}
 
 

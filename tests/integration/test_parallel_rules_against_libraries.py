@@ -106,7 +106,7 @@ tokenizer = PreTrainedTokenizerFast(
     pad_token="b",
 )
 rows = Dataset.from_dict({"input_ids": [[1, 2, 3, 4]] * 2, "labels": [[1, 2, 3, 4]] * 2})
-def train(adapters, reentrant):
+def train(adapters, reentrant, **further):
     AcceleratorState._reset_state()
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -133,6 +133,7 @@ def train(adapters, reentrant):
         gradient_checkpointing=True,
         gradient_checkpointing_kwargs={"use_reentrant": reentrant},
         dataset_kwargs={"skip_prepare_dataset": True},
+        **further,
     )
     trainer = SFTTrainer(model, arguments, train_dataset=rows, processing_class=tokenizer)
     trainer.train()
@@ -143,6 +144,7 @@ for name, adapters, reentrant in (
     ("full-reentrant", False, True),
 ):
     attempt(name, lambda: train(adapters, reentrant))
+attempt("unused-not-found", lambda: train(True, True, ddp_find_unused_parameters=False))
 """
 
 
@@ -152,6 +154,7 @@ def test_ddp_refuses_reentrant_checkpointing_of_adapters_alone(tmp_path: Path) -
     # Also: DDP in one process is DDP.
     assert found["adapters"] == "ok DistributedDataParallel"
     assert found["full-reentrant"] == "ok DistributedDataParallel"
+    assert found["unused-not-found"] == "ok DistributedDataParallel"
 
 
 def test_fsdp1_refuses_two_dtypes_in_one_unit_and_accelerates_cpu(tmp_path: Path) -> None:
@@ -186,6 +189,40 @@ def strategy():
 attempt("strategy", strategy)
 """
     assert alone(code, tmp_path)["strategy"] == "ok NO_SHARD"
+
+
+ZERO = """
+import deepspeed
+from harness import extensions
+from transformers import get_polynomial_decay_schedule_with_warmup as schedule
+extensions.load_host_collectives()
+deepspeed.init_distributed(auto_mpi_discovery=False)
+def config(stage):
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,
+    }
+def dtype():
+    with deepspeed.zero.Init(config_dict_or_path=config(3)):
+        return torch.nn.Linear(4, 4, dtype=torch.bfloat16).weight.dtype
+def polynomial(stage):
+    layer = torch.nn.Linear(4, 4)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+    engine = deepspeed.initialize(model=layer, optimizer=optimizer, config=config(stage))
+    return schedule(engine[1], 0, 10)
+attempt("dtype", dtype)
+for stage in (1, 2, 3):
+    attempt(f"stage{stage}", lambda: polynomial(stage))
+"""
+
+
+def test_zero_3_reads_fp32_and_zero_optimizers_have_no_defaults(tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed")
+    found = alone(ZERO, tmp_path)
+    assert found["dtype"] == "ok torch.float32"
+    for stage in (1, 2, 3):
+        assert "has no attribute 'defaults'" in found[f"stage{stage}"]
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16])

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
+import inspect
 
 import pytest
 import torch
 
+from matrices.installed import UNKNOWN, fields
+from matrices.model_rules import POSITION_TABLES, positions_problem
 from matrices.models import REQUIRED, SAME
-from matrices.owned import LORA_RESERVED, LORA_SETTINGS, SFT_RESERVED, SFT_SETTINGS
+from matrices.owned import TABLES
 
 
 def test_accelerate_ignores_fp16_on_a_cpu() -> None:
@@ -77,30 +81,84 @@ def test_packed_documents_stay_apart_without_flash_attention(implementation: str
     torch.testing.assert_close(packed.logits[:, 7:], alone.logits, atol=1e-5, rtol=0)
 
 
-def test_owned_arguments_exist() -> None:
+def test_every_argument_of_the_installed_classes_is_classified() -> None:
+    """A new release of TRL, PEFT or transformers breaks this test, not a user's sweep."""
+    from peft import LoraConfig
+    from transformers import BitsAndBytesConfig
+    from trl import SFTConfig
+
+    installed = {
+        "SFTConfig": {field.name for field in dataclasses.fields(SFTConfig)},
+        "LoraConfig": {field.name for field in dataclasses.fields(LoraConfig)},
+        "BitsAndBytesConfig": set(inspect.signature(BitsAndBytesConfig).parameters) - {"kwargs"},
+    }
+    for name, (_, table) in TABLES.items():
+        assert {argument for argument in table if "." not in argument} == installed[name]
+
+
+def test_arguments_are_read_from_source_as_they_are() -> None:
     from peft import LoraConfig
     from trl import SFTConfig
 
-    sft = {field.name for field in dataclasses.fields(SFTConfig)}
-    retired = {"warmup_ratio"}  # still what many people write
-    assert (SFT_SETTINGS.keys() | SFT_RESERVED) - sft == retired
-    lora = {field.name for field in dataclasses.fields(LoraConfig)}
-    assert (LORA_SETTINGS.keys() | LORA_RESERVED) <= lora
+    for real in (SFTConfig, LoraConfig):
+        read = fields(real.__name__)
+        assert read is not None
+        assert set(read) == {field.name for field in dataclasses.fields(real)}
+        for field in dataclasses.fields(real):
+            mine = read[field.name]
+            if field.default is dataclasses.MISSING or isinstance(field.default, enum.Enum):
+                continue
+            assert mine.accepts(field.default), field.name
+            assert mine.default is UNKNOWN or mine.is_default(field.default), field.name
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "gpt_bigcode", "opt"])
-def test_learned_positions_end(model_type: str) -> None:
+def test_what_is_refused_for_its_value_is_refused_by_peft_too() -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=8,
+            hidden_size=8,
+            intermediate_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+        )
+    )
+    with pytest.raises(ValueError, match="Unknown initialization"):
+        get_peft_model(model, LoraConfig(target_modules=["q_proj"], init_lora_weights="gausian"))
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        *("biogpt", "codegen", "ctrl", "gpt2", "gpt_bigcode", "gpt_neo", "gptj", "openai-gpt"),
+        *("opt", "llama", "xglm", "bloom"),
+    ],
+)
+def test_positions_end_where_they_are_a_table(model_type: str) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    sizes = {"vocab_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
-    config = AutoConfig.for_model(
-        model_type, **sizes, hidden_size=8, ffn_dim=8, word_embed_proj_dim=8, pad_token_id=None
-    )
-    config.max_position_embeddings = 4
-    model = AutoModelForCausalLM.from_config(config)
-    model(input_ids=torch.zeros(1, 4, dtype=torch.long))
-    with pytest.raises(IndexError, match="out of range"):
-        model(input_ids=torch.zeros(1, 5, dtype=torch.long))
+    known = AutoConfig.for_model(model_type)
+    sizes = {
+        **dict.fromkeys(("hidden_size", "embed_dim", "d_model", "word_embed_proj_dim"), 16),
+        **dict.fromkeys(("num_attention_heads", "attention_heads"), 4),
+        **dict.fromkeys(("intermediate_size", "ffn_dim", "dff"), 8),
+        **dict.fromkeys(("num_hidden_layers", "num_layers"), 1),
+        **{"attention_types": [[["global"], 1]], "rotary_dim": 4, "pad_token_id": 1},
+        **{"vocab_size": 16, "max_position_embeddings": 4},
+    }
+    given = {name: size for name, size in sizes.items() if hasattr(known, name)}
+    config = AutoConfig.for_model(model_type, **given)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model(input_ids=torch.full((1, 4), 5))
+    beyond = torch.full((1, 5), 5)
+    if model_type not in POSITION_TABLES:
+        model(input_ids=beyond)
+        return
+    assert "5 and the model has 4 positions" in (positions_problem(config.to_dict(), 5) or "")
+    with pytest.raises((IndexError, RuntimeError), match=r"out of|size of tensor"):
+        model(input_ids=beyond)
 
 
 @pytest.mark.parametrize("model_type", [*REQUIRED])

@@ -14,13 +14,29 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import torch
+import transformers
 from bitsandbytes.optim import GlobalOptimManager
 from conftest import ROOT
 
+from harness import packaged
 from harness.meters.memory import BLOCK_BYTES, block_bytes
 from harness.prediction import Prediction, Request
 from harness.record import Record
 from matrices.cell import Adapter, Cell, Data, Model, Optimizer, Quantization, Train
+
+# Made by the test: biases in 4-bit layers, experts in fused parameters, linear layers that
+# transformers does not convert.
+MADE = {"tiny-qwen2": "qwen2", "tiny-mixtral": "mixtral", "tiny-falcon": "falcon"}
+SIZES = {
+    "vocab_size": 259,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 
 # bitsandbytes makes an unsigned code table (256 floats) that Lion never uses and leaves it on the
 # host, which here is the device; the simulation computes tables outside of its memory.
@@ -75,16 +91,62 @@ CELLS = {
         "qlora", quant_type="fp4", kbit_preparation=False, target_modules="mlp"
     ),
     "qlora, bf16 storage": cell("qlora", quant_storage="bf16", gradient_checkpointing=True),
+    "qlora, biases": cell("qlora", name="tiny-qwen2", lora_config={"bias": "all"}),
+    "qlora, experts": cell("qlora", name="tiny-mixtral"),
+    "qlora, nothing converted": cell("qlora", name="tiny-falcon"),
+    "lora, experts adapted": cell(
+        "lora", name="tiny-mixtral", lora_config={"target_parameters": ["experts.down_proj"]}
+    ),
+    **{
+        f"lora, {name}": cell("lora", lora_config=arguments)
+        for name, arguments in {
+            "patterns": {"rank_pattern": {"q_proj": 8}, "exclude_modules": ["k_proj"]},
+            "one layer": {"layers_to_transform": [0], "use_rslora": True},
+            "tokens": {"trainable_token_indices": [5, 6]},
+            "head and embedding": {"modules_to_save": ["embed_tokens", "lm_head"]},
+            "dora": {"use_dora": True},
+            "pissa": {"init_lora_weights": "pissa"},
+        }.items()
+    },
+    "lora, embedding adapted": cell("lora", target_modules=("embed_tokens", "q_proj")),
+    "qlora, dora": cell("qlora", lora_config={"use_dora": True}),
+    "qlora, head": cell("qlora", lora_config={"modules_to_save": ["lm_head"]}),
+    "qlora, olora": cell("qlora", lora_config={"init_lora_weights": "olora"}),
 }
 
 
 @pytest.fixture(scope="module")
+def cells(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Cell]:
+    """CELLS, with the models that are made here in their directories."""
+    directory = tmp_path_factory.mktemp("models")
+    for name, kind in MADE.items():
+        heads = {} if kind == "falcon" else {"num_key_value_heads": 2}
+        config = transformers.AutoConfig.for_model(kind, **SIZES, **heads)
+        made = transformers.AutoModelForCausalLM.from_config(config)
+        made.to(torch.bfloat16).save_pretrained(directory / name)
+        tokenizer = packaged.ensure_model("tiny-llama") / "tokenizer.json"
+        transformers.PreTrainedTokenizerFast(
+            tokenizer_file=str(tokenizer), eos_token="</s>", pad_token="<pad>"
+        ).save_pretrained(directory / name)
+    return {
+        name: each.model_copy(
+            update={
+                "model": each.model.model_copy(update={"name": str(directory / each.model.name)})
+            }
+        )
+        if each.model.name in MADE
+        else each
+        for name, each in CELLS.items()
+    }
+
+
+@pytest.fixture(scope="module")
 def predicted(
-    environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+    environment: dict[str, str], cells: dict[str, Cell], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Prediction]:
     """By the cell's name, as the simulating process answers."""
     path = tmp_path_factory.mktemp("request") / "request.json"
-    request = Request(cells=list(CELLS.values()), engine="fake-cpu", workers=2)
+    request = Request(cells=list(cells.values()), engine="fake-cpu", workers=2)
     path.write_text(request.model_dump_json())
     done = subprocess.run(
         [sys.executable, "-m", "harness.simulate", str(path)],
@@ -146,11 +208,11 @@ def without_table(name: str) -> int:
 
 @pytest.mark.parametrize("name", CELLS)
 def test_a_fake_step_takes_the_bytes_of_a_real_one(
-    name: str, predicted: dict[str, Prediction], workspace: Path
+    name: str, predicted: dict[str, Prediction], cells: dict[str, Cell], workspace: Path
 ) -> None:
     told = predicted[name]
     assert told.status == "predicted", told.reason
-    real = measure(CELLS[name], workspace / str(list(CELLS).index(name)))
+    real = measure(cells[name], workspace / str(list(CELLS).index(name)))
     missing = without_table(name)
     phases = {
         phase: rank.ledger_peak_bytes - missing
@@ -171,3 +233,4 @@ def test_a_fake_step_takes_the_bytes_of_a_real_one(
     assert told.memory.steady_allocated_bytes == rank.ledger_end_bytes - missing + still_held
     assert told.trainable_parameters == real.artifacts.trainable_parameters
     assert told.total_parameters == real.artifacts.total_parameters
+    assert told.quantized_share == real.verified.quantized_share

@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -494,3 +495,38 @@ def test_ten_thousand_combinations(tmp_path: Path, benchmark: Any) -> None:
     """Reads, validates, expands and hashes 10,000 distinct cells; the target is 2 seconds."""
     found = benchmark.pedantic(expanded, args=(tmp_path, TEN_THOUSAND), rounds=3)
     assert (found.combinations, len(found.cells)) == (10_000, 10_000)
+
+
+@pytest.mark.parametrize(
+    ("written", "columns", "expected"),
+    [
+        ("", "prompt,completion,text", "auto"),
+        # Named under its default name, which a cell cannot show.
+        ("data.text_column: text", "prompt,completion,text", "text"),
+        ("prompt_column: prompt", "prompt,completion,text,messages", "prompt-completion"),
+        # Where it would be read anyway, the cell stays the one it was.
+        ("data.text_column: text", "text,id", "auto"),
+        ("messages_column: messages", "prompt,completion,messages", "auto"),
+        # A column that differs from its default is named by the cell itself.
+        ("data.text_column: body", "prompt,completion,body", "auto"),
+        ("data.text_column: text", "prompt,completion", "auto"),
+        ("{data.text_column: text, format: chat}", "prompt,completion,text,messages", "chat"),
+        ("{data.text_column: text, prompt_column: prompt}", "prompt,completion,text", "auto"),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_a_column_named_by_its_default_is_named(
+    written: str, columns: str, expected: str, suffix: str, tmp_path: Path
+) -> None:
+    path = tmp_path / f"rows.{suffix}"
+    rows = pd.DataFrame({name: ["a"] for name in columns.split(",")})
+    if suffix == "csv":
+        rows.to_csv(path, index=False)
+    elif suffix == "jsonl":
+        rows.to_json(path, orient="records", lines=True)
+    else:
+        rows.to_parquet(path, index=False)
+    text = written.strip("{}").replace(", ", "\n")
+    (cell,) = expanded(tmp_path, f"source: ./rows.{suffix}\n{text}\n").cells
+    assert cell.data is not None
+    assert cell.data.format == expected

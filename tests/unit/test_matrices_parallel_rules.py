@@ -11,6 +11,7 @@ from matrices.parallel_rules import (
     PARALLEL_PREDICTION_RULES,
     PARALLEL_RULES,
     PARALLEL_RUN_RULES,
+    reentrant,
 )
 from matrices.rules import Machine, prediction_refusals, refusals
 from matrices.spread import spread_over
@@ -148,10 +149,22 @@ REFUSED = [
     (
         spread("ddp", train=CHECKPOINTED | {"use_reentrant": True}),
         CPU,
-        "checkpointing-is-reentrant",
+        "ddp-marks-parameters-once",
         "ready only once",
     ),
-    (spread("zero3", train=CHECKPOINTED), CPU, "checkpointing-is-reentrant", "TRL forces"),
+    *(
+        (spread("zero3", "full", model=model), CPU, "deepspeed-casts-weights", "reads all weights")
+        for model in ({"compute_dtype": "fp32"}, {"weight_dtype": "fp16", "compute_dtype": "fp32"})
+    ),
+    *(
+        (
+            spread(kind, train={"lr_scheduler_type": "polynomial"}),
+            CPU,
+            "polynomial-needs-defaults",
+            "has none",
+        )
+        for kind in ("zero1", "zero3-offload")
+    ),
 ]
 
 
@@ -212,6 +225,20 @@ def test_what_the_libraries_run_is_not_refused(kind: str, machine: Machine) -> N
         (spread("ddp", "full", train=CHECKPOINTED | {"use_reentrant": True}), CPU),
         (spread("zero3", "full", train=CHECKPOINTED), CPU),
         (spread("zero3", train=CHECKPOINTED | {"use_reentrant": True}), CPU),
+        # Only what is not quantized is read by DeepSpeed's own way.
+        (spread("zero3", "qlora", model={"compute_dtype": "fp32"}), CPU),
+        (spread("zero2", "full", model={"compute_dtype": "fp32"}), CPU),
+        (spread("fsdp", train={"lr_scheduler_type": "polynomial"}), CPU),
+        # TRL makes it reentrant, which the record says.
+        (spread("zero3", train=CHECKPOINTED), CPU),
+        (
+            spread(
+                "ddp",
+                train=CHECKPOINTED
+                | {"use_reentrant": True, "sft_config": {"ddp_find_unused_parameters": False}},
+            ),
+            CPU,
+        ),
         # DeepSpeed scales the gradients of its fp32 copies, FSDP trains in fp32.
         (spread("zero2", "full", model={"weight_dtype": "fp16", "compute_dtype": "fp16"}), GPUS),
         (spread("fsdp", "full", model={"compute_dtype": "fp16"}), GPUS),
@@ -292,3 +319,18 @@ def test_spreading_changes_no_more_than_it_must() -> None:
     for way in ("ddp", "fsdp"):
         spreaded = spread_over(alone, way, 2)  # type: ignore[arg-type]
         assert spreaded == alone.model_copy(update={"parallelism": way, "devices": 2})
+
+
+@pytest.mark.parametrize(
+    ("cell", "expected"),
+    [
+        (spread("zero3", train=CHECKPOINTED), True),
+        (spread("zero3-offload", "qlora", train=CHECKPOINTED), True),
+        (spread("zero3", "full", train=CHECKPOINTED), False),
+        (spread("zero2", train=CHECKPOINTED), False),
+        (spread("zero2", train=CHECKPOINTED | {"use_reentrant": True}), True),
+        (spread("zero3"), False),
+    ],
+)
+def test_checkpointing_is_reentrant_as_trl_will_have_it(cell: Cell, expected: bool) -> None:
+    assert reentrant(cell) is expected

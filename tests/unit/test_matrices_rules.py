@@ -128,7 +128,56 @@ REFUSED = [
         cell("full", train__sft_config={"learning_rate": 1.0, "output_dir": "x"}),
         CPU,
         "sft-config-contradicts",
-        "learning_rate (write train.learning_rate), output_dir (tunebench sets it)",
+        "learning_rate (write train.learning_rate), output_dir (tunebench decides where files go)",
+    ),
+    (
+        cell("full", train__sft_config={"accelerator_config": {"split_batches": True}}),
+        CPU,
+        "sft-config-contradicts",
+        "accelerator_config.split_batches (split_batches would divide train.micro_batch_size)",
+    ),
+    (
+        cell("full", train__sft_config={"save_steps": 5, "load_best_model_at_end": True}),
+        CPU,
+        "sft-config-contradicts",
+        "save_steps (nothing is saved during training",
+    ),
+    *(
+        (cell(method, **given), CPU, "arguments-have-effect", reason)
+        for method, given, reason in (
+            ("full", {"train__sft_config": {"tf32": True}}, "tf32 (only with a GPU)"),
+            (
+                "full",
+                {"train__sft_config": {"adam_beta1": 0.8}, "train__optimizer": "adafactor"},
+                "adam_beta1 (only with optimizers with betas)",
+            ),
+            (
+                "full",
+                {"train__sft_config": {"adam_epsilon": 0.8}, "train__optimizer": "lion_8bit"},
+                "adam_epsilon (only with the AdamW optimizers)",
+            ),
+            ("lora", {"train__sft_config": {"truncation_mode": "keep_end"}}, "packing false"),
+            ("lora", {"train__sft_config": {"dataloader_prefetch_factor": 2}}, "above 0"),
+            (
+                "lora",
+                {"train__sft_config": {"average_tokens_across_devices": False}},
+                "average_tokens_across_devices (only with several ranks)",
+            ),
+            ("lora", {"train__sft_config": {"ddp_bucket_cap_mb": 9}}, "only with parallelism ddp"),
+            ("lora", {"adapter__lora_config": {"layers_pattern": "h"}}, "layers_to_transform"),
+        )
+    ),
+    (
+        cell("lora", adapter__lora_config={"init_lora_weights": "eva"}),
+        CPU,
+        "adapter-starts-from-weights",
+        "init_lora_weights eva: its initialisation needs",
+    ),
+    (
+        cell("lora", train__sft_config={"use_liger_kernel": True}),
+        AMPERE,
+        "liger-needs-package",
+        "liger-kernel, which is not installed",
     ),
     (
         cell("qlora", adapter__lora_config={"r": 8, "task_type": "X"}),
@@ -154,6 +203,13 @@ REFUSED = [
         CPU,
         "model-needs-weights",
         "leave them out to run it",
+    ),
+    # However short the data: memory is measured on sequences of max_length.
+    (
+        cell("lora", model__name="gpt2", data__max_length=4096),
+        CPU,
+        "positions-end-in-table",
+        "the model has 1024 positions, a table that ends there; shorten the sequences",
     ),
 ]
 
@@ -200,13 +256,18 @@ def test_every_rule_has_a_cell_it_refuses() -> None:
         (cell("lora", train__lr_scheduler_type="polynomial"), CPU),
         (cell("lora", train__sft_config={"neftune_noise_alpha": 5}), CPU),
         (cell("lora", adapter__lora_config={"use_dora": True}), CPU),
+        (cell("lora", adapter__lora_config={"init_lora_weights": "pissa_niter_4"}), CPU),
+        (cell("full", train__sft_config={"adam_beta1": 0.8, "adam_epsilon": 1e-6}), CPU),
+        (cell("full", train__sft_config={"tf32": True}), AMPERE),
+        (cell("full", train__sft_config={"of_a_newer_release": True}), CPU),
+        (cell("full", train__sft_config={"accelerator_config": {"non_blocking": True}}), CPU),
         (cell("lora", adapter__target_modules=("q_proj",)), CPU),
         (cell("lora", model__name="meta-llama/Llama-2-7b-hf"), CPU),
         (cell("lora", model__name="gpt2"), CPU),  # a hub id as well
         (cell("lora", model__name="/a/llama-3.1-8b", model__fingerprint="f"), CPU),
         (cell("lora", model__name="someone/something"), CPU),
-        # Too long for its positions, but the data may be short.
-        (cell("lora", model__name="gpt2", data__max_length=4096), CPU),
+        # Rotary positions go on.
+        (cell("lora", data__max_length=10**5), CPU),
     ],
 )
 def test_what_the_libraries_run_is_not_refused(runs: Cell, machine: Machine) -> None:

@@ -150,6 +150,7 @@ TWELVE = texts(*range(3, 15))
 # Settings, rows, and the micro batches and samples of each step as they follow from them.
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any], Dataset, list[int], list[int]]] = {
     "whole steps": ({"gradient_accumulation_steps": 2}, {}, TWELVE, [2] * 3, [4] * 3),
+    "gradients not clipped": ({"max_grad_norm": 0.0}, {}, TWELVE, [1] * 3, [2] * 3),
     "an epoch ends within a step": (
         {"gradient_accumulation_steps": 4}, {}, TWELVE, [4, 2, 4], [8, 4, 8],
     ),

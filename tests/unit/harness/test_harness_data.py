@@ -1,4 +1,4 @@
-"""Rows under TRL's column names, and errors that name what there is."""
+"""Rows under TRL's column names, errors that name what there is, and tokens counted by hand."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ import pytest
 from datasets import Dataset
 
 from harness import data
-from harness.data import data_format
+from harness.data import Read
 from matrices.cell import Data
+from matrices.data_format import Layout, layout_of
 from matrices.errors import UserError
 
+TEXT = Layout("text", ("text",), conversational=False)
 ROWS = [{"text": "one", "n": 1}, {"text": "two", "n": 2}, {"text": "three", "n": 3}]
 WRITERS: dict[str, Callable[[Path], Any]] = {
     "json": lambda path: path.write_text(json.dumps(ROWS)),
@@ -81,6 +83,23 @@ def test_an_edited_file_is_read_again(tmp_path: Path) -> None:
             {"turns": [{"role": "user", "content": "hi"}]},
             {"messages": [{"role": "user", "content": "hi"}]},
         ),
+        # A column that is named wins over those that are not, whatever else is there.
+        (
+            {"text_column": "body"},
+            {"prompt": "p", "completion": "c", "messages": [], "text": "t", "body": "b"},
+            {"text": "b"},
+        ),
+        (
+            {"completion_column": "answer"},
+            {"prompt": "p", "completion": "c", "answer": "a", "text": "t"},
+            {"prompt": "p", "completion": "a"},
+        ),
+        # Two formats named: the one whose columns are there.
+        (
+            {"text_column": "body", "messages_column": "turns"},
+            {"body": "b", "prompt": "p", "completion": "c"},
+            {"text": "b"},
+        ),
         # Asked for by name, although another format's columns are there too.
         ({"format": "text"}, {"prompt": "p", "completion": "c", "text": "t"}, {"text": "t"}),
     ],
@@ -120,13 +139,32 @@ def test_the_format_is_told_from_the_columns(
             "data.messages_column",
             ["'message' is not a column", "did you mean 'messages'"],
         ),
+        # Named and not there, although other columns could be trained on.
+        (
+            {"text_column": "ful_text"},
+            ["prompt", "completion", "full_text"],
+            "data.text_column",
+            ["'ful_text' is not a column", "did you mean 'full_text'"],
+        ),
+        (
+            {"text_column": "body", "messages_column": "turns"},
+            ["body", "turns"],
+            "data.format",
+            ["columns of chat and text are named", "format: chat"],
+        ),
+        (
+            {"prompt_column": "question", "completion_column": "question"},
+            ["question"],
+            "data.completion_column",
+            ["both 'question'"],
+        ),
     ],
 )
 def test_a_missing_column_is_named_with_those_there_are(
     settings: dict[str, Any], columns: list[str], key: str, fragments: list[str]
 ) -> None:
     with pytest.raises(UserError) as caught:
-        data_format(Data(source="x.jsonl", **settings), columns)
+        layout_of(Data(source="x.jsonl", **settings), columns, {})
     assert caught.value.key == key
     for fragment in fragments:
         assert fragment in caught.value.message
@@ -190,10 +228,11 @@ def test_where_the_loss_is() -> None:
 
 def test_provenance_tells_rows_apart() -> None:
     def digest(rows: list[dict[str, str]]) -> str:
-        return data.provenance(Data(), Dataset.from_list(rows))["sha256"]
+        return data.provenance(Data(), Read(Dataset.from_list(rows), TEXT))["sha256"]
 
     one, other = {"text": "a"}, {"text": "b"}
     assert digest([one, other]) == digest([one, other])
     assert len({digest(rows) for rows in ([one, other], [other, one], [one], [one, one])}) == 4
-    found = data.provenance(Data(source="mine.jsonl"), Dataset.from_list([one]))
+    found = data.provenance(Data(source="mine.jsonl"), Read(Dataset.from_list([one]), TEXT))
     assert (found["source"], found["rows"]) == ("mine.jsonl", "1")
+    assert (found["format"], found["columns"]) == ("text", "text")

@@ -144,9 +144,9 @@ def test_rows_of_another_commit_are_refused(
     copy = tmp_path / "datasets" / "org___rows" / "default" / "0.0.0" / OLD
     _keep_as_datasets_does(copy, [{"text": "one"}, {"text": "two"}])
 
-    rows = data.load_rows(Data(source="org/rows"))
-    assert rows["text"] == ["one", "two"]
-    assert data.provenance(Data(source="org/rows"), rows)["commit"] == OLD
+    read = data.read(Data(source="org/rows"))
+    assert read.rows["text"] == ["one", "two"]
+    assert data.provenance(Data(source="org/rows"), read)["commit"] == OLD
     point(cached, "datasets--org--rows", OLD)
     assert len(data.load_rows(Data(source="org/rows", max_samples=1))) == 1
     for asked in (Data(source="org/rows", revision=NEW), Data(source="org/rows")):

@@ -83,3 +83,32 @@ def test_a_cell_of_other_weights_fails_before_it_trains(own_model: Path, tmp_pat
     assert record.failure.type == "WeightsError"
     assert "would be random: lm_head.weight" in str(record.reason)
     assert "there under 'foo.' instead of ''" in str(record.reason)
+
+
+def test_preflight_looks_at_the_files_and_at_every_name(own_model: Path, tmp_path: Path) -> None:
+    """Each cell of a broken model is named, and those of a whole one are not."""
+    from harness import preflight
+
+    for name in ("cut", "foreign", "adapted"):
+        shutil.copytree(own_model, tmp_path / name)
+    file = "model.safetensors"
+    (tmp_path / "cut" / file).write_bytes((own_model / file).read_bytes()[:-1])
+    state = {f"foo.{name}": tensor for name, tensor in load_file(own_model / file).items()}
+    save_file(state, tmp_path / "foreign" / file, {"format": "pt"})
+    (tmp_path / "adapted" / "adapter_config.json").write_text("{}")
+    cells = {name: base(tmp_path / name) for name in ("model", "cut", "foreign", "adapted")}
+    found = {
+        problem.error.message: problem.cells for problem in preflight.problems([*cells.values()])
+    }
+    assert sorted(found.values()) == sorted(
+        (cells[name].cell_id,) for name in ("cut", "foreign", "adapted")
+    )
+    for message, words in zip(
+        sorted(found), ("adapter_config.json", "truncated", "'foo.'"), strict=True
+    ):
+        assert words in message
+
+
+def base(directory: Path) -> Cell:
+    chosen = Model(name=str(directory), fingerprint=fingerprint(directory))
+    return Cell(method="base", model=chosen, evaluate=Evaluate(tasks=(), sample_prompts=()))

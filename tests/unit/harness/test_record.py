@@ -87,12 +87,13 @@ def test_round_trip_to_the_last_digit(tmp_path: Path) -> None:
 
 def test_numbers_json_does_not_know(tmp_path: Path) -> None:
     record = filled()
-    record.quality.train_loss = [math.nan, math.inf, -math.inf]
+    record.quality.train_loss = [math.nan, math.inf, -math.inf, None]
     text = record.to_json()
-    assert json.loads(text)["quality"]["train_loss"] == ["NaN", "Infinity", "-Infinity"]
+    assert json.loads(text)["quality"]["train_loss"] == ["NaN", "Infinity", "-Infinity", None]
     again = read_record(write(tmp_path, text)).quality.train_loss
+    assert again[0] is not None
     assert math.isnan(again[0])
-    assert again[1:] == [math.inf, -math.inf]
+    assert again[1:] == [math.inf, -math.inf, None]
 
 
 def test_the_sample_of_version_1_still_reads() -> None:

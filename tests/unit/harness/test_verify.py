@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from harness import model as model_module
-from harness.verify import VerificationError, verify_model
+from harness.verify import VerificationError, verify_again, verify_model
 from matrices.cell import Adapter, Cell, Data, Model, Quantization, Train
 
 TINY = Model(name="tiny-llama")
@@ -136,10 +136,10 @@ def test_other_compute_dtype() -> None:
 @pytest.mark.parametrize(
     ("changes", "about"),
     [
-        ({"rank": 8, "alpha": 8}, "rank of .*: the cell says 8, loaded is 4"),
-        ({"alpha": 16}, "alpha of .*: the cell says 16, loaded is 8"),
-        ({"dropout": 0.5}, "dropout of .*: the cell says 0.5, loaded is 0.25"),
-        ({"dropout": 0.0}, "dropout of .*: the cell says 0.0, loaded is 0.25"),
+        ({"rank": 8, "alpha": 8}, "rank: the cell says 8, loaded is 4"),
+        ({"alpha": 16}, "alpha: the cell says 16, loaded is 8"),
+        ({"dropout": 0.5}, "dropout: the cell says 0.5, loaded is 0.25"),
+        ({"dropout": 0.0}, "dropout: the cell says 0.0, loaded is 0.25"),
         ({"target_modules": "qv"}, "adapted modules"),
         ({"target_modules": "all-linear"}, "adapted modules"),
         ({"target_modules": ("q_proj", "k_proj", "v_proj")}, "adapted modules"),
@@ -176,7 +176,80 @@ def test_what_is_trainable() -> None:
     fails(loose, LORA, "trainable parameters outside the adapter.*lm_head")
     dead = load_to_change(LORA)
     dead.requires_grad_(False)
-    fails(dead, LORA, "nothing is trainable")
+    fails(dead, LORA, "parameters of the adapter that are frozen.*lora_A")
+
+
+def arguments(cell: Cell, **given: Any) -> Cell:
+    """With further arguments of LoraConfig."""
+    return but(cell, "adapter", lora_config=given)
+
+
+@pytest.mark.parametrize(
+    ("cell", "found"),
+    [
+        (arguments(LORA, rank_pattern={"q_proj": 8}), {"ranks": {"4": 9, "8": 3}}),
+        (
+            arguments(QLORA, alpha_pattern={r"layers\.1\.self_attn\.v_proj": 3}),
+            {"scalings": {"0.75": 1, "2": 11}},
+        ),
+        (arguments(LORA, use_rslora=True), {"scalings": {"4": 12}}),
+        (arguments(QLORA, use_dora=True), {"dora": 12}),
+        (arguments(LORA, layers_to_transform=[0, 2]), {"layers": [0, 2]}),
+        (arguments(LORA, exclude_modules=["k_proj", "o_proj"]), {"ranks": {"4": 6}}),
+        (arguments(QLORA, modules_to_save=["lm_head"]), {"modules_to_save": ["lm_head"]}),
+        (
+            arguments(LORA, trainable_token_indices=[5, 6]),
+            {"trained_tokens": {"model.embed_tokens": 2}},
+        ),
+        (arguments(LORA, init_lora_weights="mica"), {"init": "mica"}),
+    ],
+    ids=lambda value: None if isinstance(value, dict) else str(dict(value.adapter.lora_config)),
+)
+def test_arguments_are_found_as_peft_resolves_them(cell: Cell, found: dict[str, Any]) -> None:
+    verified = verify_model(load(cell), cell).adapter
+    assert verified is not None
+    assert {name: getattr(verified, name) for name in found} == found
+    plain = cell.model_copy(update={"adapter": cell.adapter.model_copy(update={"lora_config": {}})})
+    if not cell.adapter.lora_config.keys() & {"rank_pattern", "alpha_pattern"}:
+        # The other way round: what was asked for and is not there.
+        fails(load(plain), cell, "the cell says|is trained")
+
+
+def test_a_layer_that_is_not_as_its_pattern_says() -> None:
+    cell = arguments(LORA, rank_pattern={"q_proj": 8}, use_rslora=True)
+    loaded = load_to_change(cell)
+    layer = loaded.get_submodule("base_model.model.model.layers.1.self_attn.q_proj")
+    layer.scaling["default"] = 1.0
+    fails(loaded, cell, r"scaling of .*layers\.1\.self_attn\.q_proj")
+    layer.r["default"] = 4
+    fails(loaded, cell, r"rank of .*layers\.1.*: the cell says 8, loaded is 4")
+
+
+def test_layers_with_biases_in_4bit_before_and_after_their_first_forward(tmp_path: Path) -> None:
+    """bitsandbytes casts the bias of a 4-bit layer to its input's dtype: Qwen2, GPT-2, Pythia."""
+    from transformers import AutoModelForCausalLM, Qwen2Config
+
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 259}
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    made = AutoModelForCausalLM.from_config(Qwen2Config(**sizes, **heads))
+    made.to(torch.bfloat16).save_pretrained(tmp_path)
+    cell = arguments(but(QLORA, "model", name=str(tmp_path)), bias="all")
+    loaded = load_to_change(cell)
+    found = verify_model(loaded, cell)
+    assert found.adapter is not None
+    assert found.adapter.trained_biases == 2 * 3, "query, key and value of two layers"
+    attention = 2 * 64 * 64 + 2 * 64 * 32
+    in_4bit = 2 * (attention + 3 * 64 * 96)
+    elsewhere = 2 * 259 * 64 + 5 * 64 + 2 * (64 + 2 * 32)
+    assert found.quantized_share == pytest.approx(in_4bit / (in_4bit + elsewhere))
+    loaded.requires_grad_(False)
+    ids = torch.arange(8)[None]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loaded.train()(input_ids=ids)
+    for name, parameter in loaded.named_parameters():
+        parameter.requires_grad_("lora_" in name or name.endswith("bias"))
+    fails(loaded, cell, "weight_dtype")
+    verify_again(loaded, cell)
 
 
 @pytest.mark.parametrize("cell", [FULL, LORA, BASE])
@@ -196,13 +269,6 @@ def test_other_attention() -> None:
     eager = but(FULL, "model", attn_implementation="eager")
     fails(load(FULL), eager, "attn_implementation: the cell says 'eager', loaded is 'sdpa'")
     fails(load(eager), FULL, "attn_implementation")
-
-
-def test_other_checkpointing() -> None:
-    fails(load(FULL), but(FULL, "train", gradient_checkpointing=True), "gradient_checkpointing")
-    loaded = load_to_change(FULL)
-    loaded.activation_checkpointing_enable()
-    fails(loaded, FULL, "gradient_checkpointing: the cell says False, loaded is True")
 
 
 def test_resident_bytes_of_what_is_loaded_from_disk(tiny_llama: Path) -> None:

@@ -66,7 +66,7 @@ def test_the_surface_changes_on_purpose_only() -> None:
     sweep = {"matrix", "--results", "--set", "--seeds", "--retry", "--no-predict", "--json"}
     simulated = {"--gpus-file", "--stack", "--set", "--no-self-check", "--workers", "--json"}
     expected = {
-        "plan": sweep | {"--gpu", "--gpus-file"},
+        "plan": sweep | {"--gpu", "--gpus-file", "--check"},
         "run": sweep
         | {"--timeout", "--phase-timeout", "--skip-predicted-oom", "--on"}
         | {"--side-by-side", "--exclusive", "--allow-busy"}

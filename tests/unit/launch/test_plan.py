@@ -11,7 +11,7 @@ from harness import provenance
 from harness.provenance import new_record
 from harness.record import Quality, Recipe, Record, TaskScore
 from harness.store import Entry, record_key
-from launch.plan import RETRIED, decide, labels, plan_jobs, retried_statuses
+from launch.plan import RETRIED, decide, plan_jobs, retried_statuses
 from matrices.cell import Adapter, Cell, Data, Model, Quantization, Train, base_cells
 from matrices.errors import UserError
 
@@ -119,17 +119,6 @@ def test_what_is_there_is_kept_with_its_place() -> None:
     [job] = plan_jobs([cell], present(found), score_base=False)
     assert (job.action, job.entry, job.seen_attempt) == ("keep", found, 2)
     assert job.key == f"{cell.cell_id[:12]}-{found.record.stack_id[:8]}"
-
-
-def test_equal_names_get_what_differs() -> None:
-    cells = [lora(seed=0), lora(seed=1), lora(seed=1, train=Train(learning_rate=1e-3))]
-    names = labels(cells)
-    assert [names[cell.cell_id] for cell in cells] == [
-        "lora r16 attention seed=0 learning_rate=0.0002",
-        "lora r16 attention seed=1 learning_rate=0.0002",
-        "lora r16 attention seed=1 learning_rate=0.001",
-    ]
-    assert list(labels(cells[:1]).values()) == ["lora r16 attention"]
 
 
 def test_ten_thousand_cells_are_planned_in_seconds() -> None:

@@ -1,0 +1,202 @@
+"""Short names for the cells of a sweep: what tells one from the others, and nothing they share."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import PurePath
+from typing import Any
+
+from matrices.cell import SECTIONS, TOP_LEVEL, Cell, Section, label
+
+LONGEST = 60
+# Values are cut to so many characters, as far as it needs; then the label is.
+VALUE_LIMITS = (40, 24, 16, 12)
+ID_DIGITS = 12
+Flat = dict[str, Any]
+ABSENT = object()
+# Told without the setting's name.
+NAMES = {"model.name", "model.config", "data.source"}
+PATHS = {*NAMES, "evaluate.include_path"}
+# Told as one word each.
+QUANTIZATION = ("quantization.quant_type", "quantization.double_quant")
+SPREAD = ("parallelism", "devices", "nodes")
+# The order in which settings are asked whether they tell cells apart.
+FIRST = (
+    "method",
+    *QUANTIZATION,
+    "adapter.rank",
+    "adapter.target_modules",
+    *SPREAD,
+    "model.name",
+    "data.source",
+    "adapter.alpha",
+)
+LAST = "seed"
+DECLARED = tuple(f"{name}.{leaf}" for name, part in SECTIONS.items() for leaf in part.model_fields)
+
+
+def labels(cells: Sequence[Cell]) -> dict[str, str]:
+    """Cell id to label. No two cells have the same one.
+
+    Base cells, which a run adds for the others, are compared with each other only."""
+    found: dict[str, str] = {}
+    for base in (True, False):
+        group = {cell.cell_id: cell for cell in cells if (cell.method == "base") == base}
+        found |= _of_group(group)
+    count = Counter(found.values())
+    return {
+        cell_id: text if count[text] == 1 else _cut(text, f" {cell_id[:ID_DIGITS]}")
+        for cell_id, text in found.items()
+    }
+
+
+def _of_group(cells: Mapping[str, Cell]) -> dict[str, str]:
+    known: dict[int, tuple[Section, Flat]] = {}
+    flats = [_flat(cell, known) for cell in cells.values()]
+    telling = _telling(flats)
+    names = {
+        key: tails(list(dict.fromkeys(path for flat in flats if (path := _at(flat, key)))))
+        for key in PATHS & set(telling)
+    }
+    found = {}
+    for (cell_id, cell), flat in zip(cells.items(), flats, strict=True):
+        told = {key: value for key in telling if (value := _at(flat, key)) is not ABSENT}
+        for key in told.keys() & names.keys():
+            told[key] = names[key].get(told[key])
+        found[cell_id] = _label(cell_id, cell, told) if telling else label(cell)
+    return found
+
+
+def _flat(cell: Cell, known: dict[int, tuple[Section, Flat]]) -> dict[str, Flat]:
+    """A cell's settings by section; "" are those that stand in none. The cells of a sweep share
+    their sections, so each of those is flattened once."""
+    found = {"": _spread_out({name: getattr(cell, name) for name in TOP_LEVEL})}
+    for name in SECTIONS:
+        section = getattr(cell, name)
+        if section is None:
+            continue
+        if id(section) not in known:
+            leaves = type(section).model_fields
+            flat = {f"{name}.{leaf}": getattr(section, leaf) for leaf in leaves}
+            known[id(section)] = section, _spread_out(flat)
+        found[name] = known[id(section)][1]
+    return found
+
+
+def _spread_out(flat: Flat) -> Flat:
+    """The settings that may be told. Entries of mappings are settings of their own, and alpha
+    counts as alpha / rank, so that it is no news beside the rank."""
+    found: Flat = {}
+    for key, value in flat.items():
+        if key.endswith(".fingerprint"):
+            continue
+        if isinstance(value, dict):
+            found |= {f"{key}.{name}": each for name, each in value.items()}
+        elif key == "adapter.alpha":
+            found[key] = 2.0 if value is None else value / flat["adapter.rank"]
+        else:
+            found[key] = value
+    return found
+
+
+def _at(flat: Mapping[str, Flat], key: str) -> Any:
+    section = key.partition(".")[0]
+    return flat.get(section if section in SECTIONS else "", {}).get(key, ABSENT)
+
+
+def _telling(flats: Sequence[Mapping[str, Flat]]) -> list[str]:
+    """Settings that together tell all cells apart: in their order, each that tells cells apart
+    which those before it do not. One that follows from others (a method's learning rate) is left
+    out."""
+    distinct = {id(part): part for flat in flats for part in flat.values()}
+    present = {key for part in distinct.values() for key in part}
+    order = {key: place for place, key in enumerate((*FIRST, *DECLARED))}
+    keys = sorted(present - {LAST}, key=lambda key: (order.get(key, len(order)), key))
+    classes, parts, found = [0] * len(flats), 1, []
+    for key in [*keys, LAST]:
+        numbers: dict[tuple[int, str], int] = {}
+        refined = [
+            numbers.setdefault((old, repr(_at(flat, key))), len(numbers))
+            for old, flat in zip(classes, flats, strict=True)
+        ]
+        if len(numbers) > parts:
+            classes, parts = refined, len(numbers)
+            found.append(key)
+        if parts == len(flats):
+            break
+    return found
+
+
+def _label(cell_id: str, cell: Cell, told: Flat) -> str:
+    for limit in VALUE_LIMITS:
+        text = " ".join(_words(cell, dict(told), limit)) or cell.method
+        if len(text) <= LONGEST:
+            return text
+    return _cut(text, f" {cell_id[:ID_DIGITS]}")
+
+
+def _words(cell: Cell, told: Flat, limit: int) -> list[str]:
+    """Method, quantization, rank, targets and devices as words, the others as `name=value`."""
+    words = ["base"] if cell.method == "base" else []
+    if told.pop("method", None) is not None and not words:
+        words.append(cell.method)
+    quantization = cell.quantization
+    named = [told.pop(key, None) is not None for key in QUANTIZATION]
+    if quantization is not None and (any(named) or cell.method == "base"):
+        words.append(quantization.quant_type + ("+dq" if quantization.double_quant else ""))
+    if "adapter.rank" in told:
+        words.append(f"r{told.pop('adapter.rank')}")
+    if "adapter.target_modules" in told:
+        words.append(_text(told.pop("adapter.target_modules"), limit))
+    spread = [told.pop(key, None) is not None for key in SPREAD]
+    if any(spread):
+        words.append(cell.parallelism)
+        if cell.devices > 1:
+            split = f"{cell.nodes}x{cell.devices // cell.nodes}"
+            words.append(f"x{cell.devices}" if cell.nodes == 1 else split)
+    if "adapter.alpha" in told and cell.adapter is not None:
+        told["adapter.alpha"] = cell.adapter.alpha or 2 * cell.adapter.rank
+    for key, value in told.items():
+        text = _text(value, limit)
+        words.append(text if key in NAMES else f"{key.rpartition('.')[2]}={text}")
+    return words
+
+
+def _text(value: Any, limit: int) -> str:
+    """A value on one line, its middle left out where it is long."""
+    if isinstance(value, bool):
+        text = "true" if value else "false"
+    elif isinstance(value, float):
+        text = f"{value:g}"
+    elif isinstance(value, tuple | list) and all(isinstance(each, str) for each in value):
+        text = ",".join(value)
+    elif value is None:
+        text = "–"
+    else:
+        text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+    text = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.split()))
+    if len(text) <= limit:
+        return text
+    return f"{text[: limit // 2]}…{text[len(text) - (limit - limit // 2 - 1) :]}"
+
+
+def tails(paths: Sequence[str]) -> dict[str, str]:
+    """Each path or hub id by its last part, with as many before it as tell it from the others."""
+    found = {}
+    for path in paths:
+        parts = PurePath(path).parts
+        others = [PurePath(other).parts for other in paths if other != path]
+        for count in range(1, len(parts) + 1):
+            tail = parts[-count:]
+            if all(other[-count:] != tail for other in others):
+                break
+        # A root alone would make it an absolute path again.
+        found[path] = "/".join(part for part in tail if part != "/")
+    return found
+
+
+def _cut(text: str, ending: str) -> str:
+    room = LONGEST - len(ending)
+    return (text if len(text) <= room else f"{text[: room - 1]}…") + ending

@@ -9,13 +9,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import get_scheduler
+
 from harness import device
+from harness.model import load_tokenizer
 from harness.record import PassedThrough
 from harness.train import Course, sft_config
 from harness.verify import VerificationError
 from matrices import passed_through
 from matrices.cell import Cell
-from matrices.errors import UserError
+from matrices.errors import UserError, nearest
 from matrices.owned import SFT_ARGUMENTS, SFT_CONFIG
 
 # AdamW's and Lion's arguments, by what TRL calls them: the optimizer's own name, and which of it.
@@ -73,10 +77,33 @@ def check_sft(cell: Cell) -> None:
     course = Course(train.steps, train.learning_rate, prepared=True)
     alone = cell.model_copy(update={"train": train})
     try:
-        seen(given, sft_config(alone, None, course, Path("unused")))
+        config = sft_config(alone, None, course, Path("unused"))
+        seen(given, config)
+        get_scheduler(
+            config.lr_scheduler_type,
+            torch.optim.SGD([torch.zeros(1)], lr=train.learning_rate),
+            num_warmup_steps=train.warmup_steps,
+            num_training_steps=train.steps,
+            scheduler_specific_kwargs=config.lr_scheduler_kwargs,
+        )
     except (TypeError, ValueError, ImportError, VerificationError) as error:
         said = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"SFTConfig refuses it: {said[0]}", key=SFT_CONFIG) from error
+
+
+def check_tokens(cell: Cell) -> None:
+    """Raises UserError for an `eos_token` or `pad_token` that the model's tokenizer does not
+    have."""
+    assert cell.train is not None
+    known = load_tokenizer(cell.model).get_vocab()
+    for name in ("eos_token", "pad_token"):
+        token = cell.train.sft_config.get(name)
+        if token is not None and token not in known:
+            raise UserError(
+                f"{name} {token!r} is no token of {cell.model.name}"
+                + nearest(token, (word for word in known if word.startswith(token[:1]))),
+                key=SFT_CONFIG,
+            )
 
 
 def _class_name(resolved: Any) -> str:

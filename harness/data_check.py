@@ -123,12 +123,11 @@ class _Check:
         """Rows of empty text would be trained on: TRL ends each with a token."""
         if self.layout.conversational:
             return
-        for name in self.rows.column_names:
-            if any(text.strip() for text in self.rows[name]):
-                return
-        shown = " and ".join(repr(column) for column in self.layout.columns)
-        what = f"{shown}: empty in each of {len(self.numbers)} rows; give rows with text"
-        raise UserError(f"{self.data.source}: {what}", key="data.source")
+        learnt = "text" if self.layout.format == "text" else "completion"
+        if not any(text.strip() for text in self.rows[learnt]):
+            column = self.layout.columns[0 if learnt == "text" else 1]
+            what = f"column {column!r} is empty in each of {len(self.numbers)} rows"
+            raise UserError(f"{self.data.source}: {what}; give rows with text", key="data.source")
 
     def _prepared(self, **shape: Any) -> Dataset:
         arguments = self.loss | self.arguments | shape

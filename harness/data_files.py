@@ -164,7 +164,7 @@ def _json_stream(
 def _broken(path: Path, error: json.JSONDecodeError, line: int) -> UserError:
     at = line + error.lineno - 1
     shown = error.doc.splitlines()[error.lineno - 1 : error.lineno] or [""]
-    said = f"row {at} is not JSON: {error.msg} at character {error.colno} of {shortened(shown[0])}"
+    said = f"row {at} is not JSON: {error.msg} (character {error.colno} of {shortened(shown[0])})"
     return _unreadable(path, f"{said}; correct this line")
 
 

@@ -32,7 +32,8 @@ def source(model: Model) -> tuple[str, dict[str, Any]]:
     if model.name in packaged.NAMES:
         return str(packaged.ensure_model(model.name)), {}
     if not hub.is_hub_model(model):
-        return str(Path(model.name).expanduser()), {}
+        trusted = {"trust_remote_code": True} if model.trust_remote_code else {}
+        return str(Path(model.name).expanduser()), trusted
     refuse_hub_id_of_directory(model.name, "model.name")
     return model.name, {
         "revision": commit(model) or model.revision or "main",

@@ -38,6 +38,8 @@ def problems(cells: Sequence[Cell]) -> list[Problem]:
         found.check(having, data_check.check, *about)
     for _, having in shared(found.without(cells), _trained_with):
         found.check(having, arguments.check_sft, having[0])
+    for _, having in shared(found.without(loadable), _tokens):
+        found.check(having, arguments.check_tokens, having[0])
     for spread in (cell for cell in cells if cell.profile):
         found.check([spread], profile_check.check, spread)
     for (recipe, chosen), having in shared(found.without(cells), lambda c: (c.evaluate, c.model)):
@@ -72,6 +74,13 @@ def _trained_with(cell: Cell) -> Any:
     if cell.train is None or not cell.train.sft_config:
         return None
     return cell.train, cell.data, cell.model.compute_dtype
+
+
+def _tokens(cell: Cell) -> Any:
+    """The tokens that training is told, where it is told any."""
+    given = cell.train.sft_config if cell.train is not None else {}
+    told = given.get("eos_token"), given.get("pad_token")
+    return (cell.model, *told) if any(told) else None
 
 
 def _check_recipe(found: Findings, cells: Sequence[Cell], recipe: Evaluate) -> None:

@@ -70,7 +70,7 @@ def refused(jobs: Sequence[Job], problems: Sequence[Problem]) -> list[Job]:
     for job in jobs:
         why = reasons.get(job.cell.cell_id)
         if why and job.action in ("run", "retry"):
-            job = dataclasses.replace(job, action="invalid", why="; ".join(why))
+            job = dataclasses.replace(job, action="invalid", why="; ".join(why), told=True)
         found.append(job)
     if not reasons:
         return found

@@ -223,7 +223,8 @@ class Runner:
 
     def _refuse(self, job: Job, last: Entry | None, status: Status, why: str) -> Entry:
         """Record that a cell is not started here; once, however often it is looked at again."""
-        self.display.message(f"{job.cell.cell_id[:12]} {job.label}: {status}, {why}")
+        if not job.told:
+            self.display.message(f"{job.cell.cell_id[:12]} {job.label}: {status}, {why}")
         if last and (last.record.status, last.record.reason) == (status, why):
             return last
         working = self.store.start(partial(first_record, job.cell), job.key)

@@ -47,7 +47,8 @@ class Job:
 
     `seen_attempt` is the last attempt that was there when the plan was made (0: none), so that a
     runner can tell what another one added since. `implied` is a base cell that the matrix does not
-    name: it is there for the cells that are judged against it.
+    name: it is there for the cells that are judged against it. `told` says that `why` was said
+    already, for all cells that share it.
     """
 
     cell: Cell
@@ -58,6 +59,7 @@ class Job:
     seen_attempt: int
     entry: Entry | None
     implied: bool = False
+    told: bool = False
 
     def as_json(self, prediction: Prediction | None = None) -> dict[str, Any]:
         """For machines; the prediction, if there is one, in short."""

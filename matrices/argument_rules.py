@@ -95,7 +95,7 @@ def arguments_have_effect(cell: Cell, machine: Machine) -> str | None:
         (cell.train and cell.train.sft_config, SFT_ARGUMENTS),
         (cell.adapter and cell.adapter.lora_config, LORA_ARGUMENTS),
     ):
-        for name in section or {}:
+        for name in _with_nested(section or {}):
             needs = arguments[name].needs if name in arguments else ""
             if needs and not EFFECTS[needs][0](cell, machine):
                 idle.append(f"{name} (only with {EFFECTS[needs][1]})")

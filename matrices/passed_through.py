@@ -20,6 +20,8 @@ MAPPINGS = {
     ("train", "sft_config"): "SFTConfig",
     ("adapter", "lora_config"): "LoraConfig",
 }
+# Mappings that say nothing when they are empty; of others, being there is what they say.
+EMPTY_IS_DEFAULT = ("accelerator_config", "liger_kernel_config", "lr_scheduler_kwargs")
 
 
 def given(cell: Cell) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -73,7 +75,8 @@ def defaults(class_name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: value
         for name, value in arguments.items()
-        if name in known and known[name].is_default(value)
+        if name in known
+        and (known[name].is_default(value) or (value == {} and name in EMPTY_IS_DEFAULT))
     }
 
 

@@ -310,6 +310,7 @@ def test_a_problem_of_one_cell_leaves_the_others_to_run(start: Callable[..., Run
     }
     assert found[WRONG, 1].reason == "seed: is not a seed"
     assert "1 of 2 cells left out as invalid: seed: is not a seed" in run.err
+    assert run.err.count("is not a seed") == 1
 
 
 def test_a_bug_in_preflight_is_a_traceback(start: Callable[..., Run]) -> None:

@@ -164,6 +164,11 @@ REFUSED = [
                 "average_tokens_across_devices (only with several ranks)",
             ),
             ("lora", {"train__sft_config": {"ddp_bucket_cap_mb": 9}}, "only with parallelism ddp"),
+            (
+                "lora",
+                {"train__sft_config": {"accelerator_config": {"even_batches": False}}},
+                "accelerator_config.even_batches (only with several ranks)",
+            ),
             ("lora", {"adapter__lora_config": {"layers_pattern": "h"}}, "layers_to_transform"),
         )
     ),
@@ -260,7 +265,7 @@ def test_every_rule_has_a_cell_it_refuses() -> None:
         (cell("full", train__sft_config={"adam_beta1": 0.8, "adam_epsilon": 1e-6}), CPU),
         (cell("full", train__sft_config={"tf32": True}), AMPERE),
         (cell("full", train__sft_config={"of_a_newer_release": True}), CPU),
-        (cell("full", train__sft_config={"accelerator_config": {"non_blocking": True}}), CPU),
+        (cell("full", train__sft_config={"accelerator_config": {"non_blocking": True}}), AMPERE),
         (cell("lora", adapter__target_modules=("q_proj",)), CPU),
         (cell("lora", model__name="meta-llama/Llama-2-7b-hf"), CPU),
         (cell("lora", model__name="gpt2"), CPU),  # a hub id as well

@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig
 from trl import SFTConfig
 
-from harness.arguments import check_sft, seen, verify_optimizer_arguments
+from harness.arguments import check_sft, check_tokens, seen, verify_optimizer_arguments
 from harness.train import Course, sft_config
 from harness.verify import VerificationError
 from matrices.cell import Adapter, Cell, Data, Train
@@ -82,6 +82,7 @@ def test_the_optimizer_has_what_was_passed() -> None:
         ({"dataloader_prefetch_factor": 2}, "can only be set when data is loaded in a different"),
         ({"loss_type": "chunked_nll"}, "that is its default"),
         ({"neftune_noise_alpha": 5}, None),
+        ({"lr_scheduler_kwargs": {"num_cycels": 2}}, "num_cycels"),
     ],
 )
 def test_preflight_builds_the_config(arguments: dict[str, Any], said: str | None) -> None:
@@ -91,3 +92,14 @@ def test_preflight_builds_the_config(arguments: dict[str, Any], said: str | None
     with pytest.raises(UserError, match=said) as found:
         check_sft(cell(**arguments))
     assert found.value.key == "train.sft_config"
+
+
+def test_tokens_are_asked_of_the_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Tokenizer:
+        def get_vocab(self) -> dict[str, int]:
+            return {"<|im_end|>": 1, "</s>": 2}
+
+    monkeypatch.setattr("harness.arguments.load_tokenizer", lambda model: Tokenizer())
+    check_tokens(cell(eos_token="</s>"))
+    with pytest.raises(UserError, match=r"eos_token '<\|imend\|>' is no token of .* did you mean"):
+        check_tokens(cell(eos_token="<|imend|>"))

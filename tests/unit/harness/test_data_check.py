@@ -92,7 +92,11 @@ RIGHT: list[tuple[list[Any], dict[str, Any], dict[str, Any]]] = [
         {},
     ),
     ([{"text": ""}, {"text": "a"}], {"packing": False}, {}),
-    ([{"prompt": "a", "completion": ""}], {"packing": False}, {}),
+    (
+        [{"prompt": "a", "completion": ""}, {"prompt": "", "completion": "b"}],
+        {"packing": False},
+        {},
+    ),
 ]
 
 
@@ -109,7 +113,7 @@ def test_what_can_be_trained_on_passes(
 
 
 CUT = {"completion_only_loss": True, "packing": False}
-EMPTY = "'text': empty in each of 2 rows"
+EMPTY = "column 'text' is empty in each of 2 rows"
 LOST = "2 of 2 rows lose what is to be learnt (the completion) at 64 tokens"
 WRONG: dict[str, tuple[list[Any], dict[str, Any], dict[str, Any], str, str]] = {
     "the template refuses a row": (
@@ -169,6 +173,13 @@ WRONG: dict[str, tuple[list[Any], dict[str, Any], dict[str, Any], str, str]] = {
         LOST,
     ),
     "no text": ([{"text": ""}, {"text": " "}], {"packing": False}, {}, "data.source", EMPTY),
+    "no completions": (
+        [{"prompt": "a", "completion": ""}] * 2,
+        {},
+        {},
+        "data.source",
+        "column 'completion' is empty in each of 2 rows",
+    ),
     "no text, packed": ([{"text": ""}] * 2, {}, {}, "data.source", EMPTY),
     "an unknown token": (
         [{"text": "a"}, {"text": "a<|im_end|>"}],

@@ -132,7 +132,10 @@ def test_a_directory_is_not_taken_for_a_hub_id(cached: Path) -> None:
     assert CELL.data is not None
     with pytest.raises(UserError, match="'org/rows' can be a hub id and is also there as /"):
         data.load_rows(CELL.data)
-    assert model.source(Model(name="./org/some")) == ("org/some", {})
+    local = Model(name="./org/some")
+    assert model.source(local) == ("org/some", {})
+    trusted = local.model_copy(update={"trust_remote_code": True})
+    assert model.source(trusted)[1] == {"trust_remote_code": True}
 
 
 def test_rows_of_another_commit_are_refused(

@@ -46,7 +46,8 @@ def records_in(root: Path, known: Container[str] = ()) -> Iterator[tuple[Path, R
 
 
 def record_files(root: Path) -> Iterator[Path]:
-    """Every `record.json` at any depth, sorted; directories that start with a dot are skipped."""
+    """Every `record.json` at any depth, sorted; directories that start with a dot are skipped, and
+    so is what lies within the directory of a record: a cell repeated there by hand."""
     seen: set[str] = set()
 
     def walk(directory: Path) -> Iterator[Path]:
@@ -54,12 +55,14 @@ def record_files(root: Path) -> Iterator[Path]:
         if real in seen:  # reached by a link before
             return
         seen.add(real)
-        for name in _names(directory):
-            path = directory / name
-            if name == RECORD:
-                yield path
-            elif os.path.isdir(path):
-                yield from walk(path)
+        names = _names(directory)
+        if RECORD in names:
+            yield directory / RECORD
+            if directory != root:
+                return
+        for name in names:
+            if name != RECORD and os.path.isdir(directory / name):
+                yield from walk(directory / name)
 
     yield from walk(root)
 

@@ -41,6 +41,11 @@ def record_key(cell_id: str, stack_id: str) -> str:
     return f"{cell_id[:12]}-{stack_id[:8]}"
 
 
+def is_of(record: Record, key: str) -> bool:
+    """Whether a record is of the cell that a key names."""
+    return key.startswith(f"{record.cell_id[:12]}-")
+
+
 @dataclass(frozen=True)
 class Entry:
     """A published record and where it is."""
@@ -103,7 +108,7 @@ class Store:
         last: Entry | None = None
         for path in [self.root / key, *self.root.glob(f"{key}.*")]:
             record = read_sound(path / RECORD)
-            if record is None or record_key(record.cell_id, record.stack_id) != key:
+            if record is None or not is_of(record, key):
                 continue
             if last is None or _rank(last.record) < _rank(record):
                 last = Entry(path, record)
@@ -208,8 +213,8 @@ class Store:
                     shutil.rmtree(working)
                 continue
             record = read_sound(working / RECORD)
-            # Under another key it would need another claim.
-            if record is not None and record_key(record.cell_id, record.stack_id) == working_key:
+            # Of another cell it would need another claim.
+            if record is not None and is_of(record, working_key):
                 recovered.append(self.publish(working, finish(working, record)))
         return recovered
 

@@ -11,6 +11,7 @@ from harness import hub, provenance
 from harness.prediction import Prediction
 from harness.record import Record, Status
 from harness.store import Entry, record_key
+from launch.rescore import with_new_base_scores
 from matrices.cell import Cell, base_cells
 from matrices.errors import UserError, nearest
 from matrices.labels import labels
@@ -142,7 +143,7 @@ def plan_jobs(
         attempt = entry.record.attempt if entry else 0
         implied = cell_id not in reasons
         jobs.append(Job(cell, key, names[cell_id], action, why, attempt, entry, implied))
-    return jobs
+    return with_new_base_scores(jobs)
 
 
 def _bases(cells: Iterable[Cell]) -> Iterator[Cell]:

@@ -15,7 +15,8 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from harness import rank_state
-from harness.record import RankState, Record, read_record
+from harness.reading import RECORD, read_sound, records_in
+from harness.record import RankState, Record
 from harness.store import Entry, Store
 from launch.process import Progress, read_progress
 
@@ -47,8 +48,10 @@ def running(store: Store, wanted: Callable[[str], bool] = lambda key: True) -> l
     for key, directory in store.abandoned():
         if not wanted(key):
             continue
+        record = read_sound(directory / RECORD)
+        if record is None:
+            continue
         try:
-            record = read_record(directory / "record.json")
             progress, ranks = read_progress(directory), rank_state.read_states(directory)
         except (OSError, ValidationError):
             continue  # published, or begun, at this very moment
@@ -84,15 +87,7 @@ class Published:
         self.seen: set[str] = set()
 
     def new(self) -> list[Entry]:
-        """Those that have come since the last call; at the first, all. Raises UserError on an
-        unreadable record."""
-        if not self.store.root.is_dir():
-            return []
-        names = {name for name in os.listdir(self.store.root) if not name.startswith(".")}
-        found = []
-        for name in sorted(names - self.seen):
-            directory = self.store.root / name
-            if (directory / "record.json").is_file():
-                self.seen.add(name)
-                found.append(Entry(directory, read_record(directory / "record.json")))
+        """Those that have come since the last call; at the first, all."""
+        found = [Entry(*each) for each in records_in(self.store.root, self.seen)]
+        self.seen |= {entry.directory.name for entry in found}
         return found

@@ -6,12 +6,14 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from harness.recipe import softmax_dtype
 from harness.record import Record
 from matrices.cell import SECTIONS, TOP_LEVEL, Cell
 from reports.columns import PACKAGES
 from reports.display import bytes_text, setting_text, short_name
 from reports.groups import Group, settings
-from reports.measured import METERS
+from reports.measured import METERS, precision_text
+from reports.metric_choice import hidden_text
 from reports.results import Result
 from reports.show_steps import preparation_text
 from reports.show_verified import verified_caption
@@ -151,24 +153,27 @@ def speed_text(records: Sequence[Record]) -> str:
     )
 
 
-def quality_text(records: Sequence[Record], hidden_tasks: Sequence[str]) -> str:
-    """Few-shot, documents, and whether the evaluation was partial."""
+def quality_text(records: Sequence[Record], hidden: Sequence[str]) -> str:
+    """Few-shot, precision, documents, whether the evaluation was partial, and what is not shown."""
     shots = {
         task: score.num_fewshot
         for record in records
         for task, score in record.quality.tasks.items()
+        if score.num_fewshot is not None
     }
     parts = []
     if shots:
         told = ", ".join(f"{task} {number}-shot" for task, number in shots.items())
-        parts.append(f"Scored by lm-eval: {told}.")
+        taken = sorted({found for record in records if (found := precision_text(record))})
+        several = len({softmax_dtype(record) for record in records} - {None}) > 1
+        refused = ", which are not compared" if several else ""
+        precision = f"log-likelihoods in {' or '.join(taken)}{refused}"
+        parts.append(f"Scored by lm-eval: {told}; {precision}.")
     limits = {record.cell.evaluate.limit for record in records}
     if limits != {None}:
         told = " or ".join("all" if limit is None else f"first {limit}" for limit in limits)
         parts.append(f"Scores are partial: {told} documents of each task.")
-    if hidden_tasks:
-        parts.append(f"Not shown here but in records.csv: {', '.join(hidden_tasks)}.")
-    return " ".join(parts)
+    return " ".join([*parts, *filter(None, [hidden_text(hidden)])])
 
 
 def data_text(records: Sequence[Record]) -> str:
@@ -214,7 +219,7 @@ def runs_text(groups: Sequence[Group], superseded: int) -> str:
 
 
 def caption(
-    groups: Sequence[Group], shown: Sequence[str], hidden_tasks: Sequence[str], superseded: int
+    groups: Sequence[Group], shown: Sequence[str], hidden: Sequence[str], superseded: int
 ) -> list[str]:
     """The sentences under a table; what has nothing to say is left out."""
     results: list[Result] = [result for item in groups for result in item.results]
@@ -228,7 +233,7 @@ def caption(
         data_text(records),
         speed_text(records),
         loss_text(records),
-        quality_text(records, hidden_tasks),
+        quality_text(records, hidden),
         "Brackets: 95 % interval over what n counts (documents, timed steps or seeds; for memory "
         "the range of the runs); n is that of the heading unless a cell says another. One seed "
         "says nothing about other seeds.",

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness import hub
-from harness.record import Record, read_record
+from harness.reading import read_sound, record_files, set_aside
+from harness.recipe import WITHOUT_ARGUMENT, softmax_dtype
+from harness.record import Record
 from matrices.cell import Data, Model
 from matrices.errors import UserError
 
@@ -33,15 +35,22 @@ class Result:
 
     @functools.cached_property
     def samples(self) -> pd.DataFrame | None:
-        """Per-document results (`task, metric, doc_id, doc_hash, value, weight`), none without a
-        file. Raises UserError naming a file that cannot be read."""
+        """Per-document results (`task, metric, doc_id, doc_hash, value, weight`); none without a
+        file, and when the file cannot be read, which is said."""
         if self.record.quality.samples_file is None:
             return None
         path = self.directory / self.record.quality.samples_file
-        return _read_samples(path) if path.exists() else None
+        if not path.exists():
+            return None
+        try:
+            return _read_samples(path)
+        except UserError as error:
+            set_aside(error)
+            return None
 
 
-Index = dict[tuple[str, str], Result]
+# By cell, stack, and for a base model the precision of its scores (see `index`).
+Index = dict[tuple[str, str, str], Result]
 
 
 def _read_samples(path: Path) -> pd.DataFrame:
@@ -56,29 +65,31 @@ def _read_samples(path: Path) -> pd.DataFrame:
     lacking = {"task", "metric", "doc_id", "doc_hash", "value"} - set(samples)
     if lacking:
         raise UserError(f"samples lack the columns {sorted(lacking)}", where=str(path))
-    return samples
+    try:
+        return samples.astype({"value": float, "weight": float})
+    except (TypeError, ValueError) as error:
+        raise UserError(f"samples are not numbers: {error}", where=str(path)) from error
 
 
 def load_records(results: Path) -> list[Result]:
     """Every `record.json` under a results directory, sorted by path; names that start with a dot
-    are work in progress and skipped.
+    are work in progress and skipped. What is no sound record is set aside.
 
-    Raises UserError for a directory that is not there or holds no record, and naming the file for
-    one that is broken or from a newer schema.
+    Raises UserError for a directory that is not there or holds no sound record.
     """
     if not results.is_dir():
         raise UserError("no such results directory", where=str(results))
-    paths = [
-        path
-        for path in sorted(results.rglob("record.json"))
-        if not any(part.startswith(".") for part in path.relative_to(results).parts)
-    ]
-    if not paths:
+    paths = list(record_files(results))
+    read = [(read_sound(path), path) for path in paths]
+    found = [Result(by_commit(record), path) for record, path in read if record is not None]
+    if not found:
         raise UserError(
-            "no record.json in this results directory; `tunebench run MATRIX` makes them",
+            f"none of its {len(paths)} record.json can be read"
+            if paths
+            else "no record.json in this results directory; `tunebench run MATRIX` makes them",
             where=str(results),
         )
-    return [Result(by_commit(read_record(path)), path) for path in paths]
+    return found
 
 
 def by_commit(record: Record) -> Record:
@@ -102,10 +113,13 @@ def _at(section: Model | Data, commit: str | None) -> Model | Data:
 
 def index(results: Iterable[Result]) -> Index:
     """By cell and stack the result in force: the newest conclusive attempt, or the newest attempt
-    when none is conclusive."""
+    when none is conclusive. Of a base model one for each precision of log-likelihoods, so that
+    older cells keep a base to be judged against when it has been scored anew for later ones."""
     newest: Index = {}
     for result in results:
-        key = (result.record.cell_id, result.record.stack_id)
+        record = result.record
+        precision = softmax_dtype(record) if record.cell.method == "base" else None
+        key = (record.cell_id, record.stack_id, precision or "")
         if key not in newest or _age(result) > _age(newest[key]):
             newest[key] = result
     return newest
@@ -117,9 +131,14 @@ def _age(result: Result) -> tuple[bool, int, str]:
 
 
 def bases(result: Result, newest: Index) -> dict[str, Result]:
-    """The `untouched` and `quantized` results to judge this one against: same stack, scored."""
-    found = {
-        role: newest.get((cell_id, result.record.stack_id))
-        for role, cell_id in result.record.base_cell_ids.items()
-    }
-    return {role: base for role, base in found.items() if base and base.record.status == "ok"}
+    """The `untouched` and `quantized` results to judge this one against: same stack, scored, in
+    the same precision where there is one (another is refused when it comes to a difference)."""
+    record = result.record
+    precisions = (softmax_dtype(record) or "", *WITHOUT_ARGUMENT.values(), "")
+    found = {}
+    for role, cell_id in record.base_cell_ids.items():
+        there = [newest.get((cell_id, record.stack_id, precision)) for precision in precisions]
+        scored = [base for base in there if base is not None and base.record.status == "ok"]
+        if scored:
+            found[role] = scored[0]
+    return found

@@ -122,15 +122,16 @@ def test_every_way_for_a_worker_to_end_is_recorded_and_the_sweep_goes_on(
     assert nothing_unpublished(run)
 
 
-def test_the_recorded_command_names_the_published_cell(start: Callable[..., Run]) -> None:
+def test_the_recorded_command_is_called_where_the_record_is(start: Callable[..., Run]) -> None:
     run = start(OK)
     assert run.wait() == 0
     [path] = run.results.glob("*/record.json")
     command = read_record(path).command
-    assert command[-2] == str(path.parent / "cell.json")
-    assert not Path(command[-1]).exists()
+    assert (path.parent / command[-2]).is_file()
+    assert not (path.parent / command[-1]).exists()
     assert command[command.index("--module") + 1] == "harness.worker"
-    assert Path(command[0]).is_file()
+    assert command[:2] == ["accelerate", "launch"]
+    assert not any(part.startswith("/") for part in command)
 
 
 def test_a_worker_killed_outright_is_failed_and_the_sweep_goes_on(

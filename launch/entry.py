@@ -6,6 +6,7 @@ Imports little, so that a signal finds a handler soon after the interpreter has 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import signal
 import sys
@@ -33,8 +34,9 @@ def main() -> NoReturn:
     atexit._run_exitfuncs()
     # Taking the interpreter down lasts, and a signal would find no handler any more.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):  # stopped while it could not be written any more
+            stream.flush()
     os._exit(code)
 
 

@@ -82,6 +82,7 @@ def prepare() -> None:
         sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115 - as long as the process
     sys.stderr = Messages(_bytes(sys.stderr), sys.stderr.encoding, "plain", line_buffering=True)
     if 1 in closed or sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - as long as the process
         raise UserError("standard output is closed; send it to a file, or to /dev/null")
     live = sys.stdout.isatty()
     sys.stdout = Results(_bytes(sys.stdout), sys.stdout.encoding, "plain", line_buffering=live)

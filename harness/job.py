@@ -6,6 +6,7 @@ import json
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from harness.record import Failure, Record, Status
 
 # How often progress is worth a file, seconds.
 PROGRESS_SECONDS = 0.5
+# Of the time of training, what may go into writing down its steps.
+SAVING_SHARE = 0.02
 
 
 class Interrupted(BaseException):
@@ -37,6 +40,7 @@ class Job:
         self.reporter = Reporter(output_dir, rank, world_size)
         self.whole: Held | None = None  # the model, as it was loaded
         self._progress_at = 0.0
+        self._steps_after = 0.0
         record.reason = "still running"
 
     def enter(self, phase: str, message: str = "") -> None:
@@ -49,6 +53,16 @@ class Job:
 
     def save(self) -> None:
         write_atomically(record_path(self.output_dir, self.rank), self.record.to_json())
+
+    def save_steps(self, fill: Callable[[], None]) -> None:
+        """Have `fill` put the steps so far into the record, and write it: a killed worker leaves
+        them. A long record takes long to write; no more than a share of the time goes into it."""
+        began = time.monotonic()
+        if began < self._steps_after:
+            return
+        fill()
+        self.save()
+        self._steps_after = began + (time.monotonic() - began) / SAVING_SHARE
 
     def step(self, number: int) -> None:
         """An optimizer step has ended."""

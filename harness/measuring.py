@@ -18,6 +18,7 @@ from harness import (
     model,
     ranks,
     verify,
+    verify_adapter,
 )
 from harness.files import TEMPORARY_PREFIX
 from harness.job import Job
@@ -26,7 +27,7 @@ from harness.meters.batches import CountingCollator
 from harness.meters.steps import TOP_TENSORS, CounterSteps, MemorySteps, StepClock, read_phase
 from harness.record import LiveTensor, Phase, PhaseMemory, Record
 from harness.train import Course, ObservedTrainer, build_trainer, forward_restored, worst_case_rows
-from matrices.cell import Cell
+from matrices.cell import Cell, Train
 from matrices.errors import UserError
 
 # Adam's state is made in the first step, so the second is the first whole one.
@@ -239,9 +240,7 @@ def timed_steps(job: Job, loaded: Any, tokenizer: Any, rows: Any) -> ObservedTra
         rate = done.non_padding * cell.ranks / seconds
         figures = {"loss": loss if done.loss else None, "tokens_per_second": rate}
         if job.progress(step=step, steps=train.steps, **figures):
-            # A killed worker leaves the steps until here.
-            speed.fill(record, clock)
-            job.save()
+            job.save_steps(lambda: speed.fill(record, clock))
 
     clock = StepClock(speed.warmup_steps(train), report, begin)
     course = Course(train.steps, train.learning_rate)
@@ -252,8 +251,7 @@ def timed_steps(job: Job, loaded: Any, tokenizer: Any, rows: Any) -> ObservedTra
         record.verified.weight_dtypes = verify.verify_again(loaded, cell)
         record.verified.passed_through = arguments.seen(train.sft_config, trainer.args)
         if cell.adapter is not None:
-            held = loaded.peft_config["default"]
-            record.verified.passed_through |= arguments.seen(cell.adapter.lora_config, held)
+            record.verified.passed_through |= verify_adapter.passed_through(loaded, cell.adapter)
         record.preparation = trainer.preparation
         trainer.data_collator = CountingCollator(trainer.data_collator)
         device.reset_peaks()
@@ -263,16 +261,24 @@ def timed_steps(job: Job, loaded: Any, tokenizer: Any, rows: Any) -> ObservedTra
         finally:
             record.speed.train_seconds = time.perf_counter() - started
             speed.fill(record, clock)
-    if len(clock.seconds) != train.steps:
-        raise UserError(
-            f"the Trainer ended after {len(clock.seconds)} of {train.steps} steps: "
-            f"it was given {len(trainer.train_dataset)} sequences",
-            key="train.steps",
-        )
+    _demand_all_steps(trainer, len(clock.seconds), train)
     record.memory.host_peak_rss_bytes = device.host_peak_rss_bytes()
     speed.note_device_peak(record)
     loaded.zero_grad(set_to_none=True)
     return trainer
+
+
+def _demand_all_steps(trainer: ObservedTrainer, taken: int, train: Train) -> None:
+    """The Trainer ends without a word when its loader has no batch."""
+    if taken == train.steps:
+        return
+    batches = len(trainer.get_train_dataloader())
+    raise UserError(
+        f"the Trainer ended after {taken} of {train.steps} steps: {len(trainer.train_dataset)} "
+        f"sequences make {batches} batches of {train.micro_batch_size} on each rank "
+        "(dataloader_drop_last leaves out one that is not full)",
+        key="train.steps",
+    )
 
 
 def save_adapter(job: Job, loaded: Any) -> None:

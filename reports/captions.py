@@ -16,6 +16,7 @@ from reports.measured import METERS, precision_text
 from reports.metric_choice import hidden_text
 from reports.results import Result
 from reports.show_steps import preparation_text
+from reports.show_verified import verified_caption
 
 # Said even when they have their default: no reader should have to guess them.
 ALWAYS = (
@@ -233,6 +234,7 @@ def caption(
         f"Measured on {hardware_text(records[0])}; {software_text(records)}.",
         where,
         memory_text(records),
+        verified_caption(records),
         prediction_text(records),
         data_text(records),
         speed_text(records),

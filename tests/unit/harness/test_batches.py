@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -63,6 +64,8 @@ def test_a_count_goes_where_its_batch_goes() -> None:
     loader: DataLoader[Any] = DataLoader(ROWS, 2, num_workers=1, collate_fn=collator)  # type: ignore[arg-type]
     [batch] = loader
     assert count_of(batch) == Count(8, 8, 4, 2)
+    # As torch pins a batch of its own type.
+    assert count_of(copy.copy(batch)) == Count(8, 8, 4, 2)
     moved = batch.to(torch.device("meta"), non_blocking=True)
     assert moved["input_ids"].device.type == "meta"
     assert moved["max_length_q"] == 5

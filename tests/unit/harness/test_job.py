@@ -6,6 +6,7 @@ import json
 import math
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -80,12 +81,29 @@ def test_diverged_keeps_the_losses_that_are_no_numbers(job: Job) -> None:
     found = fail_with(job, Diverged("the loss of step 3 is nan"))
     assert (found.status, found.reason) == ("diverged", "train: the loss of step 3 is nan")
     assert found.quality.train_loss[:2] == [2.5, math.inf]
+    assert found.quality.train_loss[2] is not None
     assert math.isnan(found.quality.train_loss[2])
 
     def refuse(constant: str) -> None:
         pytest.fail(f"{constant} is not JSON")
 
     json.loads((job.output_dir / "record.json").read_text(), parse_constant=refuse)
+
+
+def test_steps_are_saved_for_a_share_of_the_time(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Filling takes 0.1 s here, so 5 s pass before the next time."""
+    now = [100.0]
+    monkeypatch.setattr("harness.job.time", SimpleNamespace(monotonic=lambda: now[0]))
+    filled: list[float] = []
+
+    def fill() -> None:
+        filled.append(now[0])
+        now[0] += 0.1
+
+    for moment in (100.0, 101.0, 104.9, 105.2, 106.0):
+        now[0] = moment
+        job.save_steps(fill)
+    assert filled == [100.0, 105.2]
 
 
 def test_interrupted(job: Job, capsys: pytest.CaptureFixture[str]) -> None:

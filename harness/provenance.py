@@ -268,8 +268,8 @@ def sometimes_used(cell: Cell, gpu: bool) -> set[str]:
     attention = cell.model.attn_implementation
     if attention.startswith("flash_attention"):
         names |= {"flash-attn", "kernels"}  # transformers takes a kernel where flash-attn lacks
-    if "/" in attention:
-        names.add("kernels")
+    if "/" in attention or cell.quantization is not None:
+        names.add("kernels")  # bitsandbytes takes its 4-bit kernels for a CPU from there
     if gpu:
         names.add("triton")
     return names

@@ -6,6 +6,8 @@ import os
 import tempfile
 from pathlib import Path
 
+from matrices.text import visible
+
 TEMPORARY_PREFIX = ".part-"
 
 
@@ -13,12 +15,13 @@ def write_atomically(path: Path, text: str) -> None:
     """Replace `path` by `text`: a reader sees the old content or the new, never a part.
 
     The temporary file is in the same directory, so the replacement is one rename, and is on disk
-    before it. Raises OSError, and then leaves nothing behind.
+    before it. Control characters are written as escapes. Raises OSError, and then leaves nothing
+    behind.
     """
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=TEMPORARY_PREFIX)
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
+            file.write(visible(text))
             file.flush()
             os.fsync(file.fileno())
         # mkstemp makes it private; results are read by colleagues.

@@ -12,7 +12,6 @@ import json
 import os
 import platform
 import subprocess
-import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,8 +67,8 @@ ENVIRONMENT = (
     "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
     "TRANSFORMERS_OFFLINE",
 )
+THREADS_OPTION = "--num_cpu_threads_per_process"
 CHECKOUT = Path(__file__).resolve().parents[1]
-SINGLE_PROCESS = Path(__file__).resolve().parent / "single_process.yaml"
 
 
 class Gpu(NamedTuple):
@@ -232,17 +231,80 @@ def uses_gpu(of: Stack, on: Hardware) -> bool:
     return on.accelerator is not None and not of.packages.get("torch", "").endswith("+cpu")
 
 
-def stack_id(of: Stack, on: Hardware) -> str:
-    """sha256, hex, of what makes figures comparable: versions, python's minor, the device's kind.
+def environment_id(of: Stack, on: Hardware) -> str:
+    """sha256, hex, of what all cells of one environment share: versions, python's minor, the
+    device's kind. Older records have it as their stack_id."""
+    return _digest(_shared(of, on))
+
+
+def stack_id(cell: Cell, of: Stack, on: Hardware, threads: int | None) -> str:
+    """sha256, hex, of all that the cell uses of a stack and a machine; see `used`."""
+    return _digest(used(cell, of, on, threads))
+
+
+def used(cell: Cell, of: Stack, on: Hardware, threads: int | None) -> dict[str, Any]:
+    """What makes figures of a cell comparable: versions, python's minor, the device's kind and
+    number; on a CPU its processors and the threads of each process.
 
     Not the commit nor the version of tunebench: an upgrade of ours keeps a month of results. Both
-    are in every record's stack.
+    are in every record's stack. What is not known is left out.
     """
-    identity = {
+    found = _shared(of, on)
+    names = [name for name in sometimes_used(cell, uses_gpu(of, on)) if name in of.packages]
+    found["packages"] |= {name: of.packages[name] for name in names}
+    found["devices"] = cell.devices
+    if not uses_gpu(of, on):
+        found["processors"] = on.cpu_count
+        if threads is not None:
+            found["threads"] = threads
+    return found
+
+
+def sometimes_used(cell: Cell, gpu: bool) -> set[str]:
+    """Of the packages that not every cell uses, those that this one does."""
+    names = set()
+    if cell.parallelism.startswith("zero"):
+        names.add("deepspeed")
+    attention = cell.model.attn_implementation
+    if attention.startswith("flash_attention"):
+        names |= {"flash-attn", "kernels"}  # transformers takes a kernel where flash-attn lacks
+    if "/" in attention or cell.quantization is not None:
+        names.add("kernels")  # bitsandbytes takes its 4-bit kernels for a CPU from there
+    if gpu:
+        names.add("triton")
+    return names
+
+
+def same_stack(record: Record, of: Stack, on: Hardware, threads: int | None) -> bool:
+    """Whether a record was made by what its cell would use now. What it does not hold, as older
+    ones do not, is not compared."""
+    then = used(record.cell, record.stack, record.hardware, recorded_threads(record))
+    now = used(record.cell, of, on, threads)
+    return all(now.get(name) == value for name, value in then.items())
+
+
+def recorded_stack_id(record: Record) -> str:
+    """stack_id by what a record holds, whenever it was made."""
+    return stack_id(record.cell, record.stack, record.hardware, recorded_threads(record))
+
+
+def recorded_threads(record: Record) -> int | None:
+    """Threads of each process of a recorded cell; none where it does not say."""
+    said = record.provenance.environment.get("OMP_NUM_THREADS", "")
+    if THREADS_OPTION in record.command[:-1]:
+        said = record.command[record.command.index(THREADS_OPTION) + 1]
+    return int(said) if said.isdigit() and int(said) > 0 else None
+
+
+def _shared(of: Stack, on: Hardware) -> dict[str, Any]:
+    return {
         "packages": {name: of.packages[name] for name in MEASURED_PACKAGES if name in of.packages},
         "python": ".".join(of.python.split(".")[:2]),
         "hardware": on.accelerator if uses_gpu(of, on) else on.cpu,
     }
+
+
+def _digest(identity: dict[str, Any]) -> str:
     canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -258,50 +320,26 @@ def cpu_threads() -> int:
     if setting.isdigit() and int(setting) > 0:
         return int(setting)
     available = usable_cpus()
-    return min(psutil.cpu_count(logical=False) or available, available)
+    return min(_physical_cores() or available, available)
 
 
-def accelerate() -> list[str]:
-    """The start of an argv for accelerate's own command line, in this environment."""
-    script = Path(sys.executable).parent / "accelerate"
-    if script.exists():
-        return [str(script)]
-    return [sys.executable, "-m", "accelerate.commands.accelerate_cli"]
+@functools.cache
+def _physical_cores() -> int | None:
+    return psutil.cpu_count(logical=False)
 
 
-def worker_command(cell_path: Path, output_dir: Path, gpu: bool) -> list[str]:
-    """argv that runs one cell by hand, in one process, as the runner would.
-
-    Every default that a user's own accelerate configuration could change is given. The worker
-    sets its precision itself. The number of threads is named because accelerate would otherwise
-    choose one, and sums over a different number of threads differ in the last digits.
-    """
-    device = ["--config_file", str(SINGLE_PROCESS)] if gpu else ["--cpu"]
-    return [
-        *accelerate(),
-        "launch",
-        *device,
-        *("--num_processes", "1"),
-        *("--num_machines", "1"),
-        *("--mixed_precision", "no"),
-        *("--dynamo_backend", "no"),
-        *("--num_cpu_threads_per_process", str(cpu_threads())),
-        "--quiet",  # the worker tells what went wrong; a second traceback hides it
-        *("--module", "harness.worker"),
-        str(cell_path),
-        str(output_dir),
-    ]
-
-
-def new_record(cell: Cell, command: list[str], attempt: int = 1) -> Record:
+def new_record(
+    cell: Cell, command: list[str], attempt: int = 1, threads: int | None = None
+) -> Record:
     """The record a cell starts with: everything known before it runs, and `interrupted` until
-    the worker or the runner knows better."""
+    the worker or the runner knows better. `threads` are those of each of its processes; none means
+    as many as this one would have."""
     here, machine = stack(), hardware()
     return Record(
         cell_id=cell.cell_id,
         cell=cell,
         base_cell_ids={name: base.cell_id for name, base in base_cells(cell).items()},
-        stack_id=stack_id(here, machine),
+        stack_id=stack_id(cell, here, machine, threads or cpu_threads()),
         stack=here,
         hardware=machine,
         command=command,

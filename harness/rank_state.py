@@ -19,6 +19,7 @@ from pydantic import ValidationError
 
 from harness.files import TEMPORARY_PREFIX
 from harness.record import Failure, RankState, Status
+from matrices.text import visible
 
 DIRECTORY = "ranks"
 BEAT_SECONDS = 1.0
@@ -103,5 +104,5 @@ class Reporter:
             self.state.beat = time.time()
             part = self._path.with_name(f"{TEMPORARY_PREFIX}{self._path.name}")
             # Not flushed to disk: it is of interest only while this machine runs.
-            part.write_text(self.state.model_dump_json(indent=1) + "\n")
+            part.write_text(visible(self.state.model_dump_json(indent=1)) + "\n")
             os.replace(part, self._path)

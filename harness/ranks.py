@@ -14,7 +14,9 @@ from typing import Any
 import torch
 
 from harness import device, extensions
+from harness.command import is_spread
 from harness.launched import Place, torchruns
+from harness.lifetime import end_with_parent
 from harness.rank_state import record_path
 from harness.record import Record, read_record
 from harness.train import Course, sft_config
@@ -47,11 +49,6 @@ def rank() -> int:
 
 def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def is_spread(cell: Cell) -> bool:
-    """Whether the cell trains in several processes."""
-    return cell.train is not None and cell.parallelism not in ("single", "device-map")
 
 
 def join(cell: Cell, output_dir: Path) -> Any:
@@ -190,8 +187,10 @@ def in_child(work: Callable[[], int]) -> int:
     """
     sys.stdout.flush()
     sys.stderr.flush()
+    parent = os.getpid()
     child = os.fork()
     if child == 0:
+        end_with_parent(parent)
         _run_and_exit(work)
     try:
         _, status = os.waitpid(child, 0)

@@ -478,7 +478,9 @@ class Record(Part):
     stack_id: str
     stack: Stack
     hardware: Hardware
-    command: list[str] = Field(description="argv that reproduces this cell by hand")
+    command: list[str] = Field(
+        description="argv that reproduces this cell by hand, called in the record's directory"
+    )
     status: Status
     reason: str | None = None
     phase: str | None = Field(None, description="what the worker was doing last")

@@ -176,12 +176,11 @@ class Store:
 
         If that name has appeared meanwhile (results copied in), the attempt gets the next one.
         """
-        key = record_key(record.cell_id, record.stack_id)
-        planned = self.place(key, record.attempt)
+        named = _WORKING_NAME.fullmatch(working.name)
+        key = named["key"] if named else record_key(record.cell_id, record.stack_id)
         attempt = self.next_attempt(key)
         target = self.place(key, attempt)
-        command = [part.replace(str(planned), str(target)) for part in record.command]
-        record = record.model_copy(update={"attempt": attempt, "command": command})
+        record = record.model_copy(update={"attempt": attempt})
         with disk_errors(self.root):
             write_atomically(working / RECORD, record.to_json())
             _remove_parts(working)
@@ -236,13 +235,14 @@ def _remove_parts(working: Path) -> None:
     """What a process that was killed had begun to write, files and directories."""
     for path in [*working.rglob(f"{TEMPORARY_PREFIX}*")]:
         if path.is_dir():
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:
-    with path.open("rb") as file:
+    # A rank on another machine goes on for a moment, and replaces its own files.
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
         os.fsync(file.fileno())
 
 

@@ -16,6 +16,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":
+    from harness import lifetime
+
+    if os.environ.get(lifetime.VARIABLE):  # before the imports, which take many seconds
+        lifetime.end_with_parent(os.getppid())
+
 import bitsandbytes  # noqa: F401
 import lm_eval.evaluator
 import lm_eval.models.huggingface  # noqa: F401
@@ -25,6 +31,7 @@ from transformers import AutoModelForCausalLM, set_seed  # noqa: F401
 from transformers.utils import logging as transformers_logging
 
 from harness import (
+    command,
     device,
     evaluate,
     gathered,
@@ -59,7 +66,7 @@ def run(cell_path: Path, output_dir: Path) -> int:
         job = Job(_starting_record(cell, cell_path, output_dir), output_dir)
         return _to_its_end(job, _measure)
     if ranks.rank() > 0:
-        return _train_a_rank(_own_record(cell, cell_path, output_dir), output_dir)
+        return _train_a_rank(_own_record(cell), output_dir)
     return _train_and_score(_starting_record(cell, cell_path, output_dir), output_dir)
 
 
@@ -82,21 +89,13 @@ def _starting_record(cell: Cell, cell_path: Path, output_dir: Path) -> Record:
         return read_record(begun)
     if cell_path.resolve() != (output_dir / "cell.json").resolve():
         (output_dir / "cell.json").write_text(cell.model_dump_json(indent=1))
-    return _own_record(cell, cell_path, output_dir)
+        command.copy_profile(cell_path.parent, output_dir)
+    return _own_record(cell)
 
 
-def _own_record(cell: Cell, cell_path: Path, output_dir: Path) -> Record:
-    return provenance.new_record(cell, _command(cell, cell_path, output_dir))
-
-
-def _command(cell: Cell, cell_path: Path, output_dir: Path) -> list[str]:
-    """What started this by hand: the command in the record that the cell lies beside, if any."""
-    beside = cell_path.parent / "record.json"
-    if beside.exists():
-        return [*read_record(beside).command[:-2], str(cell_path), str(output_dir)]
-    if not ranks.is_spread(cell):
-        return provenance.worker_command(cell_path, output_dir, _has_gpu())
-    return [sys.executable, "-m", "harness.worker", str(cell_path), str(output_dir)]
+def _own_record(cell: Cell) -> Record:
+    threads = provenance.cpu_threads()  # accelerate has set them as it was told
+    return provenance.new_record(cell, command.by_hand(cell, _has_gpu(), threads))
 
 
 def _has_gpu() -> bool:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from launch.entry import main as begin
+
+    begin()
+
 import importlib.metadata
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from launch import entry
 from launch.cli_claims import claims
 from launch.cli_predict import fit, predict
 from launch.cli_profiles import profiles
@@ -23,13 +28,13 @@ from launch.options import (
     JsonOption,
     MatrixArgument,
     NoPredictOption,
+    PhaseTimeoutOption,
     ResultsOption,
     RetryOption,
     SeedsOption,
     SetOption,
     TimeoutOption,
 )
-from matrices.errors import UserError
 
 app = typer.Typer(
     name="tunebench",
@@ -131,12 +136,20 @@ def plan(
 def rerun(
     record: Annotated[Path, typer.Argument(help="A record's directory or its record.json.")],
     timeout: TimeoutOption = None,
+    phase_timeout: PhaseTimeoutOption = None,
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option(
+            "--trust-remote-code",
+            help="Let the cell run code that comes with its model or its evaluation tasks.",
+        ),
+    ] = False,
     no_predict: NoPredictOption = False,
 ) -> None:
-    """Repeat one recorded cell by its recorded command.
+    """Repeat one recorded cell by `accelerate launch`, as by hand.
 
-    The new record is the next attempt beside the old one, which stays as it is. Its path is
-    printed.
+    The command is made from the record's cell. The new record is the next attempt beside the old
+    one, which stays as it is. Its path is printed.
 
     \b
     tunebench rerun results/quickstart/4f0c22d9a1b3-494adca8
@@ -146,16 +159,14 @@ def rerun(
     from launch.foretelling import foretell
     from launch.prediction_progress import show_for_stderr
     from launch.progress import display_for_stderr
-    from launch.rerun import record_path
+    from launch.rerun import Options, record_path
     from launch.rerun import rerun as repeat
-    from launch.stopping import Stopped
 
     display = display_for_stderr()
     predicting = None if no_predict else partial(foretell, show=show_for_stderr())
     try:
-        entry, stopped_by = repeat(record_path(record), display, timeout, predicting)
-    except Stopped as stopped:
-        raise typer.Exit(128 + stopped.number) from None
+        options = Options(timeout, phase_timeout, predicting, trust_remote_code)
+        entry, stopped_by = repeat(record_path(record), display, options)
     finally:
         display.close()
     print(entry.directory / "record.json")
@@ -207,14 +218,4 @@ for command in (run, status, predict, fit, report, show, calibration, claims, pr
     app.command()(command)
 
 
-def main() -> None:
-    """Entry point: the one place where a user's mistake becomes a line and an exit code."""
-    try:
-        app()
-    except UserError as error:
-        print_error(error)
-        sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()
+main = entry.main

@@ -54,7 +54,9 @@ def report(
     tunebench report results/ --page report.html
     """
     from launch.reporting import print_table, write_all, write_page
+    from reports.render import check_format
 
+    check_format(format_)
     if table is not None:
         print_table(results, table, format_, baseline, metric or [])
         return

@@ -200,7 +200,7 @@ def _here(
     sweep: Sweep,
     display: Display,
     limits: tuple[float | None, float | None],
-    slots: tuple[bool, bool],
+    devices: tuple[bool, bool],
     predicting: tuple[bool, bool],
 ) -> tuple[list[Job], Finished]:
     from functools import partial
@@ -212,20 +212,21 @@ def _here(
     from launch.plan import plan_jobs
     from launch.prediction_progress import show_for_stderr
     from launch.slots import Slots
+    from launch.starting import devices_here
 
-    side_by_side, allow_busy = slots
+    side_by_side, allow_busy = devices
     no_predict, skip_predicted_oom = predicting
     store = Store(sweep.results)
-    jobs = plan_jobs(sweep.cells, store.latest(), sweep.retry, sweep.score_base)
-    jobs = quickly_checked(jobs, display, sweep)
-    runner = Runner(
-        store,
-        display,
-        limits[0],
-        phase_seconds=limits[1],
-        slots=Slots(exclusive=not side_by_side, allow_busy=allow_busy),
-        sweep=sweep,
+    slots = Slots(exclusive=not side_by_side, allow_busy=allow_busy)
+    jobs = plan_jobs(
+        sweep.cells,
+        store.latest(),
+        sweep.retry,
+        sweep.score_base,
+        cores=lambda cell: slots.cores(devices_here(cell)),
     )
+    jobs = quickly_checked(jobs, display, sweep)
+    runner = Runner(store, display, limits[0], phase_seconds=limits[1], slots=slots, sweep=sweep)
     if not no_predict:
         past = [job.entry.record for job in jobs if job.entry is not None]
         show = show_for_stderr()

@@ -12,6 +12,7 @@ from typing import Any
 import typer
 
 from matrices.errors import SetAside, UserError
+from matrices.text import visible
 
 
 def print_json(value: Any) -> None:
@@ -19,11 +20,11 @@ def print_json(value: Any) -> None:
 
 
 def print_error(error: UserError) -> None:
-    print(f"tunebench: error: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"tunebench: error: {visible(' '.join(str(error).split()))}", file=sys.stderr)
 
 
 def print_note(text: str) -> None:
-    print(f"tunebench: note: {text}", file=sys.stderr)
+    print(f"tunebench: note: {visible(text)}", file=sys.stderr)
 
 
 def show_set_aside() -> None:

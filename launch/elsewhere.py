@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from harness import provenance
 from harness.problems import Problem
 from harness.record import Record
-from harness.store import INCONCLUSIVE, Entry, record_key
 from launch import preflight
 from launch.left_out import leave_out
 from launch.plan import Job, Sweep
@@ -19,40 +18,27 @@ from matrices.cell import Cell
 PREFLIGHT = "harness.preflight"
 
 
-def present(entries: Iterable[Entry], gpus: bool) -> dict[str, Entry]:
-    """The record in force of every cell that counts as measured there, by the key that a plan made
-    on this machine looks it up with.
+def counting(gpus: bool) -> Callable[[Record, int], bool]:
+    """Which records count as measured there.
 
     Which machine a cell comes to is known when it gets there, so a record counts when its packages
     and python are those installed here, and it is of a GPU if theirs would be (`gpus`).
     """
-    stack_id = provenance.stack_id(provenance.stack(), provenance.hardware())
-    found: dict[str, Entry] = {}
-    for entry in entries:
-        record = entry.record
-        if not same_software(record) or used_gpu(record) != gpus:
-            continue
-        key = record_key(record.cell_id, stack_id)
-        if key not in found or _rank(found[key].record) < _rank(record):
-            found[key] = entry
-    return found
+    return lambda record, _: same_software(record) and used_gpu(record) == gpus
 
 
 def same_software(record: Record) -> bool:
-    """Whether a record's measured packages and python are those of this environment."""
+    """Whether the packages that a record's cell uses, and python, are those of this environment."""
     here = provenance.stack()
     if record.stack.python.split(".")[:2] != here.python.split(".")[:2]:
         return False
-    names = provenance.MEASURED_PACKAGES
+    names = {*provenance.MEASURED_PACKAGES}
+    names |= provenance.sometimes_used(record.cell, used_gpu(record))
     return all(record.stack.packages.get(name) == here.packages.get(name) for name in names)
 
 
 def used_gpu(record: Record) -> bool:
     return provenance.uses_gpu(record.stack, record.hardware)
-
-
-def _rank(record: Record) -> tuple[bool, str]:
-    return record.status not in INCONCLUSIVE, record.ended or record.started
 
 
 def check(

@@ -11,7 +11,7 @@ from typing import Any
 
 from harness import provenance, rank_state
 from harness.record import PHASES, Failure, Memory, RankState, Record, read_record
-from launch.process import read_progress
+from launch.process import LOST, read_progress
 from launch.watching import Failed, Outcome
 from matrices.errors import UserError
 
@@ -118,11 +118,13 @@ def sudden_end(
     code: int, phase: str, log: Path, who: str, memory_kills: int, when: str = ""
 ) -> dict[str, Any]:
     """A process that left no word: what its exit code and its log say."""
-    if code == -signal.SIGKILL and memory_kills > 0:
+    if code in (-signal.SIGKILL, LOST) and memory_kills > 0:
         message = f"the kernel killed {who or 'the worker'}: the machine's memory ran out"
         failure = Failure(type="HostOutOfMemory", message=message, phase=phase)
         return {"status": "oom", "reason": message, "failure": failure, "phase": phase}
-    if code < 0:
+    if code == LOST:
+        message = f"the process that {who or 'the worker'} was forked from died"
+    elif code < 0:
         killed = f"killed by signal {-code} ({signal.Signals(-code).name}){when}"
         message = f"{who} was {killed}" if who else killed
     else:
@@ -191,6 +193,13 @@ def _memory_of(working: Path, rank: int) -> Memory | None:
         return None
 
 
+def _touched(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:  # a rank on another machine goes on for a moment
+        return 0.0
+
+
 def contamination(record: Record) -> list[str]:
     """What puts the times of a finished cell in doubt, as far as it has measured that itself."""
     share = record.speed.foreign_cpu_share
@@ -208,7 +217,7 @@ def finish_abandoned(working: Path, record: Record) -> Record:
     record = record.model_copy(update={"ranks": _ranks(record, working, Outcome(0))})
     if record.ended is not None:
         return record
-    last = max(path.stat().st_mtime for path in working.rglob("*"))
+    last = max(_touched(path) for path in working.rglob("*"))
     return record.model_copy(
         update={
             "status": "interrupted",

@@ -74,7 +74,8 @@ def _to_the_end(watched: Watched, working: Path, signals: Signals) -> Outcome:
     while (outcome := watched.poll(signals.received)) is None:
         connection.wait(watched.sentinels, POLL_SECONDS)
         if not asked and hangs.stacks_are_wanted(working):
-            hangs.look(watched.processes, watched.states, {}, working)
+            with contextlib.suppress(FileNotFoundError):  # published meanwhile
+                hangs.look(watched.processes, watched.states, {}, working)
             asked = True
         over_at = min(over_at, time.monotonic()) if _is_over(working) else float("inf")
         if time.monotonic() - over_at > PEER_GRACE_SECONDS:

@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 
 from harness import rank_state
+from harness.lifetime import ending_with_this
 from harness.record import RankState
 from launch.process import Process, family
 
@@ -167,7 +168,10 @@ def _catches(pid: int, number: int) -> bool:
 
 
 def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def _py_spy(members: list[psutil.Process], path: Path) -> None:
@@ -180,7 +184,12 @@ def _py_spy(members: list[psutil.Process], path: Path) -> None:
         argv = [program, "dump", "--pid", str(member.pid)]
         try:
             done = subprocess.run(  # noqa: S603 - an argv of our own making, no shell
-                argv, capture_output=True, text=True, timeout=PY_SPY_SECONDS, check=False
+                argv,
+                capture_output=True,
+                text=True,
+                timeout=PY_SPY_SECONDS,
+                check=False,
+                preexec_fn=ending_with_this(),
             )
         except (OSError, subprocess.TimeoutExpired):
             continue

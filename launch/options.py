@@ -49,7 +49,7 @@ PhaseTimeoutOption = Annotated[
         min=1,
         help="Longest time without progress (a phase entered, a step ended) of any process of a "
         "cell.  [default: the matrix's phase_timeout_seconds; else 1800 for cells on several "
-        "devices, not counting evaluation, and none for those on one]",
+        "devices and 14400 for those on one, not counting evaluation]",
     ),
 ]
 SideBySideOption = Annotated[

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from harness import hub, provenance
+from harness.command import threads_of
 from harness.prediction import Prediction
 from harness.record import Record, Status
-from harness.store import Entry, record_key
+from harness.store import INCONCLUSIVE, Entry, record_key
 from launch.rescore import with_new_base_scores
 from matrices.cell import Cell, base_cells
 from matrices.errors import UserError, nearest
@@ -118,17 +119,25 @@ def retried_statuses(option: str | None) -> frozenset[Status]:
 
 def plan_jobs(
     cells: Sequence[Cell],
-    present: dict[str, Entry],
+    present: Mapping[str, Entry],
     retry: frozenset[Status] = RETRIED,
     score_base: bool = True,
     machine: Machine | None = None,
+    cores: Callable[[Cell], int | None] = lambda cell: None,
+    counts: Callable[[Record, int], bool] | None = None,
 ) -> list[Job]:
     """A job for every cell on this machine and stack: base cells first, then the matrix's order.
 
-    `machine` is what the rules are asked about, when it is another one than this.
+    `present` are the records in force. One counts for its cell when it was made by what the cell
+    would use here now, or as `counts` says, given the threads of each process. `machine` is what
+    the rules are asked about, when it is another one than this; `cores` are those that a cell gets,
+    none means all.
     """
     machine = machine or this_machine()
-    stack_id = provenance.stack_id(provenance.stack(), provenance.hardware())
+    counts = counts or made_here
+    measured: dict[str, list[Entry]] = {}
+    for entry in present.values():
+        measured.setdefault(entry.record.cell_id, []).append(entry)
     reasons = {cell.cell_id: _refusal(cell, machine) for cell in cells}
     bases = _bases(cell for cell in cells if not reasons[cell.cell_id]) if score_base else []
     everything = list({cell.cell_id: cell for cell in (*bases, *cells)}.values())
@@ -137,13 +146,35 @@ def plan_jobs(
     for cell in everything:
         cell_id = cell.cell_id
         refused = reasons[cell_id] if cell_id in reasons else _refusal(cell, machine)
-        key = record_key(cell_id, stack_id)
-        entry = present.get(key)
-        action, why = decide(entry.record if entry else None, refused, retry)
-        attempt = entry.record.attempt if entry else 0
+        threads = threads_of(cell, cores(cell))
+        key = key_of(cell, threads)
+        there = measured.get(cell_id, [])
+        found = max((e for e in there if counts(e.record, threads)), key=_rank, default=None)
+        action, why = decide(found.record if found else None, refused, retry)
+        seen = max((e.record.attempt for e in there if _key(e.record) == key), default=0)
         implied = cell_id not in reasons
-        jobs.append(Job(cell, key, names[cell_id], action, why, attempt, entry, implied))
+        jobs.append(Job(cell, key, names[cell_id], action, why, seen, found, implied))
     return with_new_base_scores(jobs)
+
+
+def key_of(cell: Cell, threads: int) -> str:
+    """The key of a cell on this machine and stack, with so many threads in each process."""
+    stack, hardware = provenance.stack(), provenance.hardware()
+    return record_key(cell.cell_id, provenance.stack_id(cell, stack, hardware, threads))
+
+
+def made_here(record: Record, threads: int) -> bool:
+    """Whether a record holds what its cell would use here now."""
+    return provenance.same_stack(record, provenance.stack(), provenance.hardware(), threads)
+
+
+def _key(record: Record) -> str:
+    return record_key(record.cell_id, record.stack_id)
+
+
+def _rank(entry: Entry) -> tuple[bool, str, int]:
+    record = entry.record
+    return record.status not in INCONCLUSIVE, record.ended or record.started, record.attempt
 
 
 def _bases(cells: Iterable[Cell]) -> Iterator[Cell]:

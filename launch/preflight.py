@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import os
-import signal
 import traceback
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 
 from harness.problems import Problem
+from launch.process import FORKS, died, kill_group, memory_kills
 from launch.server import Server, follow_parent
 from matrices.cell import Cell
 from matrices.errors import UserError
@@ -19,26 +18,25 @@ def problems(server: Server, module: str, cells: Sequence[Cell]) -> list[Problem
     """What the user has to put right, and before which of these cells can run.
 
     Waits for the fork server's imports first. Raises UserError when something keeps the run as a
-    whole from starting, and RuntimeError with the process's own traceback when the check itself
-    breaks.
+    whole from starting or the check is killed, and RuntimeError with the process's own traceback
+    when the check itself breaks.
     """
+    kills = memory_kills()
     receiver, sender = server.context.Pipe(duplex=False)
-    process = server.context.Process(target=_main, args=(module, list(cells), sender))
     try:
-        process.start()
+        process = server.start(_main, module, list(cells), sender)
     except (EOFError, OSError) as error:
-        raise RuntimeError(f"the stack cannot be imported:\n{server.said()}") from error
+        raise died(FORKS, None, server, kills) from error
     sender.close()
     try:
         found, wrong, broken = receiver.recv()
     except EOFError:
         process.join()
-        code = process.exitcode
-        raise RuntimeError(f"preflight died with exit code {code}:\n{server.said()}") from None
+        who = "the check of models, data and tasks"
+        raise died(who, process.exitcode, server, kills) from None
     except BaseException:
         # Stopped by the user: whatever it is importing or downloading is of no use now.
-        if process.pid is not None and process.is_alive():
-            os.killpg(process.pid, signal.SIGKILL)
+        kill_group(process)
         raise
     process.join()
     if broken:

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import psutil
 from filelock import FileLock
 
-from harness import rank_state
+from harness import lifetime, rank_state
 from harness.launched import Place
 from launch.server import Server, follow_parent
 from matrices.errors import UserError
@@ -31,6 +31,9 @@ from matrices.errors import UserError
 GRACE_SECONDS = 15.0
 
 ACCELERATE = "accelerate.commands.accelerate_cli"
+# multiprocessing's exit code of a process whose fork server died before it.
+LOST = 255
+FORKS = "the process that imports the stack"
 
 
 @dataclass(frozen=True)
@@ -82,17 +85,36 @@ def start_ranks(
     server: Server, module: str, working: Path, worker_lock: Path, ranks: Ranks
 ) -> list[Process]:
     """Fork a worker for every place, each the leader of its own session, for the `cell.json` in a
-    working directory. Rank 0 holds the worker lock while it lives."""
+    working directory. Rank 0 holds the worker lock while it lives. Raises UserError when the fork
+    server is killed."""
     (working / rank_state.DIRECTORY).mkdir(exist_ok=True)
-    processes: list[Process] = []
-    for place in ranks.places:
-        process = server.context.Process(
-            target=_rank_main, args=(module, str(working), str(worker_lock), ranks, place)
+    kills = memory_kills()
+    given = (module, str(working), str(worker_lock), ranks)
+    try:
+        return [server.start(_rank_main, *given, place) for place in ranks.places]
+    except (EOFError, OSError) as error:
+        raise died(FORKS, None, server, kills) from error
+
+
+def died(who: str, code: int | None, server: Server, kills: int) -> UserError:
+    """One line for a process that left no answer: what killed it, or the last that it said. `kills`
+    are the memory_kills from before."""
+    if memory_kills() > kills:
+        return UserError(
+            f"the kernel killed {who}: the machine's memory ran out; free some memory and run the "
+            "same command again"
         )
-        process.start()
-        server.keep(process.pid)
-        processes.append(process)
-    return processes
+    if code is not None and code < 0:
+        how = f"was killed by signal {-code} ({signal.Signals(-code).name})"
+    elif code not in (None, LOST):
+        how = f"ended with exit code {code} before its answer"
+    else:
+        how = "died"
+    said = server.said().splitlines()
+    last = f" ({said[-1].strip()})" if said else ""
+    return UserError(
+        f"{who} {how}{last}; run the same command again, and 'tunebench doctor' if it dies again"
+    )
 
 
 def _rank_main(module: str, working: str, worker_lock: str, ranks: Ranks, place: Place) -> None:
@@ -147,8 +169,11 @@ class Launched:
                 stderr=file,
                 start_new_session=True,
                 pass_fds=(hold,),
+                preexec_fn=lifetime.ending_with_this(),
                 # `python -m` would look in the current directory first.
-                env=os.environ | {"PYTHONSAFEPATH": "1"} | dict(environment or {}),
+                env=os.environ
+                | {"PYTHONSAFEPATH": "1", lifetime.VARIABLE: "1"}
+                | dict(environment or {}),
             )
         # accelerate itself only waits for its workers, and dies of a signal without passing it on.
         self.by_accelerate = Path(argv[0]).name == "accelerate" or ACCELERATE in argv
@@ -189,10 +214,14 @@ def kill_group(process: Process) -> None:
     if process.pid is None:
         return
     # torchrun puts each rank into a session of its own.
-    leaders = [each.pid for each in family(process) if _leads(each.pid)]
-    for pid in dict.fromkeys([process.pid, *leaders]):
+    members = family(process)
+    for pid in dict.fromkeys([process.pid, *(each.pid for each in members if _leads(each.pid))]):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(pid, signal.SIGKILL)
+    # One that was forked a moment ago is still in the group of this process.
+    for each in members:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.kill()
 
 
 def kill_strays(pids: Iterable[int], working: Path) -> None:
@@ -218,7 +247,7 @@ def read_progress(working: Path) -> Progress:
     """The worker's `progress.json`, or the default before there is one."""
     try:
         plain: dict[str, Any] = json.loads((working / "progress.json").read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):  # not yet there, or the disk is full
         return Progress()
     known = Progress.__dataclass_fields__
     return Progress(**{name: value for name, value in plain.items() if name in known})

@@ -16,16 +16,22 @@ from typing import Any
 import yaml
 
 from harness import provenance
+from harness.command import (
+    DEEPSPEED,
+    PORT,
+    PROFILE,
+    SINGLE_PROCESS,
+    accelerate,
+    by_hand,
+    is_spread,
+    threads_of,
+)
 from harness.files import write_atomically
 from matrices.cell import Cell
 from matrices.errors import UserError, nearest
 from matrices.profiles import DEEPSPEED_FILE, read_profile, rendered, values
 
 SHIPPED = Path(__file__).resolve().parent / "profiles"
-PROFILE = "profile.yaml"
-DEEPSPEED = "deepspeed.json"
-# Where the first of several machines listens: torchrun's own default.
-PORT = 29500
 
 
 def shipped() -> list[str]:
@@ -51,11 +57,6 @@ def question(name: str) -> str:
     return words.split(". ")[0].rstrip(".")
 
 
-def is_spread(cell: Cell) -> bool:
-    """Whether the cell trains in processes that `accelerate launch` starts together."""
-    return cell.train is not None and cell.parallelism not in ("single", "device-map")
-
-
 def content(cell: Cell) -> dict[str, Any]:
     """The profile of a cell, not filled in: its own, else the shipped one of its parallelism."""
     return dict(cell.profile) or read_profile(SHIPPED / f"{cell.parallelism}.yaml")
@@ -63,12 +64,14 @@ def content(cell: Cell) -> dict[str, Any]:
 
 def write(cell: Cell, directory: Path, gpu: bool | None = None) -> None:
     """Render the profile of a cell into a directory: `profile.yaml`, and `deepspeed.json` if it
-    names one. Nothing for a cell in one process. `gpu` is whether it trains on GPUs; none asks this
-    machine.
+    names one. Nothing for a cell in one process without a GPU. `gpu` is whether it trains on GPUs;
+    none asks this machine.
     """
-    if not is_spread(cell):
-        return
     gpu = _uses_gpu() if gpu is None else gpu
+    if not is_spread(cell):
+        if gpu:
+            write_atomically(directory / PROFILE, SINGLE_PROCESS.read_text())
+        return
     filled: dict[str, Any] = rendered(content(cell), values(cell, gpu))
     section = filled.get("deepspeed_config")
     if isinstance(section, dict) and isinstance(section.get(DEEPSPEED_FILE), dict):
@@ -89,47 +92,25 @@ def command(
     output: Path | None = None,
     address: str | None = None,
     port: int = PORT,
+    threads: int | None = None,
 ) -> list[str]:
-    """argv that runs the `cell.json` in a directory by hand, as the runner would.
-
-    `output` is where the record goes; none is a directory named after the cell's, where the command
-    is called. For a cell on several machines it is machine 0's command, which the others repeat
-    with their own `--machine_rank`; `address` and `port` are where its first rank listens, none
-    means this machine.
-    """
-    cell_path = directory / "cell.json"
-    output = output or Path(f"{directory.name}.by-hand")
-    if not is_spread(cell):
-        return provenance.worker_command(cell_path, output, gpu)
-    # 0 is any free port; several machines have to know it beforehand.
-    machines = ["--main_process_port", str(cell.profile.get("main_process_port", 0))]
-    if cell.nodes > 1:
-        machines = ["--machine_rank", "0", "--main_process_ip", address or socket.gethostname()]
-        # Rank 0 is then on machine 0, whichever machine comes first.
-        machines += ["--main_process_port", str(port), "--same_network"]
-    local_ranks = max(1, cell.devices // cell.nodes)
-    threads = max(1, provenance.cpu_threads() // local_ranks)
-    deepspeed = ["--deepspeed_config_file", str(directory / DEEPSPEED)]
-    return [
-        *provenance.accelerate(),
-        "launch",
-        *("--config_file", str(directory / PROFILE)),
-        *(deepspeed if names_deepspeed(cell) else ()),
-        *("--num_processes", str(cell.devices)),
-        *("--num_machines", str(cell.nodes)),
-        *machines,
-        *("--num_cpu_threads_per_process", str(threads)),
-        "--quiet",
-        *("--module", "harness.worker"),
-        str(cell_path),
-        str(output),
-    ]
+    """argv that runs the `cell.json` in a directory with this environment's accelerate, as the
+    runner would; see `harness.command.by_hand`. `address` and `port` are where the machines of a
+    cell on several meet, none means this machine; `threads` are those of each process."""
+    return by_hand(
+        cell,
+        gpu,
+        threads or threads_of(cell),
+        directory,
+        output or Path(f"{directory.name}.by-hand"),
+        accelerate(),
+        (address or socket.gethostname(), port),
+    )
 
 
-def names_deepspeed(cell: Cell) -> bool:
-    """Whether the cell's profile has a DeepSpeed file."""
-    section = content(cell).get("deepspeed_config")
-    return isinstance(section, dict) and isinstance(section.get(DEEPSPEED_FILE), dict)
+def command_into(cell: Cell, directory: Path, gpu: bool, output: Path, threads: int) -> list[str]:
+    """`command` with an output and threads of the caller's."""
+    return command(cell, directory, gpu, output, threads=threads)
 
 
 def launch_arguments(argv: Sequence[str]) -> list[str]:

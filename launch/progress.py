@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 from harness.record import Record
 from launch.plan import Job
 from launch.process import Progress
+from matrices.text import visible
 from reports.display import bytes_text
 
 if TYPE_CHECKING:
@@ -144,7 +145,7 @@ class PlainDisplay:
         self.told_waiting: set[bool] = set()
 
     def message(self, text: str) -> None:
-        print(f"tunebench: {text}", file=sys.stderr, flush=True)
+        print(f"tunebench: {visible(text)}", file=sys.stderr, flush=True)
 
     @contextlib.contextmanager
     def busy(self, text: str) -> Iterator[None]:
@@ -156,7 +157,7 @@ class PlainDisplay:
 
     def _line(self, job: Job, parts: Sequence[str]) -> None:
         prefix = f"{job.cell.cell_id[:12]} {self.schedule.position(job)} {job.label}"
-        print(f"{prefix}: {', '.join(parts)}", file=sys.stderr, flush=True)
+        print(visible(f"{prefix}: {', '.join(parts)}"), file=sys.stderr, flush=True)
         self.written[job.key] = time.monotonic()
 
     def cell_started(self, job: Job) -> None:

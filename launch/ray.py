@@ -18,7 +18,7 @@ from typing import Any
 from harness import provenance
 from harness.record import read_record
 from harness.store import Entry, Store, record_key
-from launch.elsewhere import check, present
+from launch.elsewhere import check, counting
 from launch.finish import finish_abandoned
 from launch.left_out import quickly_checked
 from launch.local import Finished, Runner
@@ -99,8 +99,10 @@ def plan(sweep: Sweep, nodes: Sequence[Node], there: Sequence[Entry]) -> list[Jo
     gpus = has_gpus(nodes)
     # How many devices and machines there are is asked of Ray (`asked`).
     machine = Machine(has_gpu=gpus, packages=provenance.stack().packages, nodes=None)
-    found = present(there, gpus)
-    return plan_jobs(sweep.cells, found, sweep.retry, sweep.score_base, machine)
+    found = {entry.directory.name: entry for entry in there}
+    return plan_jobs(
+        sweep.cells, found, sweep.retry, sweep.score_base, machine, counts=counting(gpus)
+    )
 
 
 @dataclass

@@ -1,32 +1,53 @@
-"""Repeat one recorded cell through its recorded command, as a new attempt."""
+"""Repeat one recorded cell by hand, as a new attempt.
+
+The cell is taken from the record and checked as one of a matrix is. Its command and its profile are
+made from it anew: a record, which may come from somebody else, is read and never run.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
 import os
-import shutil
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from harness import provenance
+from harness.command import is_spread, threads_of
 from harness.launched import Place
-from harness.record import Placement, Record, read_record
-from harness.store import Entry, Store, disk_errors, record_key
+from harness.record import Record, read_record
+from harness.store import Entry, Store, disk_errors
 from launch import profile
 from launch.finish import contamination, finish_abandoned, finish_record
 from launch.foretelling import Foretold, with_prediction
-from launch.plan import Job
+from launch.plan import Job, key_of, this_machine
 from launch.process import Launched, Ranks
 from launch.progress import Display
 from launch.slots import Grant, Lease, Slots
-from launch.starting import THREADS_OPTION, devices_here, first_record, placement
+from launch.starting import devices_here, first_record, placement
 from launch.stopping import stop_signals
 from launch.watching import POLL_SECONDS, limits_for, watch
 from matrices.cell import Cell, label
 from matrices.errors import UserError
+from matrices.rules import refusals
+
+# argv for a cell, the directory it is in, whether it computes on GPUs, where its record goes, and
+# the threads of each process.
+MakeCommand = Callable[[Cell, Path, bool, Path, int], list[str]]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to repeat a cell. `foretell` predicts it first, `trust_code` lets it run code that comes
+    with its model or its tasks."""
+
+    limit_seconds: float | None = None
+    phase_seconds: float | None = None
+    foretell: Callable[[Sequence[Cell]], Foretold] | None = None
+    trust_code: bool = False
 
 
 def record_path(named: Path) -> Path:
@@ -48,7 +69,7 @@ def differences(record: Record) -> str:
     was |= record.provenance.environment
     now |= provenance.environment()
     # The command names the threads, and the runner the devices it gives the command.
-    set_anew = {"OMP_NUM_THREADS"} if THREADS_OPTION in record.command else set()
+    set_anew = {"OMP_NUM_THREADS"} if provenance.recorded_threads(record) is not None else set()
     set_anew |= {"CUDA_VISIBLE_DEVICES"} if record.placement.devices else set()
     names = [name for name in (*was, *now) if was.get(name) != now.get(name)]
     names = [name for name in names if name not in set_anew]
@@ -65,59 +86,82 @@ def _commit(commit: str | None, dirty: bool | None) -> str:
     return f"{commit[:12]}{' (dirty)' if dirty else ''}" if commit else "–"
 
 
+def checked(record: Record, trust_code: bool) -> Cell:
+    """The cell of a record that may be run here. Raises UserError."""
+    cell = record.cell
+    if cell.cell_id != record.cell_id:
+        raise UserError(
+            f"the record's cell is {cell.cell_id[:12]} and not {record.cell_id[:12]}, as it says: "
+            "it was changed after the run; run its matrix again instead"
+        )
+    if cell.nodes > 1:
+        raise UserError(
+            f"a cell on {cell.nodes} machines is not repeated from one of them; run its matrix "
+            "again with --on slurm",
+            key="nodes",
+        )
+    if refused := refusals(cell, this_machine()):
+        raise UserError("; ".join(f"{each.rule}: {each.reason}" for each in refused))
+    if trust_code:
+        return cell
+    for key, what in (
+        ("model.trust_remote_code", cell.model.trust_remote_code and cell.model.name),
+        ("evaluate.include_path", cell.evaluate.tasks and cell.evaluate.include_path),
+    ):
+        if what:
+            raise UserError(
+                f"the cell runs code that comes with {what}; say --trust-remote-code if you trust "
+                "it",
+                key=key,
+            )
+    return cell
+
+
 def rerun(
-    path: Path,
-    display: Display,
-    limit_seconds: float | None,
-    foretell: Callable[[Sequence[Cell]], Foretold] | None = None,
+    path: Path, display: Display, options: Options, command: MakeCommand = profile.command_into
 ) -> tuple[Entry, int | None]:
     """Run the cell of a record again; gives the new record and the signal that stopped it.
 
-    `foretell` predicts it first. It is published beside the old one, on the stack that is
-    installed now. Raises UserError when the cell is running elsewhere or the directory cannot be
-    written.
+    It is published beside the old one, on the stack that is installed now. Raises UserError when
+    the cell cannot run here or is running elsewhere, or the directory cannot be written.
     """
     # Forked workers have it set too: see launch.server.start_server.
     os.environ.setdefault("OMP_NUM_THREADS", str(provenance.cpu_threads()))
     record = read_record(path)
-    if record.cell.nodes > 1:
-        raise UserError(
-            f"a cell on {record.cell.nodes} machines is not repeated from one of them; run its "
-            "matrix again with --on slurm",
-            key="nodes",
-        )
+    cell = checked(record, options.trust_code)
     if found := differences(record):
         display.message(f"the stack is not the recorded one: {found}")
     store = Store(path.absolute().parent.parent)
     store.prepare()
-    stack_id = provenance.stack_id(provenance.stack(), provenance.hardware())
-    key = record_key(record.cell_id, stack_id)
+    threads = provenance.recorded_threads(record) or threads_of(cell)
+    key = key_of(cell, threads)
     with contextlib.ExitStack() as held:
         signals = held.enter_context(stop_signals())
         if not held.enter_context(store.claim(key)):
             raise UserError(f"{key} is running at this moment, started by another runner")
         store.recover(key, finish_abandoned)
-        foretold = foretell([record.cell]) if foretell is not None else Foretold()
+        foretold = options.foretell([cell]) if options.foretell is not None else Foretold()
         lease = _leased(Slots(), record, display)
         held.callback(lease.release)
         signals.raising = False
         placed = placement("local", None, lease.grant)
-        first = partial(_first_record, record, grant=lease.grant, placed=placed)
+        first = partial(first_record, cell, grant=lease.grant, placed=placed, threads=threads)
         working = store.start(first, key)
-        _copy_profile(path.parent, working)
-        job = Job(record.cell, key, label(record.cell), "run", "rerun", 0, None)
+        profile.write(cell, working)
+        job = Job(cell, key, label(cell), "run", "rerun", 0, None)
         display.begin([job])
         display.cell_started(job)
         began = time.monotonic()
-        process = _launched(record, working, store.worker_lock(key), lease.grant)
-        limits = limits_for(record.cell.devices, limit_seconds, None)
+        gpu = provenance.uses_gpu(provenance.stack(), provenance.hardware())
+        argv = command(cell, working, gpu, working, threads)
+        process = _launched(argv, working, store.worker_lock(key), lease.grant)
+        limits = limits_for(cell.devices, options.limit_seconds, options.phase_seconds)
         show = partial(display.update, job)
-        count = record.cell.devices if profile.is_spread(record.cell) else 1
-        ranks = Ranks(places=(Place(local_ranks=count),))
+        ranks = Ranks(places=(Place(local_ranks=cell.devices if is_spread(cell) else 1),))
         outcome = watch([process], working, limits, lambda: signals.received, show, ranks)
         finished = finish_record(working, outcome)
         finished = finished.model_copy(update={"contaminated": contamination(finished)})
-        predicted = foretold.predictions.get(record.cell_id)
+        predicted = foretold.predictions.get(cell.cell_id)
         entry = store.publish(working, with_prediction(finished, predicted))
         display.cell_finished(job, entry.record, time.monotonic() - began)
     return entry, next(iter(signals.received), None)
@@ -131,42 +175,12 @@ def _leased(slots: Slots, record: Record, display: Display) -> Lease:
     return lease
 
 
-def _launched(record: Record, working: Path, worker_lock: Path, grant: Grant) -> Launched:
-    """The recorded command at work, holding the worker lock of its cell."""
+def _launched(argv: list[str], working: Path, worker_lock: Path, grant: Grant) -> Launched:
+    """The command at work, holding the worker lock of its cell."""
     with disk_errors(working.parent):
         hold = os.open(worker_lock, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(hold, fcntl.LOCK_EX)
-        argv = [*_launcher(record, working), str(working / "cell.json"), str(working)]
         return Launched(argv, working / "log.txt", hold, grant.environment)
     finally:
         os.close(hold)
-
-
-def _copy_profile(source: Path, working: Path) -> None:
-    """The recorded profile, as it is now beside the record."""
-    for name in (profile.PROFILE, profile.DEEPSPEED):
-        if (source / name).exists():
-            shutil.copyfile(source / name, working / name)
-
-
-def _launcher(record: Record, place: Path) -> list[str]:
-    """The recorded command without the two paths it ends in, with the profile of `place`. Raises
-    UserError when its program is not on this machine."""
-    program = record.command[0] if record.command else ""
-    if shutil.which(program) is None:
-        raise UserError(
-            f"the recorded command starts {program!r}, which is not on this machine; run the "
-            "matrix of this cell here instead"
-        )
-    of = f"{Path(record.command[-2]).parent}{os.sep}"
-    return [
-        f"{place}{os.sep}{part.removeprefix(of)}" if part.startswith(of) else part
-        for part in record.command[:-2]
-    ]
-
-
-def _first_record(of: Record, place: Path, attempt: int, grant: Grant, placed: Placement) -> Record:
-    fresh = first_record(of.cell, place, attempt, grant, placed)
-    command = [*_launcher(of, place), *fresh.command[-2:]]
-    return fresh.model_copy(update={"command": command})

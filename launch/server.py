@@ -12,17 +12,17 @@ import os
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from multiprocessing import connection, forkserver
+from multiprocessing import connection, forkserver, resource_tracker, util
 from multiprocessing.connection import Connection
-from multiprocessing.context import ForkServerContext
-from typing import IO
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from typing import IO, Any
 
 from harness import provenance
+from launch.fork_server import GROUP_SIGNALS, RUNNER
 
-# What a terminal, `timeout` and (SIGUSR2) SLURM send to all processes at once.
-GROUP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
+FORK_SERVER = "launch.fork_server"
 
 
 @dataclass
@@ -33,6 +33,19 @@ class Server:
     context: ForkServerContext
     output: IO[bytes]
     keeper: Connection | None = None
+
+    def start(self, target: Callable[..., None], *arguments: Any) -> ForkServerProcess:
+        """Fork a process. It is killed when this one is gone, even if something has frozen it.
+
+        Waits for the server's imports, the first time and when it was killed meanwhile. Raises
+        EOFError or OSError when the server dies.
+        """
+        with _inherited(self.output.fileno()):
+            forkserver.ensure_running()
+        process = self.context.Process(target=target, args=arguments)
+        process.start()
+        self.keep(process.pid)
+        return process
 
     def keep(self, pid: int | None) -> None:
         """Have a process group killed when this process is gone, even one that is frozen.
@@ -45,6 +58,8 @@ class Server:
                 keeper = self.context.Process(target=_keep, args=(receiver,), daemon=True)
                 keeper.start()
                 receiver.close()
+                # At exit the keeper is waited for, and it waits for this.
+                util.Finalize(self, self.keeper.close, exitpriority=10)
             try:
                 self.keeper.send(pid)
             except OSError:
@@ -66,7 +81,7 @@ def start_server(preload: list[str]) -> Server:
     # Explicit, so that a forked worker and the recorded command compute with equally many threads.
     os.environ.setdefault("OMP_NUM_THREADS", str(provenance.cpu_threads()))
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(preload)
+    context.set_forkserver_preload([FORK_SERVER, *preload])
     output = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - open as long as the server
     with _inherited(output.fileno()):
         forkserver.ensure_running()
@@ -75,27 +90,29 @@ def start_server(preload: list[str]) -> Server:
 
 @contextlib.contextmanager
 def _inherited(output: int) -> Iterator[None]:
-    """What a process started in the block inherits: an output, deafness to stop signals, a safe
-    path."""
-    # Ctrl-C, `timeout` and a closed terminal signal a whole process group: the server must live on
-    # to report how the worker ended. And a `harness.py` of the user's must not be imported.
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in GROUP_SIGNALS}
-    safe_path = os.environ.get("PYTHONSAFEPATH")
-    os.environ["PYTHONSAFEPATH"] = "1"
+    """What a server started in the block inherits: an output, the name of its runner, a safe path,
+    and stop signals blocked until it ignores them itself. One that comes to the runner meanwhile is
+    delivered at the end of the block."""
+    resource_tracker.ensure_running()  # it would unblock the signals
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, GROUP_SIGNALS)
+    # A `harness.py` of the user's must not be imported.
+    variables = {"PYTHONSAFEPATH": "1", RUNNER: str(os.getpid())}
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
     own = os.dup(1), os.dup(2)
     os.dup2(output, 1)
     os.dup2(output, 2)
     try:
         yield
     finally:
-        os.dup2(own[0], 1)
-        os.dup2(own[1], 2)
-        os.close(own[0])
-        os.close(own[1])
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        if safe_path is None:
-            del os.environ["PYTHONSAFEPATH"]
+        for number, kept in enumerate(own, 1):
+            os.dup2(kept, number)
+            os.close(kept)
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 def follow_parent() -> None:

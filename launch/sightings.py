@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import fcntl
 import os
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-
-from pydantic import ValidationError
 
 from harness import rank_state
 from harness.reading import RECORD, read_sound, records_in
 from harness.record import RankState, Record
 from harness.store import Entry, Store
 from launch.process import Progress, read_progress
+from matrices.errors import UserError
+
+LOCKS = Path("/proc/locks")
+# struct flock of Linux on 64 bits: type, whence, start, length, pid.
+FLOCK = struct.Struct("hhqqi4x")
 
 
 @dataclass(frozen=True)
@@ -53,8 +57,8 @@ def running(store: Store, wanted: Callable[[str], bool] = lambda key: True) -> l
             continue
         try:
             progress, ranks = read_progress(directory), rank_state.read_states(directory)
-        except (OSError, ValidationError):
-            continue  # published, or begun, at this very moment
+        except (OSError, ValueError, UserError):
+            continue  # published, or begun, at this very moment; or what is there is no record
         found.append(Running(key, directory, is_held(store, key), record, progress, ranks))
     return found
 
@@ -65,18 +69,40 @@ def is_held(store: Store, key: str) -> bool:
 
 
 def _locked(path: Path) -> bool:
+    """Whether anybody holds the lock of a file. It is asked for and never taken: who needs it at
+    this moment would be told that it is held."""
     try:
         lock = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
         return False
     try:
-        # Shared and for an instant: a runner that asks meanwhile asks again half a second later.
-        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+        return _on_this_machine(os.fstat(lock)) or _on_another(lock)
     finally:
         os.close(lock)
-    return False
+
+
+def _on_this_machine(file: os.stat_result) -> bool:
+    """proc(5): `1: FLOCK  ADVISORY  WRITE 123 08:01:2048 0 EOF`. Of another container it tells
+    nothing."""
+    major, minor, inode = os.major(file.st_dev), os.minor(file.st_dev), str(file.st_ino)
+    try:
+        lines = [line.split() for line in LOCKS.read_text().splitlines() if " -> " not in line]
+    except OSError:
+        return False
+    held = {fields[5].rpartition(":")[::2] for fields in lines if fields[1] == "FLOCK"}
+    if major == 0:  # btrfs and overlays number their devices otherwise there than in stat
+        return any(inode == number for _, number in held)
+    return (f"{major:02x}:{minor:02x}", inode) in held
+
+
+def _on_another(lock: int) -> bool:
+    """NFS turns flock into a lock of the server's (nfs(5)), which F_OFD_GETLK asks about."""
+    asked = FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+    try:
+        kind, *_ = FLOCK.unpack(fcntl.fcntl(lock, fcntl.F_OFD_GETLK, asked))
+    except OSError:
+        return False  # a file system without such locks
+    return bool(kind != fcntl.F_UNLCK)
 
 
 class Published:

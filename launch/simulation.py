@@ -18,6 +18,7 @@ from typing import IO, Any
 
 from pydantic import ValidationError
 
+from harness.lifetime import ending_with_this
 from harness.packaged import cache_directory
 from harness.prediction import Prediction, Request
 
@@ -81,6 +82,7 @@ class Simulation:
             stdout=subprocess.PIPE,
             stderr=said,
             start_new_session=True,
+            preexec_fn=ending_with_this(),
             # `python -m` would look in the current directory first.
             env=os.environ | {"PYTHONPATH": os.pathsep.join(path), "PYTHONSAFEPATH": "1"},
         )

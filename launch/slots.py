@@ -166,9 +166,13 @@ class Slots:
         some = len(chosen) < len(self.devices)
         # Only where it hides something: a variable that is set is part of the record.
         environment = {"CUDA_VISIBLE_DEVICES": ",".join(chosen)} if on_gpu and some else {}
-        share = provenance.cpu_threads() * len(chosen) // len(self.devices)
-        cores = None if self.exclusive else max(1, share)
-        return Grant(tuple(chosen), environment, self.exclusive, cores)
+        return Grant(tuple(chosen), environment, self.exclusive, self.cores(len(chosen)))
+
+    def cores(self, count: int) -> int | None:
+        """The processor cores that come with so many devices; none means all of them."""
+        if self.exclusive or not self.devices:
+            return None
+        return max(1, provenance.cpu_threads() * count // len(self.devices))
 
 
 def _release(locks: Iterable[FileLock]) -> None:

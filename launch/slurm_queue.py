@@ -13,6 +13,7 @@ import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from harness.lifetime import ending_with_this
 from matrices.errors import UserError, nearest
 
 # slurm.conf's default: without an answer from `scontrol show config` an array has at most so many.
@@ -107,7 +108,12 @@ def ask(*argv: str) -> str:
     """Standard output of one of SLURM's commands. Raises NoAnswer when it fails."""
     try:
         done = subprocess.run(  # noqa: S603 - a fixed command, no shell
-            argv, capture_output=True, text=True, timeout=ANSWER_SECONDS, check=False
+            argv,
+            capture_output=True,
+            text=True,
+            timeout=ANSWER_SECONDS,
+            check=False,
+            preexec_fn=ending_with_this(),
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise NoAnswer(f"{argv[0]}: {error}") from error

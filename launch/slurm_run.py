@@ -37,10 +37,11 @@ def run_on_slurm(
     entries = Published(store).new()
     jobs = plan_jobs(
         sweep.cells,
-        elsewhere.present(entries, slurm.on_gpu(on)),
+        {entry.directory.name: entry for entry in entries},
         sweep.retry,
         sweep.score_base,
         slurm.machine(on),
+        counts=elsewhere.counting(slurm.on_gpu(on)),
     )
     jobs = quickly_checked(jobs, display, sweep)
     to_run = [job for job in jobs if job.action in ("run", "retry")]

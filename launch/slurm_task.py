@@ -27,7 +27,7 @@ from launch.server import start_server
 from launch.slots import given
 from launch.slurm_queue import NoAnswer, ask, minutes
 from launch.starting import RENDEZVOUS_FILE, Rendezvous
-from launch.task import Order, key_here, run_cell
+from launch.task import Order, run_cell
 from matrices.cell import Cell
 from matrices.errors import UserError
 
@@ -77,15 +77,18 @@ class CellTask:
         return DelayedSubmission(CellTask(self.order, self.requeues))
 
 
-def announced(store: Store, key: str, job: str) -> Rendezvous | None:
-    """Where the first node of this start of the job waits, once it does."""
-    for _, working in store.abandoned(key):
+def announced(store: Store, cell: Cell, job: str) -> tuple[str, Rendezvous] | None:
+    """Where the first node of this start of the job waits, once it does, and its key of the cell:
+    it may have other processors than this one."""
+    for key, working in store.abandoned():
+        if not key.startswith(cell.cell_id[:12]):
+            continue
         try:
             found = Rendezvous(**json.loads((working / RENDEZVOUS_FILE).read_text()))
         except (OSError, ValueError):
             continue  # not written yet, or published meanwhile
         if found.job == job:
-            return found
+            return key, found
     return None
 
 
@@ -157,16 +160,17 @@ def join(order: Order, node: int) -> int:
     """Run this node's ranks of a cell on several; 0 when they ended well. Raises UserError when
     the first node has not begun within START_SECONDS."""
     cell = Cell.model_validate_json(order.cell)
-    store, key = Store(Path(order.results)), key_here(cell)
+    store = Store(Path(order.results))
     start_server(["harness.worker"])  # imports the stack while the first node does the same
     until = time.monotonic() + START_SECONDS
-    while (meeting := announced(store, key, order.job or "")) is None:
+    while (found := announced(store, cell, order.job or "")) is None:
         if time.monotonic() > until:
             raise UserError(
-                f"the first node has not begun {key} within {START_SECONDS:g} s; do all nodes see "
-                f"{store.root}?"
+                f"the first node has not begun {cell.cell_id[:12]} within {START_SECONDS:g} s; do "
+                f"all nodes see {store.root}?"
             )
         time.sleep(1.0)
+    key, meeting = found
     return follow(store, key, meeting, node, given(order.cpus, bool(order.exclusive)))
 
 

@@ -115,7 +115,7 @@ class Watcher:
     def _read_running(self) -> None:
         short = {cell_id[:12]: cell_id for cell_id in self.waiting}
         for seen in running(self.store, lambda key: key[:12] in short):
-            each = self.waiting.get(short[seen.key[:12]])
+            each = self.waiting.get(short.get(seen.key[:12], ""))
             if each is None or not seen.held:
                 continue
             if not each.started:

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from harness.lifetime import ending_with_this
 from harness.packaged import cache_directory
 from harness.provenance import MEASURED_PACKAGES, NOTED_PACKAGES
 from matrices.errors import UserError
@@ -240,7 +241,12 @@ def _install(pins: Iterable[str], target: Path, where: str) -> None:
         command += ["--disable-pip-version-check", "--target", str(made), *pins]
         environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
         done = subprocess.run(  # noqa: S603 - an argv of checked pins, no shell
-            command, capture_output=True, text=True, check=False, env=environment
+            command,
+            capture_output=True,
+            text=True,
+            check=False,
+            env=environment,
+            preexec_fn=ending_with_this(),
         )
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if line.strip()]

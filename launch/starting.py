@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import socket
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from harness import provenance
+from harness.command import PORT, by_hand, is_spread, threads_of
 from harness.files import write_atomically
 from harness.launched import Place
 from harness.record import Placement, Record
@@ -20,7 +20,6 @@ from launch.slots import Grant
 from matrices.cell import Cell
 
 Engine = Literal["by hand", "local", "slurm", "ray"]
-THREADS_OPTION = "--num_cpu_threads_per_process"
 RENDEZVOUS_FILE = "rendezvous.json"
 
 
@@ -52,23 +51,17 @@ def first_record(
     grant: Grant | None = None,
     placed: Placement | None = None,
     meeting: Rendezvous | None = None,
+    threads: int | None = None,
 ) -> Record:
-    """The record an attempt starts with; its command is valid once it is published at `place`."""
-    given = _command(cell, place, grant, meeting)
-    record = provenance.new_record(cell, given, attempt)
-    if grant is not None:
-        record.provenance.environment |= _environment(given, grant)
-    return record.model_copy(update={"placement": placed or Placement()})
-
-
-def _command(cell: Cell, place: Path, grant: Grant | None, meeting: Rendezvous | None) -> list[str]:
+    """The record an attempt starts with; its command is called in the record's directory."""
+    threads = threads or threads_of(cell, grant.cores if grant is not None else None)
     gpu = provenance.uses_gpu(provenance.stack(), provenance.hardware())
-    where = (meeting.address, meeting.port) if meeting is not None else ()
-    given = profile.command(cell, place, gpu, Path(f"{place.name}.by-hand"), *where)
-    if grant is not None and grant.cores is not None:
-        threads = max(1, grant.cores // _local_ranks(cell))
-        given[given.index(THREADS_OPTION) + 1] = str(threads)
-    return given
+    met = (meeting.address, meeting.port) if meeting is not None else (socket.gethostname(), PORT)
+    command = by_hand(cell, gpu, threads, meeting=met)
+    record = provenance.new_record(cell, command, attempt, threads)
+    if grant is not None:
+        record.provenance.environment |= _environment(threads, grant)
+    return record.model_copy(update={"placement": placed or Placement()})
 
 
 def placement(engine: Engine, job: str | None, grant: Grant) -> Placement:
@@ -82,15 +75,10 @@ def placement(engine: Engine, job: str | None, grant: Grant) -> Placement:
     )
 
 
-def _local_ranks(cell: Cell) -> int:
-    return devices_here(cell) if profile.is_spread(cell) else 1
-
-
-def _environment(command: Sequence[str], grant: Grant) -> dict[str, str]:
+def _environment(threads: int, grant: Grant) -> dict[str, str]:
     """What is set in every process of a cell: the devices it may see, and the number of threads
     that its recorded command names."""
-    threads = {"OMP_NUM_THREADS": command[command.index(THREADS_OPTION) + 1]}
-    return threads | grant.environment
+    return {"OMP_NUM_THREADS": str(threads)} | grant.environment
 
 
 def ranks(
@@ -105,10 +93,13 @@ def ranks(
 
     Raises UserError when the port that its profile asks for is in use.
     """
-    given = _command(cell, working, grant, meeting)
-    variables = _environment(given, grant)
-    if not profile.is_spread(cell):
+    threads = threads_of(cell, grant.cores)
+    variables = _environment(threads, grant)
+    if not is_spread(cell):
         return Ranks(environment=variables)
+    gpu = provenance.uses_gpu(provenance.stack(), provenance.hardware())
+    address, port = (meeting.address, meeting.port) if meeting is not None else (None, PORT)
+    given = profile.command(cell, working, gpu, None, address, port, threads)
     count = devices_here(cell)
     met = meeting or Rendezvous("127.0.0.1", free_port(fixed_port(cell)), "")
     first = Place(0, count, node_rank, cell.nodes, met.address, met.port)

@@ -63,14 +63,15 @@ def look(results: Path) -> Sweep:
     """Everything a results directory and SLURM's queue tell now."""
     store = Store(results)
     sweep = Sweep()
-    for entry in Published(store).new():
-        last = sweep.entries.get(entry.record.cell_id)
-        if last is None or _rank(last) < _rank(entry):
-            sweep.entries[entry.record.cell_id] = entry
+    # First what runs: a cell that is published meanwhile is seen twice, and never not at all.
     for seen in running(store):
         known = sweep.running.get(seen.record.cell_id)
         if known is None or (known.held, known.record.attempt) < (seen.held, seen.record.attempt):
             sweep.running[seen.record.cell_id] = seen
+    for entry in Published(store).new():
+        last = sweep.entries.get(entry.record.cell_id)
+        if last is None or _rank(last) < _rank(entry):
+            sweep.entries[entry.record.cell_id] = entry
     arrays = slurm.known_arrays(store)
     for array in arrays:
         sweep.names |= dict(zip(array.cells, array.labels, strict=True))

@@ -14,12 +14,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from harness import provenance
+from harness.command import threads_of
 from harness.record import Record
-from harness.store import Entry, Store, record_key
+from harness.store import Entry, Store
 from launch.foretelling import foretell
 from launch.local import Runner
-from launch.plan import Job, plan_jobs, this_machine
+from launch.plan import Job, key_of, plan_jobs, this_machine
 from launch.prediction_progress import show_for_stderr
 from launch.progress import PlainDisplay
 from launch.slots import given
@@ -109,19 +109,20 @@ def run_cell(
     return _report(cell, finished.entries.get(job.key), finished.stopped_by)
 
 
-def key_here(cell: Cell) -> str:
-    """The key of a cell on this machine and stack."""
-    return record_key(cell.cell_id, provenance.stack_id(provenance.stack(), provenance.hardware()))
-
-
 def _job(order: Order, cell: Cell, store: Store) -> Job:
     """The cell's job on this machine and stack. The attempt that was there when the cell was
     ordered is what the order repeats; a later one is its answer."""
-    key = key_here(cell)
+    key = key_of(cell, threads_of(cell, order.cpus))
     last = store.latest_of(key)
     # The engine has gathered as many machines as the cell is for.
     machine = dataclasses.replace(this_machine(), nodes=cell.nodes)
-    [job] = plan_jobs([cell], {key: last} if last else {}, score_base=False, machine=machine)
+    [job] = plan_jobs(
+        [cell],
+        {key: last} if last else {},
+        score_base=False,
+        machine=machine,
+        cores=lambda _: order.cpus,
+    )
     seen = order.attempts.get(key, 0)
     asked_again = job.action == "keep" and last is not None and last.record.attempt <= seen
     return dataclasses.replace(

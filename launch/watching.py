@@ -44,7 +44,10 @@ LOST_SECONDS = 60.0
 START_SECONDS = 600.0
 # Longest wait for the GPUs to give back what killed processes held.
 RELEASE_SECONDS = 60.0
+# Longest time without progress unless the user says another: of ranks, which wait for each other,
+# and of one process, where a step on a processor or reading a large model may take hours.
 PHASE_SECONDS = 1800.0
+SINGLE_PHASE_SECONDS = 4 * 3600.0
 # Exit codes of processes that no other rank's failure brought down; they died soon after their last
 # heartbeat, before their peers could notice.
 SUDDEN = (-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGBUS)
@@ -64,10 +67,11 @@ class Limits:
 
 
 def limits_for(devices: int, cell_seconds: float | None, phase_seconds: float | None) -> Limits:
-    """The limits of a cell on so many devices; ranks that wait for each other always have one."""
-    if phase_seconds is None and devices > 1:
-        return Limits(cell_seconds, PHASE_SECONDS, of_evaluation=False)
-    return Limits(cell_seconds, phase_seconds)
+    """The limits of a cell on so many devices. Without one of the user's, a phase has a default."""
+    if phase_seconds is not None:
+        return Limits(cell_seconds, phase_seconds)
+    default = PHASE_SECONDS if devices > 1 else SINGLE_PHASE_SECONDS
+    return Limits(cell_seconds, default, of_evaluation=False)
 
 
 @dataclass(frozen=True)

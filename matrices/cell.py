@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic_core import to_jsonable_python
 
 Method = Literal["base", "full", "lora", "qlora"]
 Dtype = Literal["bf16", "fp16", "fp32"]
@@ -251,22 +253,53 @@ SECTIONS: dict[str, type[Section]] = {
     "evaluate": Evaluate,
 }
 
+# Those that a cell may be without.
+_OPTIONAL = [name for name in SECTIONS if Cell.model_fields[name].default is None]
+
+# Settings whose content is known by a fingerprint beside them.
+LOCAL_PATHS = {"model": ("name", "config"), "data": ("source",)}
+
 # Settings that stand in no section.
 TOP_LEVEL = tuple(name for name in Cell.model_fields if name not in SECTIONS)
+_TOP_LEVEL_DEFAULTS = {
+    name: Cell.model_fields[name].get_default(call_default_factory=True) for name in TOP_LEVEL
+}
 
 
 def canonical_json(cell: Cell) -> str:
     """Sorted JSON of what differs from the defaults; where a local path has a fingerprint, the
     content speaks and the path does not."""
-    plain = cell.model_dump(mode="json", exclude_defaults=True)
+    parts = [top_level_json(name, getattr(cell, name)) for name in TOP_LEVEL]
+    parts += [section_json(name, getattr(cell, name)) for name in SECTIONS]
+    return joined_json(parts)
+
+
+def joined_json(parts: Iterable[str]) -> str:
+    """The canonical JSON of a cell from that of its settings and sections, in any order."""
+    return "{" + ",".join(sorted(filter(None, parts))) + "}"
+
+
+def top_level_json(name: str, value: Any) -> str:
+    """`"seed":1`, or nothing for the default."""
+    if value == _TOP_LEVEL_DEFAULTS[name]:
+        return ""
+    text = str(value) if type(value) is int else _sorted_json(to_jsonable_python(value))
+    return f'"{name}":{text}'
+
+
+def section_json(name: str, section: Section | None) -> str:
+    """`"model":{...}`; nothing for a section that is not there or is what it is by default."""
+    if section is None:
+        return ""
+    plain = section.model_dump(mode="json", exclude_defaults=True)
+    if plain.get("fingerprint"):
+        for key in LOCAL_PATHS.get(name, ()):
+            plain.pop(key, None)
     # A section that is there but all default must differ from one that is not there.
-    for name in ("quantization", "adapter", "data", "train"):
-        if getattr(cell, name) is not None:
-            plain.setdefault(name, {})
-    for name, path_keys in (("model", ("name", "config")), ("data", ("source",))):
-        if plain.get(name, {}).get("fingerprint"):
-            for key in path_keys:
-                plain[name].pop(key, None)
+    return f'"{name}":{_sorted_json(plain)}' if plain or name in _OPTIONAL else ""
+
+
+def _sorted_json(plain: Any) -> str:
     return json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 
 

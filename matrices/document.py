@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from matrices.errors import UserError
+from matrices.text import CONTROL, visible
 
 # Aliases may share nodes, so a short text can stand for an endless tree.
 MAX_NODES = 100_000
@@ -144,6 +145,11 @@ class _Builder:
 
 def _scalar(kind: str, text: str, where: str) -> Any:
     if kind == "str":
+        if found := CONTROL.search(text):
+            raise UserError(
+                f"{visible(text)} holds a control character, {visible(found[0])}; remove it",
+                where=where,
+            )
         return text
     if kind == "null":
         return None

@@ -15,23 +15,32 @@ and ranks 8 and 64, full fine-tuning stays, as the cell that rank 8 collapses to
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from hashlib import sha256
 from itertools import product
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from matrices.cell import SECTIONS, TOP_LEVEL, Cell, Data
+from matrices.cell import (
+    SECTIONS,
+    TOP_LEVEL,
+    Cell,
+    Data,
+    joined_json,
+    section_json,
+    top_level_json,
+)
 from matrices.data_format import COLUMN_SETTINGS, format_named
 from matrices.errors import UserError
-from matrices.load import Entry, Matrix
+from matrices.load import MAX_COMBINATIONS, Entry, Matrix
 from matrices.models import config_name
 from matrices.presets import PRESETS
 from matrices.settings import DEFAULTS, PRESET, show, validate
-
-MAX_COMBINATIONS = 1_000_000
 
 # Sections that mean nothing for a method.
 UNUSED: dict[str, tuple[str, ...]] = {
@@ -46,6 +55,12 @@ RECIPE = tuple(
     for leaf in ("include_path", "limit", "num_fewshot", "batch_size", "apply_chat_template")
 )
 
+# Sections of which a setting is a mapping.
+MAPPED = {
+    section
+    for section, model in SECTIONS.items()
+    if any("dict" in str(field.annotation) for field in model.model_fields.values())
+}
 COLUMN_KEYS = {f"data.{leaf}" for leaves in COLUMN_SETTINGS.values() for leaf in leaves}
 GLOBAL_BATCH = "train.global_batch_size"
 
@@ -65,21 +80,10 @@ class Expansion:
 def expand(matrix: Matrix) -> Expansion:
     """All cells of a matrix. Raises UserError (with file and line) when an include and an exclude
     contradict each other, nothing is left, or there are more than a million combinations."""
-    size = math.prod(len(values) for values in matrix.axes.values())
-    if size > MAX_COMBINATIONS:
-        raise UserError(
-            f"the axes make {size:,} combinations; at most {MAX_COMBINATIONS:,} are expanded",
-            key="axes",
-            where=matrix.locate("axes"),
-        )
+    _check_size(matrix)
     builder = _Builder(matrix)
-    kept = 0
-    for combination in _combinations(matrix, None):
-        if not builder.excluded(combination):
-            kept += 1
-            builder.add(combination)
-    for entry in matrix.include:
-        kept += _include(matrix, builder, entry)
+    with _no_collection():
+        kept = _build(matrix, builder)
     if not builder.cells:
         raise UserError(
             "every combination is excluded, so nothing is left to run; remove an entry",
@@ -89,6 +93,46 @@ def expand(matrix: Matrix) -> Expansion:
     idle = (*_unmatched(matrix, builder), *_idle_axes(matrix, builder.methods))
     notes = (*matrix.notes, *builder.notes, *idle)
     return Expansion(tuple(builder.cells.values()), kept, notes)
+
+
+def _build(matrix: Matrix, builder: _Builder) -> int:
+    """Add every combination; how many are left after exclude."""
+    kept = 0
+    for combination in _combinations(matrix, None):
+        if not builder.excluded(combination):
+            kept += 1
+            builder.add(combination)
+    return kept + sum(_include(matrix, builder, entry) for entry in matrix.include)
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Without python's search for cycles, of which cells have none: it would look at each cell
+    again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _check_size(matrix: Matrix) -> None:
+    """Count the combinations before one is made."""
+    lengths = {key: len(values) for key, values in matrix.axes.items()}
+    size = math.prod(lengths.values())
+    for entry in matrix.include:
+        size += math.prod(n for key, n in lengths.items() if key not in entry.settings)
+    if size <= MAX_COMBINATIONS:
+        return
+    longest = max(lengths, key=lambda key: lengths[key])
+    raise UserError(
+        f"the axes make {size:,} combinations, the longest of {lengths[longest]:,} values "
+        f"({longest}); at most {MAX_COMBINATIONS:,} are expanded",
+        key="axes",
+        where=matrix.locate("axes"),
+    )
 
 
 def _combinations(matrix: Matrix, entry: Entry | None) -> Iterator[Combination]:
@@ -176,23 +220,36 @@ def _include(matrix: Matrix, builder: _Builder, entry: Entry) -> int:
     return kept
 
 
+class _Part(NamedTuple):
+    """A section of cells, as it is shared by all that have it."""
+
+    number: int
+    built: Any
+    json: str
+
+
 class _Builder:
     """Collects distinct cells. Combinations collapse as plain dicts; each distinct section is
-    validated once, each distinct cell built once."""
+    validated and written as JSON once, each distinct cell built once."""
 
     def __init__(self, matrix: Matrix) -> None:
         self.matrix = matrix
-        self.cells: dict[str, Cell] = {}
+        self.cells: dict[bytes, Cell] = {}
         self.notes: list[str] = []
         self.methods: set[str] = set()
         self.matched: set[int] = set()
         self.seen: set[tuple[Any, ...]] = set()
-        self.sections: dict[tuple[Any, ...], Any] = {}
+        self.parts: dict[str, dict[tuple[Any, ...], _Part]] = {name: {} for name in SECTIONS}
         self.leaves = {
             section: tuple(f"{section}.{leaf}" for leaf in model.model_fields)
             for section, model in SECTIONS.items()
         }
         self.pick = {section: itemgetter(*names) for section, names in self.leaves.items()}
+        self.used = {
+            method: tuple(name for name in SECTIONS if name not in unused)
+            for method, unused in UNUSED.items()
+        }
+        self.given: dict[str, set[str]] = {}
 
     def excluded(self, combination: Combination) -> Entry | None:
         """The first exclude that matches; every one that does counts as used."""
@@ -207,31 +264,42 @@ class _Builder:
         method = combination["method"]
         self.methods.add(method)
         collapsed = collapse(combination)
-        model_path = combination["model.config"] or combination["model.name"]
-        for section, path in (("model", model_path), ("data", combination["data.source"])):
-            collapsed[f"{section}.fingerprint"] = self.matrix.fingerprints.get(path)
-        keys = {
-            # Mappings cannot be hashed; within one expansion the object stands for its content.
-            section: tuple(id(v) if type(v) is dict else v for v in pick(collapsed))
-            for section, pick in self.pick.items()
-            if section not in UNUSED[method]
-        }
-        top = {name: collapsed[name] for name in TOP_LEVEL}
-        identity = (*(id(v) if type(v) is dict else v for v in top.values()), *keys.items())
+        model_path = collapsed["model.config"] or collapsed["model.name"]
+        fingerprints = self.matrix.fingerprints
+        collapsed["model.fingerprint"] = fingerprints.get(model_path)
+        collapsed["data.fingerprint"] = fingerprints.get(collapsed["data.source"])
+        parts = {name: self.part(name, collapsed) for name in self.used[method]}
+        top = [collapsed[name] for name in TOP_LEVEL]
+        identity = (*map(_hashable, top), *[part.number for part in parts.values()])
         if identity in self.seen:
             return
         self.seen.add(identity)
-        parts = {section: self.section(section, key, collapsed) for section, key in keys.items()}
-        cell = Cell(**top, **parts)
-        self.cells.setdefault(cell.cell_id, cell)
+        written = [top_level_json(name, value) for name, value in zip(TOP_LEVEL, top, strict=True)]
+        written += [part.json for part in parts.values()]
+        digest = sha256(joined_json(written).encode()).digest()
+        if digest not in self.cells:
+            built = {name: part.built for name, part in parts.items()}
+            cell = Cell(**dict(zip(TOP_LEVEL, top, strict=True)), **built)
+            # One set for all: a million cells are to fit.
+            shared = self.given.setdefault(method, cell.model_fields_set)
+            object.__setattr__(cell, "__pydantic_fields_set__", shared)
+            self.cells[digest] = cell
 
-    def section(self, section: str, key: tuple[Any, ...], collapsed: Combination) -> Any:
-        built = self.sections.get((section, key))
-        if built is None:
-            names = self.leaves[section]
-            values = {name.partition(".")[2]: collapsed[name] for name in names}
-            built = self.sections[section, key] = SECTIONS[section](**values)
-        return built
+    def part(self, section: str, collapsed: Combination) -> _Part:
+        values = self.pick[section](collapsed)
+        key = tuple(map(_hashable, values)) if section in MAPPED else values
+        part = self.parts[section].get(key)
+        if part is None:
+            names = SECTIONS[section].model_fields
+            built = SECTIONS[section](**dict(zip(names, values, strict=True)))
+            part = _Part(len(self.parts[section]), built, section_json(section, built))
+            self.parts[section][key] = part
+        return part
+
+
+def _hashable(value: Any) -> Any:
+    # Mappings cannot be hashed; within one expansion the object stands for its content.
+    return id(value) if type(value) is dict else value
 
 
 def collapse(combination: Mapping[str, Any]) -> Combination:

@@ -27,6 +27,7 @@ from matrices.settings import (
 )
 
 SHIPPED = Path(__file__).parent
+MAX_COMBINATIONS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -204,14 +205,16 @@ class _Reader:
                 where=spot.where,
             )
         values: list[Any] = []
+        seen: set[str] = set()
         for item in spot.value:
             value = self.checked(key, item)
-            if value in values:
+            if (text := repr(value)) in seen:
                 raise UserError(
                     f"{show(value)} stands twice in this axis; remove one",
                     key=key,
                     where=item.where,
                 )
+            seen.add(text)
             values.append(value)
         return Spot(tuple(values), spot.where)
 
@@ -289,9 +292,20 @@ def _overridden(matrix: Matrix, overrides: Sequence[str], seeds: int | None) -> 
         where = f"--seeds {seeds}"
         if seeds < 1:
             raise UserError("write a count of at least 1", key="seed", where=where)
-        axis = Spot([Spot(seed, where) for seed in range(seeds)], where)
-        _once(written, {"seed": axis})
+        if seeds > MAX_COMBINATIONS:
+            raise UserError(
+                f"makes {seeds:,} cells of each; at most {MAX_COMBINATIONS:,} combinations are "
+                "expanded",
+                key="seed",
+                where=where,
+            )
+        _once(written, {"seed": Spot(seeds, where)})
+        del written["seed"]
     constants, axes = dict(matrix.constants), dict(matrix.axes)
+    if seeds is not None:
+        reader.places["seed"] = f"--seeds {seeds}"
+        constants.pop("seed", None)
+        axes["seed"] = tuple(range(seeds))
     for key, spot in written.items():
         if is_axis(key, spot):
             constants.pop(key, None)

@@ -68,7 +68,8 @@ its place among the rows. Cells find what was prepared in the cache.
 * `score_base`: `true` (the default) scores the untouched and the quantized base too.
 * `timeout_seconds`: the longest a cell may take; no limit if not given.
 * `phase_timeout_seconds`: the longest a cell may stay in one phase (loading, the memory steps,
-  training, scoring) or at one step; no limit if not given.
+  training, scoring) or at one step. If not given, 1800 for cells on several devices and 14400 for
+  those on one, and no limit for scoring.
 
 Weakest first: defaults, preset, constants, axes, `include`; `--set` replaces a constant or a whole
 axis. In `--set` a list is an axis (`--set rank=[8,64]`); for a setting that is a list, a list of

@@ -219,14 +219,20 @@ def runs_text(groups: Sequence[Group], superseded: int) -> str:
 
 
 def caption(
-    groups: Sequence[Group], shown: Sequence[str], hidden: Sequence[str], superseded: int
+    groups: Sequence[Group],
+    shown: Sequence[str],
+    hidden: Sequence[str],
+    superseded: int,
+    where: str = "",
 ) -> list[str]:
-    """The sentences under a table; what has nothing to say is left out."""
+    """The sentences under a table; what has nothing to say is left out. `where` tells how the
+    machines of its rows differ from the first one's."""
     results: list[Result] = [result for item in groups for result in item.results]
     records = [result.record for result in results]
     lines = [
         constants_text(groups, shown),
         f"Measured on {hardware_text(records[0])}; {software_text(records)}.",
+        where,
         memory_text(records),
         verified_caption(records),
         prediction_text(records),

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from harness.command import HERE, of_record
 from harness.recipe import softmax_dtype
 from harness.record import CATEGORIES, PHASES, Record
 from matrices.cell import SECTIONS, flatten
@@ -134,8 +135,8 @@ def _provenance() -> list[Column]:
         Column("started", "started", "string", "started", "ISO 8601, UTC"),
         Column("ended", "ended", "string", "ended", "ISO 8601, UTC"),
         Column(
-            "command", lambda record: shlex.join(record.command), "string", "command",
-            "reproduces this cell by hand",
+            "command", lambda record: shlex.join(of_record(record, HERE)), "string", "command",
+            "reproduces this cell by hand, called in the record's directory",
         ),
         Column("commit", "stack.commit", "string", "commit", "of a tunebench checkout"),
         Column("dirty", "stack.dirty", "boolean", "dirty", "the checkout had local changes"),

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from matrices.text import visible
 from reports.columns import COLUMNS
 from reports.effects import NotComparable
 from reports.measured import quality_keys
@@ -48,7 +49,7 @@ def frame(records: Sequence[Result]) -> pd.DataFrame:
         row |= {"superseded": id(result) not in in_force, "record": result.path.as_posix()}
         for task, metric in keys:
             row |= _quality(result, newest, task, metric)
-        rows.append(row)
+        rows.append({name: visible(v) if isinstance(v, str) else v for name, v in row.items()})
     dtypes = _dtypes(keys)
     table = pd.DataFrame(rows, columns=list(dtypes))
     return table.astype(dtypes)

@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
+from harness import provenance
 from harness.record import Record
 from matrices.cell import SECTIONS, TOP_LEVEL, Cell, Parallelism, flatten, label
 from matrices.labels import labels
-from reports.results import Result
+from reports.results import Result, environment
 
 SETTINGS = list(TOP_LEVEL) + [
     f"{name}.{leaf}" for name, section in SECTIONS.items() for leaf in section.model_fields
@@ -74,7 +75,8 @@ def group(results: Sequence[Result]) -> list[Group]:
     found: dict[tuple[str, str], list[Result]] = {}
     for result in results:
         record = result.record
-        key = (record.cell.model_copy(update={"seed": 0}).cell_id, record.stack_id)
+        unseeded = record.cell.model_copy(update={"seed": 0}).cell_id
+        key = (unseeded, provenance.recorded_stack_id(record))
         found.setdefault(key, []).append(result)
     return [
         Group(tuple(sorted(members, key=lambda result: result.record.cell.seed)))
@@ -83,12 +85,13 @@ def group(results: Sequence[Result]) -> list[Group]:
 
 
 def section_key(record: Record) -> tuple[str, ...]:
-    """What one table may hold: one model on one stack and one number of devices."""
+    """What one table may hold: one model in one environment and on one number of devices. What
+    else differs between the machines of its rows is marked (`reports.origins`)."""
     model = record.cell.model
     return (
         model.fingerprint or model.name,
         model.revision or "",
-        record.stack_id,
+        environment(record),
         str(record.hardware.accelerator_count),
     )
 

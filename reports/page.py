@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from reports.figures import Drawing, drawings
 from reports.groups import Group, group, names, section_key, sort_key
 from reports.markup import Html, tag
 from reports.page_style import STYLE
-from reports.render import record_link, render, short_id
+from reports.render import command_text, record_link, render, short_id
 from reports.results import Result, index
 from reports.table import Table
 from reports.tables import section_title
@@ -142,7 +141,7 @@ def _runs(results: Sequence[Result], directory: Path) -> Html:
                 tag("td", tag("span", status, class_=f"chip {record.status}")),
                 tag("td", seconds_text(_took(result)), class_="number"),
                 tag("td", _why(record)),
-                tag("td", tag("code", shlex.join(record.command))),
+                tag("td", tag("code", command_text(result, directory))),
             )
         )
     table = tag(

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import quote
 
+from harness.command import of_record
 from matrices.errors import UserError, nearest
 from reports.display import DASH, harmless, printable
 from reports.effects import Estimate
@@ -51,8 +52,7 @@ def render(table: Table, format: str, relative_to: Path | None = None) -> str:
     Links to records (md, html) are relative to the directory `relative_to`; without one there are
     none. Raises UserError for another format.
     """
-    if format not in FORMATS:
-        raise UserError(f"no format {format!r}{nearest(format, FORMATS)}", key="--format")
+    check_format(format)
     if format == "md":
         return _markdown(table, relative_to)
     if format == "html":
@@ -60,10 +60,26 @@ def render(table: Table, format: str, relative_to: Path | None = None) -> str:
     return {"csv": _csv, "latex": _latex, "text": _text}[format](table)
 
 
+def check_format(format: str) -> None:
+    """Raises UserError for a word that is no format."""
+    if format not in FORMATS:
+        raise UserError(
+            f"no format {format!r}{nearest(format, FORMATS)}; there are {', '.join(FORMATS)}",
+            key="--format",
+        )
+
+
 def record_link(result: Result, relative_to: Path) -> str:
     """A relative URL of a record, safe in an attribute and in a Markdown link."""
     path = os.path.relpath(result.path.absolute(), relative_to.absolute())
     return quote(Path(path).as_posix())
+
+
+def command_text(result: Result, relative_to: Path) -> str:
+    """What reproduces a cell by hand, called in the directory `relative_to`."""
+    directory = Path(os.path.relpath(result.directory.absolute(), relative_to.absolute()))
+    output = Path(f"{result.directory.absolute().name}.by-hand")
+    return shlex.join(of_record(result.record, directory, output))
 
 
 def short_id(result: Result) -> str:
@@ -217,7 +233,7 @@ def _html_records(row: Row, relative_to: Path) -> Html:
             "p",
             tag("a", short_id(result), href=record_link(result, relative_to)),
             f" seed {result.record.cell.seed}, {result.record.status}",
-            tag("code", shlex.join(result.record.command)),
+            tag("code", command_text(result, relative_to)),
         )
         for result in row.group.results
     ]

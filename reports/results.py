@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness import hub
+from harness import hub, provenance
 from harness.reading import read_sound, record_files, set_aside
 from harness.recipe import WITHOUT_ARGUMENT, softmax_dtype
 from harness.record import Record
@@ -49,8 +49,23 @@ class Result:
             return None
 
 
-# By cell, stack, and for a base model the precision of its scores (see `index`).
-Index = dict[tuple[str, str, str], Result]
+class Index(dict[tuple[str, str, str], Result]):
+    """The results in force, by cell, by what of the stack it used, and for a base model by the
+    precision of its scores (see `index`)."""
+
+    @functools.cached_property
+    def by_environment(self) -> dict[tuple[str, str, str], Result]:
+        """The newest of each cell in each environment, whatever of it the cell used."""
+        found: dict[tuple[str, str, str], Result] = {}
+        for (_, _, precision), result in self.items():
+            key = (result.record.cell_id, environment(result.record), precision)
+            if key not in found or _age(result) > _age(found[key]):
+                found[key] = result
+        return found
+
+
+def environment(record: Record) -> str:
+    return provenance.environment_id(record.stack, record.hardware)
 
 
 def _read_samples(path: Path) -> pd.DataFrame:
@@ -115,29 +130,31 @@ def index(results: Iterable[Result]) -> Index:
     """By cell and stack the result in force: the newest conclusive attempt, or the newest attempt
     when none is conclusive. Of a base model one for each precision of log-likelihoods, so that
     older cells keep a base to be judged against when it has been scored anew for later ones."""
-    newest: Index = {}
+    newest = Index()
     for result in results:
         record = result.record
         precision = softmax_dtype(record) if record.cell.method == "base" else None
-        key = (record.cell_id, record.stack_id, precision or "")
+        key = (record.cell_id, provenance.recorded_stack_id(record), precision or "")
         if key not in newest or _age(result) > _age(newest[key]):
             newest[key] = result
     return newest
 
 
-def _age(result: Result) -> tuple[bool, int, str]:
+def _age(result: Result) -> tuple[bool, str, int]:
+    # Attempts made by an older tunebench have a count of their own.
     record = result.record
-    return record.status not in INCONCLUSIVE, record.attempt, record.started
+    return record.status not in INCONCLUSIVE, record.started, record.attempt
 
 
 def bases(result: Result, newest: Index) -> dict[str, Result]:
-    """The `untouched` and `quantized` results to judge this one against: same stack, scored, in
-    the same precision where there is one (another is refused when it comes to a difference)."""
-    record = result.record
+    """The `untouched` and `quantized` results to judge this one against: of the same environment,
+    scored, in the same precision where there is one (another is refused when it comes to a
+    difference)."""
+    record, known, where = result.record, newest.by_environment, environment(result.record)
     precisions = (softmax_dtype(record) or "", *WITHOUT_ARGUMENT.values(), "")
     found = {}
     for role, cell_id in record.base_cell_ids.items():
-        there = [newest.get((cell_id, record.stack_id, precision)) for precision in precisions]
+        there = [known.get((cell_id, where, precision)) for precision in precisions]
         scored = [base for base in there if base is not None and base.record.status == "ok"]
         if scored:
             found[role] = scored[0]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import shlex
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
+from harness.command import accelerate, of_record
 from harness.record import CATEGORIES, PHASES, Memory, PassedThrough, Record
 from matrices.cell import SECTIONS, flatten, label
 from reports.display import (
@@ -47,9 +49,15 @@ def show(result: Result, judged: Mapping[str, Result]) -> str:
         _quality(result, judged),
         _generations(result.record, judged.get("untouched")),
         _missing(result.record),
-        _section("Run again", [f"  {shlex.join(result.record.command)}"]),
+        _section("Run again", [f"  {shlex.join(_command(result))}"]),
     ]
     return harmless("\n".join(part for part in parts if part))
+
+
+def _command(result: Result) -> list[str]:
+    """To be called in the directory that the record's path starts in."""
+    output = Path(f"{result.directory.name}.by-hand")
+    return of_record(result.record, result.directory, output, accelerate())
 
 
 def _section(title: str, lines: Iterable[str]) -> str:

@@ -28,6 +28,7 @@ from reports.figure_columns import (
 )
 from reports.groups import Group, group, matches, names, section_key, settings, sort_key
 from reports.metric_choice import check_metrics, metrics_shown
+from reports.origins import mark
 from reports.parallelism import (
     AXES,
     SPREAD,
@@ -203,9 +204,11 @@ def _table(
     )
     shown = _shown_settings(groups, spec)
     status = status_column(table)
+    ran_on, where = mark(table.rows)
     table.columns = [
         *[_setting_column(table, setting) for setting in shown],
         *precision_column(table),
+        *([ran_on] if ran_on is not None else []),
         *([batch_column(table)] if spec.ranks else []),
         *cost_columns(table, baselines),
         *(rank_columns(table) if spec.ranks else []),
@@ -215,7 +218,7 @@ def _table(
     ]
     hidden = metrics_shown(groups, metrics).hidden
     shown = [*shown, *STORAGE_PARTS] if STORAGE in shown else shown
-    table.caption = [baselines.told, *caption(groups, shown, hidden, superseded)]
+    table.caption = [baselines.told, *caption(groups, shown, hidden, superseded, where)]
     return table
 
 

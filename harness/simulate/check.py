@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from harness.lifetime import end_with_parent
 from harness.meters.memory import block_bytes
 from harness.simulate import fake_cuda, host, replay
 from harness.simulate.allocator import Allocator
@@ -30,8 +31,10 @@ def problem(gpu: Gpu | None) -> str | None:
 
 def _in_child(attempt: Callable[[], None]) -> str | None:
     reading, writing = os.pipe()
+    parent = os.getpid()
     child = os.fork()
     if child == 0:
+        end_with_parent(parent)
         os.close(reading)
         said = ""
         try:

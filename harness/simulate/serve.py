@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from harness import forked  # noqa: F401 - every child is put right
+from harness.lifetime import end_with_parent
 from harness.prediction import Engine, Prediction, Request, Verdict
 from harness.simulate import check, fake_cuda, patches, stack
 from matrices.cell import Cell, canonical_json
@@ -153,8 +154,10 @@ class _Child:
     @classmethod
     def start(cls, cell: Cell, setting: Setting, indices: list[int]) -> _Child:
         reading, writing = os.pipe()
+        parent = os.getpid()
         pid = os.fork()
         if pid == 0:
+            end_with_parent(parent)
             os.close(reading)
             # Trainers print their last metrics, which are no figures here.
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -29,6 +29,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests/integration")]
 
 from slurm_cluster import Cluster, cluster, missing, wait_for  # noqa: E402
 
+from harness.command import accelerate, of_record  # noqa: E402
 from harness.record import read_record  # noqa: E402
 
 MATRIX = """\
@@ -86,13 +87,13 @@ def by_hand(directory: Path, seeds: list[int]) -> float:
     environment = dict(os.environ)
     run(directory, seeds, [], environment)
     wanted = [
-        record
+        of_record(record, path.parent, None, accelerate())
         for path in (directory / "results/cells").glob("*/record.json")
         if (record := read_record(path)).cell.seed in seeds
     ]
     began = time.perf_counter()
-    for record in wanted:
-        subprocess.run(record.command, cwd=directory, capture_output=True, check=True)
+    for command in wanted:
+        subprocess.run(command, cwd=directory, capture_output=True, check=True)
     return time.perf_counter() - began
 
 

@@ -16,7 +16,7 @@ from launch.local import ProblemsFound, Runner
 from launch.plan import plan_jobs
 from launch.progress import display_for_stderr
 from launch.slots import Grant, Slots
-from launch.starting import Rendezvous
+from launch.starting import Rendezvous, devices_here
 from launch.stopping import Stopped
 from matrices.cell import Cell, Data, Evaluate, Model, Train
 from matrices.errors import UserError
@@ -87,7 +87,14 @@ def main() -> int:
     if asked.predicted_oom is not None:
         runner.foretell = partial(foretell, asked.predicted_oom)
     try:
-        jobs = plan_jobs(cells, store.latest(), score_base=False, machine=TWO_DEVICES)
+        slots = runner.slots or Slots()
+        jobs = plan_jobs(
+            cells,
+            store.latest(),
+            score_base=False,
+            machine=TWO_DEVICES,
+            cores=lambda cell: None if asked.granted else slots.cores(devices_here(cell)),
+        )
         finished = runner.run(jobs)
     except ProblemsFound as found:
         print(*found.problems, sep="\n", file=sys.stderr)

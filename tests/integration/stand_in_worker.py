@@ -26,6 +26,9 @@ from matrices.errors import UserError
 OK, FAILS, HANGS, DEAF, DIES, RAISES, SPAWNS, SEGFAULTS, WRONG = range(9)
 LONGEST_SECONDS = 60.0
 
+# Where a test is about what happens while the real worker's stack is imported.
+time.sleep(float(os.environ.get("STAND_IN_IMPORT_SECONDS", "0")))
+
 
 def problems(cells: list[Cell]) -> list[Problem]:
     """The stand-in for preflight: some models are not there."""

@@ -1,4 +1,4 @@
-"""`rerun`: a recorded cell again, through its recorded command, as a new attempt."""
+"""`rerun`: a recorded cell again, as by hand, as a new attempt; nothing of its record is run."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ import psutil
 import pytest
 from stand_in_worker import FAILS, HANGS, OK, SPAWNS
 
-from harness import provenance
+from harness import command, provenance
 from harness.provenance import ENVIRONMENT, new_record
 from harness.record import Record, read_record
 from harness.store import Entry, Store, record_key
-from launch.rerun import differences
-from matrices.cell import Cell, Evaluate
+from launch.rerun import checked, differences
+from matrices.cell import Cell, Evaluate, Model
+from matrices.errors import UserError
 
 HERE = Path(__file__).parent
-COMMAND = [sys.executable, "-m", "stand_in_worker"]
 DEADLINE_SECONDS = 40.0
 
 
@@ -34,11 +34,11 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     provenance.stack.cache_clear()
 
 
-def published(results: Path, seed: int, command: list[str] = COMMAND, **changes: object) -> Entry:
+def published(results: Path, seed: int, cell: Cell | None = None, **changes: object) -> Entry:
     store = Store(results)
     store.prepare()
-    cell = Cell(method="base", seed=seed, evaluate=Evaluate(tasks=()))
-    first = new_record(cell, [*command, "cell.json", "out"])
+    cell = cell or Cell(method="base", seed=seed, evaluate=Evaluate(tasks=()))
+    first = new_record(cell, command.by_hand(cell, False, 2))
     record = first.model_copy(update={"status": "ok", "ended": first.started, **changes})
     key = record_key(record.cell_id, record.stack_id)
     return store.publish(store.start(lambda place, attempt: record, key), record)
@@ -46,7 +46,7 @@ def published(results: Path, seed: int, command: list[str] = COMMAND, **changes:
 
 def rerun(directory: Path, *options: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "launch.cli", "rerun", str(directory), *options],
+        [sys.executable, str(HERE / "run_stand_in_rerun.py"), "rerun", str(directory), *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -69,8 +69,8 @@ def test_a_rerun_is_the_next_attempt_and_changes_nothing_else(tmp_path: Path) ->
     record = read_record(path)
     assert path.parent.name == f"{first.directory.name}.2"
     assert (record.status, record.attempt, record.cell_id) == ("ok", 2, first.record.cell_id)
-    assert record.command[:-2] == COMMAND
-    assert record.command[-2] == str(path.parent / "cell.json")
+    assert record.command == first.record.command
+    assert record.command[-2:] == ["cell.json", "by-hand"], "right wherever the record is moved"
     assert (first.directory / "record.json").read_bytes() == before
     assert "seed 0 in" in (path.parent / "log.txt").read_text()
 
@@ -98,19 +98,48 @@ def test_differences_name_package_device_and_environment(tmp_path: Path) -> None
     record: Record = published(tmp_path / "results", OK).record
     assert differences(record) == ""
     hardware = record.hardware.model_copy(update={"cpu": "a Z80"})
-    threads = record.provenance.model_copy(update={"environment": {"OMP_NUM_THREADS": "8"}})
-    changed = record.model_copy(update={"hardware": hardware, "provenance": threads})
-    assert differences(changed) == (
-        f"device a Z80 -> {record.hardware.cpu}, OMP_NUM_THREADS 8 -> 2"
+    # The threads are those of the record again, so they do not differ.
+    told = {"OMP_NUM_THREADS": "8", "MKL_NUM_THREADS": "3"}
+    changed = record.model_copy(
+        update={
+            "hardware": hardware,
+            "provenance": record.provenance.model_copy(update={"environment": told}),
+        }
     )
+    assert differences(changed) == f"device a Z80 -> {record.hardware.cpu}, MKL_NUM_THREADS 3 -> –"
 
 
-def test_a_command_that_is_not_here_is_a_users_problem(tmp_path: Path) -> None:
-    first = published(tmp_path / "results", OK, command=["/nowhere/accelerate", "launch"])
-    code, _, err = end(rerun(first.directory))
-    assert code == 2
-    assert err.splitlines()[-1].startswith("tunebench: error: the recorded command starts")
-    assert list((tmp_path / "results" / ".running").iterdir()) == []
+def test_nothing_in_a_record_is_executed(tmp_path: Path) -> None:
+    trap = tmp_path / "trap.sh"
+    trap.write_text(f"#!/bin/sh\ntouch {tmp_path / 'sprung'}\n")
+    trap.chmod(0o755)
+    bad = [str(trap), "launch", "--num_cpu_threads_per_process", f"1; {trap}", str(trap), "out"]
+    first = published(tmp_path / "results", OK, command=bad)
+    (first.directory / "profile.yaml").write_text(f"command_file: {trap}\n")
+    code, out, err = end(rerun(first.directory))
+    assert code == 0, err
+    record = read_record(Path(out.strip()))
+    assert str(trap) not in " ".join(record.command)
+    assert not (Path(out.strip()).parent / "profile.yaml").exists()
+    assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize(
+    ("cell", "says"),
+    [
+        (Cell(method="base", model=Model(name="a/b", trust_remote_code=True)), "trust-remote-code"),
+        (Cell(method="base", evaluate=Evaluate(include_path="/tmp/tasks")), "trust-remote-code"),
+        (Cell(method="base", nodes=2, devices=2, parallelism="ddp"), "run its matrix"),
+    ],
+)
+def test_a_cell_that_may_not_run_here_is_a_users_problem(
+    tmp_path: Path, cell: Cell, says: str
+) -> None:
+    record = new_record(cell, ["x"])
+    with pytest.raises(UserError, match=says):
+        checked(record, trust_code=False)
+    with pytest.raises(UserError, match="changed after the run"):
+        checked(record.model_copy(update={"cell_id": "0" * 64}), trust_code=True)
 
 
 def test_what_is_no_record_is_a_users_problem(tmp_path: Path) -> None:

@@ -122,15 +122,16 @@ def test_every_way_for_a_worker_to_end_is_recorded_and_the_sweep_goes_on(
     assert nothing_unpublished(run)
 
 
-def test_the_recorded_command_names_the_published_cell(start: Callable[..., Run]) -> None:
+def test_the_recorded_command_is_called_where_the_record_is(start: Callable[..., Run]) -> None:
     run = start(OK)
     assert run.wait() == 0
     [path] = run.results.glob("*/record.json")
     command = read_record(path).command
-    assert command[-2] == str(path.parent / "cell.json")
-    assert not Path(command[-1]).exists()
+    assert (path.parent / command[-2]).is_file()
+    assert not (path.parent / command[-1]).exists()
     assert command[command.index("--module") + 1] == "harness.worker"
-    assert Path(command[0]).is_file()
+    assert command[:2] == ["accelerate", "launch"]
+    assert not any(part.startswith("/") for part in command)
 
 
 def test_a_worker_killed_outright_is_failed_and_the_sweep_goes_on(
@@ -355,3 +356,47 @@ def test_a_cell_predicted_to_run_out_of_memory_is_recorded_and_not_started(
     os.kill(later.worker(), signal.SIGKILL)
     assert later.wait() == 3
     assert records(later)[HANGS, 2].status == "failed", "without the prediction it runs"
+
+
+def fork_server(run: Run) -> psutil.Process:
+    """The process that imports the stack, while it does."""
+
+    def found() -> psutil.Process | None:
+        children = psutil.Process(run.process.pid).children()
+        return next((c for c in children if "forkserver" in " ".join(c.cmdline())), None)
+
+    return eventually(found, "fork server")
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)]
+)
+def test_a_runner_that_ends_during_the_imports_leaves_nothing(
+    start: Callable[..., Run], number: int, code: int
+) -> None:
+    run = start(OK, STAND_IN_IMPORT_SECONDS="30")
+    server = fork_server(run)
+    time.sleep(0.2)
+    run.process.send_signal(number)
+    assert run.wait() == code
+    assert "Traceback" not in run.err
+    server.wait(timeout=2.0)
+    assert not run.results.exists()
+
+
+def test_a_fork_server_killed_during_the_imports_is_one_line(start: Callable[..., Run]) -> None:
+    run = start(OK, STAND_IN_IMPORT_SECONDS="30")
+    server = fork_server(run)
+    time.sleep(0.2)
+    server.kill()
+    assert run.wait() == 2
+    assert "Traceback" not in run.err
+    assert "the process that imports the stack died" in run.err.splitlines()[-1]
+
+
+def test_a_killed_preflight_is_one_line(start: Callable[..., Run], tmp_path: Path) -> None:
+    marker = tmp_path / "preflight.pid"
+    run = start(OK, "--model", f"slow:{marker}")
+    os.kill(int(eventually(lambda: marker.exists() and marker.read_text(), "preflight")), 9)
+    assert run.wait() == 2
+    assert "the check of models, data and tasks was killed by signal 9" in run.err.splitlines()[-1]

@@ -84,7 +84,13 @@ def test_the_surface_changes_on_purpose_only() -> None:
         "report": {"results", "--table", "--format", "--page", "--output", "--baseline"}
         | {"--metric"},
         "show": {"cell", "--results", "--json"},
-        "rerun": {"record", "--timeout", "--no-predict"},
+        "rerun": {
+            "record",
+            "--timeout",
+            "--phase-timeout",
+            "--trust-remote-code",
+            "--no-predict",
+        },
         "doctor": {"--network", "--json"},
         "matrices": {"--json"},
     }

@@ -108,9 +108,18 @@ def test_bases_come_first_once_and_only_for_cells_that_can_run() -> None:
 
 def test_records_of_another_stack_are_not_this_ones() -> None:
     cell = lora()
-    other: Record = entry(cell, "ok").record.model_copy(update={"stack_id": "f" * 64})
+    record: Record = entry(cell, "ok").record
+    packages = record.stack.packages | {"torch": "1.0"}
+    stack = record.stack.model_copy(update={"packages": packages})
+    other = record.model_copy(update={"stack": stack})
     jobs = plan_jobs([cell], present(Entry(Path("x"), other)), score_base=False)
     assert [job.action for job in jobs] == ["run"]
+    # One made before a cell's own use was its identity has another id, and counts.
+    older = record.model_copy(update={"stack_id": "f" * 64, "attempt": 4})
+    [job] = plan_jobs([cell], present(Entry(Path("x"), older)), score_base=False)
+    assert (job.action, job.seen_attempt) == ("keep", 0)
+    [cored] = plan_jobs([cell], present(Entry(Path("x"), older)), cores=lambda _: 1000)[-1:]
+    assert cored.key != job.key
 
 
 def test_what_is_there_is_kept_with_its_place() -> None:

@@ -12,7 +12,6 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from harness import provenance
 from launch import profile
 from launch.cli import app
 from matrices.cell import Adapter, Cell, Data, Parallelism, Train
@@ -88,10 +87,18 @@ def test_offload_compiles_no_kernel_for_a_machine_without_gpus(
 @pytest.mark.parametrize("kind", ["single", "device-map"])
 def test_one_process_needs_no_profile(kind: str, tmp_path: Path) -> None:
     alone = cell(kind, 1 if kind == "single" else 2)
-    profile.write(alone, tmp_path, True)
+    profile.write(alone, tmp_path, False)
     assert list(tmp_path.iterdir()) == []
+    assert "--cpu" in profile.command(alone, tmp_path, False)
+    # On a GPU accelerate has to be told to leave the user's own configuration alone.
+    profile.write(alone, tmp_path, True)
     given = profile.command(alone, tmp_path, True, tmp_path / "out")
-    assert given == provenance.worker_command(tmp_path / "cell.json", tmp_path / "out", True)
+    assert after(given, "--config_file") == str(tmp_path / "profile.yaml")
+    assert yaml.safe_load((tmp_path / "profile.yaml").read_text())["distributed_type"] == "NO"
+    for option, value in (("processes", "1"), ("machines", "1")):
+        assert after(given, f"--num_{option}") == value
+    assert (after(given, "--mixed_precision"), after(given, "--dynamo_backend")) == ("no", "no")
+    assert given[-2:] == [str(tmp_path / "cell.json"), str(tmp_path / "out")]
 
 
 def test_a_base_cell_is_one_process(tmp_path: Path) -> None:

@@ -7,14 +7,15 @@ import os
 import platform
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from harness import provenance
-from harness.provenance import Gpu, stack_id, visible
+from harness.provenance import Gpu, same_stack, stack_id, visible
 from harness.record import Hardware, Stack
-from matrices.cell import Cell, Data, Quantization, Train
+from matrices.cell import Cell, Data, Model, Quantization, Train
 
 STACK = Stack(python="3.11.7", packages={"torch": "2.13.0", "trl": "1.16.0", "tunebench": "0.1.0"})
 HARDWARE = Hardware(cpu="a Z80", cpu_count=2, host_memory_bytes=2**30)
@@ -35,29 +36,68 @@ def test_hardware_is_this_machine() -> None:
     assert hardware.cpu in Path("/proc/cpuinfo").read_text()
 
 
-def test_identity_follows_versions_python_and_device_and_nothing_else() -> None:
-    known = stack_id(STACK, HARDWARE)
-    assert len(known) == 64
+CELL = Cell(method="base")
+ZERO = Cell(method="full", data=Data(), train=Train(), parallelism="zero2", devices=2)
+FLASH = Cell(method="base", model=Model(attn_implementation="flash_attention_2"))
+GPU = {"accelerator": "NVIDIA A100", "accelerator_count": 8}
 
-    def of(
-        packages: dict[str, str] | None = None, python: str = "3.11.7", **hardware: object
-    ) -> str:
-        stack = Stack(python=python, packages=STACK.packages | (packages or {}))
-        return stack_id(stack, HARDWARE.model_copy(update=hardware))
 
-    assert of() == known
-    assert of({"tunebench": "0.2.0"}) == known
-    assert of({"pandas": "9"}) == known
-    assert of(python="3.11.9") == known
-    assert of(host_memory_bytes=1, cpu_count=64, driver="1") == known
-    changed = {
-        of({"torch": "2.14.0"}),
-        of({"peft": "1.0"}),
-        of(python="3.12.0"),
-        of(cpu="a 6502"),
-        of(accelerator="NVIDIA A100"),
-    }
-    assert len(changed - {known}) == 5
+def identity(
+    cell: Cell = CELL,
+    packages: dict[str, str] | None = None,
+    python: str = "3.11.7",
+    threads: int | None = 2,
+    **hardware: object,
+) -> str:
+    stack = Stack(python=python, packages=STACK.packages | (packages or {}))
+    return stack_id(cell, stack, HARDWARE.model_copy(update=hardware), threads)
+
+
+@pytest.mark.parametrize(
+    ("cell", "changes", "follows"),
+    [
+        (CELL, {"packages": {"torch": "2.14.0"}}, True),
+        (CELL, {"packages": {"peft": "1.0"}}, True),
+        (CELL, {"packages": {"tunebench": "0.2.0", "pandas": "9"}}, False),
+        (CELL, {"packages": {"deepspeed": "1", "flash-attn": "2", "triton": "3"}}, False),
+        (ZERO, {"packages": {"deepspeed": "1"}}, True),
+        (FLASH, {"packages": {"flash-attn": "2"}}, True),
+        (FLASH, {"packages": {"kernels": "2"}}, True),
+        (CELL, {"python": "3.11.9"}, False),
+        (CELL, {"python": "3.12.0"}, True),
+        (CELL, {"cpu": "a 6502"}, True),
+        (CELL, {"cpu_count": 64}, True),
+        (CELL, {"threads": 4}, True),
+        (CELL, {"host_memory_bytes": 1, "driver": "1"}, False),
+        (CELL, GPU, True),
+    ],
+)
+def test_identity_follows_what_the_cell_uses(
+    cell: Cell, changes: dict[str, Any], follows: bool
+) -> None:
+    assert len(identity(cell)) == 64
+    assert (identity(cell, **changes) != identity(cell)) is follows
+
+
+def test_on_a_gpu_the_host_is_not_used_but_triton_is() -> None:
+    def known(**changes: Any) -> str:
+        return identity(**{**GPU, **changes})
+
+    assert known(cpu="a 6502", cpu_count=64, threads=4) == known()
+    assert known(packages={"triton": "3"}) != known()
+
+
+def test_whether_a_record_counts_is_decided_by_what_it_holds() -> None:
+    record = provenance.new_record(CELL, []).model_copy(update={"stack_id": "an older way"})
+    stack, hardware = provenance.stack(), provenance.hardware()
+    threads = provenance.cpu_threads()
+    assert same_stack(record, stack, hardware, threads)
+    more = hardware.model_copy(update={"cpu_count": hardware.cpu_count + 1})
+    assert not same_stack(record, stack, more, threads)
+    record.provenance.environment.pop("OMP_NUM_THREADS", None)
+    assert same_stack(record, stack, hardware, threads + 1), "it does not say how many threads"
+    record.provenance.environment["OMP_NUM_THREADS"] = str(threads)
+    assert not same_stack(record, stack, hardware, threads + 1)
 
 
 def test_a_cpu_build_of_torch_does_not_use_the_gpu() -> None:
@@ -66,7 +106,7 @@ def test_a_cpu_build_of_torch_does_not_use_the_gpu() -> None:
     assert provenance.uses_gpu(STACK, with_gpu)
     assert not provenance.uses_gpu(cpu_only, with_gpu)
     assert not provenance.uses_gpu(STACK, HARDWARE)
-    assert stack_id(cpu_only, with_gpu) == stack_id(cpu_only, HARDWARE)
+    assert stack_id(CELL, cpu_only, with_gpu, 1) == stack_id(CELL, cpu_only, HARDWARE, 1)
 
 
 GPUS = [Gpu(f"gpu {n}", f"GPU-{n}{n}{n}", n, (8, 0), "1") for n in range(3)]
@@ -104,7 +144,8 @@ def test_a_new_record_knows_its_bases_and_is_interrupted_until_somebody_knows_be
     assert (record.status, record.reason, record.ended) == ("interrupted", "did not start", None)
     assert (record.cell_id, record.attempt) == (cell.cell_id, 2)
     assert set(record.base_cell_ids) == {"untouched", "quantized"}
-    assert record.stack_id == stack_id(record.stack, record.hardware)
+    threads = provenance.cpu_threads()
+    assert record.stack_id == stack_id(cell, record.stack, record.hardware, threads)
 
 
 def test_the_commit_of_a_checkout_and_whether_it_is_dirty(tmp_path: Path) -> None:
@@ -133,15 +174,3 @@ def test_threads_are_the_setting_else_cores(monkeypatch: pytest.MonkeyPatch) -> 
     assert provenance.cpu_threads() == 3
     monkeypatch.delenv("OMP_NUM_THREADS")
     assert 1 <= provenance.cpu_threads() <= len(os.sched_getaffinity(0))
-
-
-@pytest.mark.parametrize("gpu", [False, True])
-def test_the_command_leaves_nothing_to_a_users_own_configuration(gpu: bool) -> None:
-    command = provenance.worker_command(Path("c.json"), Path("out"), gpu)
-    assert command[-4:] == ["--module", "harness.worker", "c.json", "out"]
-    assert ("--cpu" in command) == (not gpu)
-    for flag in ("--num_processes", "--num_machines"):
-        assert command[command.index(flag) + 1] == "1"
-    assert command[command.index("--mixed_precision") + 1] == "no"
-    if gpu:
-        assert Path(command[command.index("--config_file") + 1]).is_file()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from harness.provenance import new_record
 from harness.record import Placement, RankState, Record, read_record
 from harness.store import Store, record_key
 from launch.cli import app
+from launch.sightings import is_held
 from launch.status import look, status_text, statuses
 from matrices.cell import Cell
 
@@ -115,3 +117,41 @@ def test_a_directory_that_is_not_there_yet_has_cells_of_its_matrix(tmp_path: Pat
     assert [each["state"] for each in json.loads(ran.output)] == ["not started"]
     assert not (tmp_path / "no").exists()
     assert statuses(look(tmp_path / "no")) == []
+
+
+def test_what_is_begun_or_published_at_that_moment_is_passed_over(store: Store) -> None:
+    publish(store, 0, "ok")
+    begun = begin(store, 1)
+    (begun / "record.json").unlink()  # made, and nothing in it yet
+    torn = begin(store, 2)
+    (torn / "progress.json").write_text("")
+    gone = store.running / f"{begun.name.split('.')[0]}.9-gone"
+    gone.symlink_to(store.root / "published meanwhile")
+    found = {each.state for each in statuses(look(store.root))}
+    assert found == {"done", "left behind"}
+
+
+def test_a_look_is_never_in_the_way_of_a_claim(store: Store) -> None:
+    """A runner's attempts at a claim all succeed, however often somebody looks meanwhile."""
+    key = begin(store, 0).name.split(".")[0]
+    with store.claim(key):
+        pass  # both locks are there to be looked at
+    ended = threading.Event()
+
+    def looks() -> None:
+        while not ended.is_set():
+            is_held(store, key)
+
+    watchers = [threading.Thread(target=looks) for _ in range(3)]
+    for watcher in watchers:
+        watcher.start()
+    try:
+        for _ in range(300):
+            with store.claim(key) as claimed:
+                assert claimed
+                assert is_held(store, key)
+    finally:
+        ended.set()
+        for watcher in watchers:
+            watcher.join()
+    assert not is_held(store, key)

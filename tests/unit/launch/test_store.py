@@ -28,9 +28,7 @@ def publish(store: Store, record: Record) -> store_module.Entry:
     key = record_key(record.cell_id, record.stack_id)
 
     def first(place: Path, attempt: int) -> Record:
-        return record.model_copy(
-            update={"attempt": attempt, "command": ["run", str(place / "cell.json")]}
-        )
+        return record.model_copy(update={"attempt": attempt})
 
     working = store.start(first, key)
     return store.publish(working, read_record(working / "record.json"))
@@ -52,7 +50,6 @@ def test_attempts_get_their_own_directories_and_nothing_is_overwritten(store: St
     assert [first.directory.name, second.directory.name] == [key, f"{key}.2"]
     assert (first.directory / "record.json").read_bytes() == before
     assert second.record.attempt == 2
-    assert second.record.command == ["run", f"{store.root}/{key}.2/cell.json"]
     assert json.loads((second.directory / "cell.json").read_text())["method"] == "base"
     assert list(store.running.iterdir()) == []
 
@@ -61,9 +58,7 @@ def test_an_attempt_whose_name_was_copied_in_meanwhile_takes_the_next(store: Sto
     record = record_of()
     key = record_key(record.cell_id, record.stack_id)
     working = store.start(
-        lambda place, attempt: record.model_copy(
-            update={"attempt": attempt, "command": [f"{place}/cell.json", "elsewhere"]}
-        ),
+        lambda place, attempt: record.model_copy(update={"attempt": attempt}),
         key,
     )
     (store.root / key).mkdir()
@@ -71,7 +66,6 @@ def test_an_attempt_whose_name_was_copied_in_meanwhile_takes_the_next(store: Sto
     assert entry.directory.name == f"{key}.2"
     on_disk = read_record(entry.directory / "record.json")
     assert on_disk.attempt == 2
-    assert on_disk.command == [f"{store.root}/{key}.2/cell.json", "elsewhere"]
 
 
 def test_the_last_conclusive_attempt_is_in_force(store: Store) -> None:

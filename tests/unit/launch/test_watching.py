@@ -48,7 +48,8 @@ def begun(working: Path, **changes: Any) -> Record:
 
 
 def test_only_cells_on_several_devices_have_a_limit_that_nobody_asked_for() -> None:
-    assert limits_for(1, 60.0, None) == Limits(60.0, None)
+    assert limits_for(1, 60.0, None) == Limits(60.0, 14400.0, of_evaluation=False)
+    assert limits_for(1, None, 5.0) == Limits(None, 5.0, of_evaluation=True)
     assert limits_for(2, None, None) == Limits(None, 1800.0, of_evaluation=False)
     assert limits_for(2, None, 5.0) == Limits(None, 5.0, of_evaluation=True)
 

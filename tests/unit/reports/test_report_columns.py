@@ -60,7 +60,6 @@ def _record() -> Record:
         ("speed.energy_joules", None),
         ("version.torch", "2.13.0"),
         ("version.trl", None),
-        ("command", "tunebench cell cell.json --output 'results/one cell'"),
         ("requested_bytes", None),
     ],
 )

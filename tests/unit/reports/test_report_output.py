@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import html.parser
 import io
+import os
 import re
 import subprocess
 import sys
@@ -166,7 +167,10 @@ def test_page_shows_status_reason_and_command(results: list[Result], tmp_path: P
     text = page(results, build_all(results), tmp_path, "sweep")
     assert "rank 4096 is above the width" in text
     assert "interrupted, superseded" in text
-    assert "--output &#x27;results/one cell&#x27;" in text
+    place = Path(os.path.relpath(results[0].directory, tmp_path))
+    assert f"harness.worker {place}/cell.json {place.name}.by-hand" in text
+    assert str(results[0].directory) not in text, "right wherever page and results are moved"
+    assert "tunebench cell cell.json" not in text, "what a record says is not for pasting"
     assert "prefers-color-scheme: dark" in text
 
 
@@ -184,7 +188,7 @@ def test_show_tells_the_whole_record(results: list[Result]) -> None:
         "lm_head",
         "median of 36 timed steps",
         "speed.energy_joules: no energy counter",
-        "tunebench cell cell.json --output 'results/one cell'",
+        f"harness.worker {qlora.directory}/cell.json {qlora.directory.name}.by-hand",
         "before",
     ):
         assert told in text

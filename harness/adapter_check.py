@@ -8,22 +8,18 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
-from harness import device, lora_layers
+from harness import adapter_values, device, lora_layers
+from harness.adapter_values import refusal
 from harness.lora_layers import Place
 from harness.model import LIBRARY_REFUSALS, lora_config, refused_by_peft
 from matrices.cell import Adapter, Quantization
 from matrices.errors import UserError, nearest
-
-# They start from activations or gradients of data, which is a pass of its own before training
-# (peft/tuners/lora/eva.py, corda.py, loraga.py).
-DATA_DRIVEN_INITS = ("eva", "corda", "lora_ga")
-BIASES = ("none", "all", "lora_only")
 
 
 def check(adapter: Adapter, model: Any, quantization: Quantization | None = None) -> None:
@@ -32,7 +28,7 @@ def check(adapter: Adapter, model: Any, quantization: Quantization | None = None
     """
     if not adapter.lora_config:
         return
-    _check_types(adapter.lora_config)
+    adapter_values.check(adapter.lora_config)
     config = lora_config(adapter, model)
     found = lora_layers.places(model)
     for name, look in _CHECKS.items():
@@ -84,71 +80,8 @@ def _small_layer(in_4bit: bool) -> nn.Module:
         return nn.Linear(64, 64, dtype=torch.bfloat16)
     import bitsandbytes as bnb
 
-    return bnb.nn.Linear4bit(64, 64, quant_type="nf4").to("cpu")
-
-
-def _refusal(argument: str, said: str) -> UserError:
-    return UserError(said, key=f"adapter.lora_config.{argument}")
-
-
-def _check_types(given: Mapping[str, Any]) -> None:
-    """PEFT takes a text for a list of letters, and looks at most values only when it uses them."""
-    for name, (accepted, said) in _TYPES.items():
-        value = given.get(name)
-        if value is not None and not accepted(value):
-            raise _refusal(name, f"{value!r} is not {said}")
-
-
-def _texts(value: Any) -> bool:
-    return isinstance(value, list | tuple) and all(isinstance(each, str) for each in value)
-
-
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _wholes(value: Any) -> bool:
-    return isinstance(value, list | tuple) and all(_whole(each) for each in value)
-
-
-def _pattern_of(accepts: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    def accepted(value: Any) -> bool:
-        return isinstance(value, Mapping) and all(map(accepts, value.values()))
-
-    return accepted
-
-
-def _is_number_above_0(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
-
-
-_TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "modules_to_save": (_texts, "a list of module names"),
-    "target_parameters": (_texts, "a list of parameter names"),
-    "exclude_modules": (
-        lambda value: isinstance(value, str) or _texts(value),
-        "a list of module names or a regular expression",
-    ),
-    "layers_to_transform": (
-        lambda value: _whole(value) or _wholes(value),
-        "a layer's number or a list of them, counted from 0",
-    ),
-    "rank_pattern": (
-        _pattern_of(lambda value: _whole(value) and value > 0),
-        "a mapping of module names to ranks of at least 1",
-    ),
-    "alpha_pattern": (
-        _pattern_of(_is_number_above_0),
-        "a mapping of module names to alphas above 0",
-    ),
-    "trainable_token_indices": (
-        lambda value: _wholes(value) or _pattern_of(_wholes)(value),
-        "a list of token ids, or a mapping of embeddings to such lists",
-    ),
-    "bias": (lambda value: value in BIASES, f"one of {', '.join(BIASES)}"),
-    "use_dora": (lambda value: isinstance(value, bool), "true or false"),
-    "use_rslora": (lambda value: isinstance(value, bool), "true or false"),
-}
+    layer: nn.Module = bnb.nn.Linear4bit(64, 64, quant_type="nf4").to("cpu")
+    return layer
 
 
 def _leaves(names: Iterable[str]) -> list[str]:
@@ -161,7 +94,7 @@ def _nothing(argument: str, wanted: Any, there: Iterable[str], what: str) -> Use
     leaves = _leaves(there)
     hint = nearest(wanted, leaves) if isinstance(wanted, str) else ""
     shown = ", ".join(leaves[:30]) + (", ..." if len(leaves) > 30 else "")
-    return _refusal(argument, f"{wanted!r} matches no {what}; there are {shown}{hint}")
+    return refusal(argument, f"{wanted!r} matches no {what}; there are {shown}{hint}")
 
 
 def _check_rank_pattern(config: Any, model: Any, found: list[Place]) -> None:
@@ -198,7 +131,7 @@ def _check_layers(config: Any, model: Any, found: list[Place]) -> None:
                 }
             )
             there = f"{numbers[0]} to {numbers[-1]}" if numbers else "none with a number"
-            raise _refusal(
+            raise refusal(
                 "layers_to_transform",
                 f"no module of layer {layer} is adapted; the layers that can be are {there}",
             )
@@ -232,14 +165,14 @@ def _check_in_4bit(config: Any, model: Any, found: list[Place]) -> None:
     for name in lora_layers.modules_to_save(config, found):
         within = [each for each in held if each == name or each.startswith(f"{name}.")]
         if within:
-            raise _refusal(
+            raise refusal(
                 "modules_to_save",
                 f"{name!r} holds layers in 4 bit ({within[0]}), which cannot be trained; name "
                 "modules that stay as they are (the head, embeddings, norms)",
             )
     for name in lora_layers.target_parameters(config, found):
         if name.rpartition(".")[0] in held:
-            raise _refusal(
+            raise refusal(
                 "target_parameters",
                 f"{name!r} is in 4 bit; name its layer in target_modules instead",
             )
@@ -252,7 +185,7 @@ def _check_norm_biases(config: Any, found: list[Place]) -> None:
         return
     for place in found:
         if isinstance(place.module, nn.LayerNorm) and place.module.bias is not None:
-            raise _refusal(
+            raise refusal(
                 "bias",
                 f"'all' trains the bias of {place.name} in bf16 beside its fp32 weight, which "
                 "torch's layer_norm refuses on a CPU; use lora_only, or kbit_preparation false",
@@ -274,19 +207,19 @@ def _check_tokens(config: Any, model: Any, found: list[Place]) -> None:
             there = [p.name for p in found if isinstance(p.module, nn.Embedding)]
             raise _nothing("trainable_token_indices", name, there, "embedding")
         if any(p.name.endswith(name) for p in found if p.name in saved):
-            raise _refusal(
+            raise refusal(
                 "trainable_token_indices",
                 f"{name} is trained whole by modules_to_save; give one of the two",
             )
         count = min(rows_ for module in rows if (rows_ := _rows(module)) is not None)
         beyond = [each for each in ids if each >= count]
         if beyond:
-            raise _refusal(
+            raise refusal(
                 "trainable_token_indices",
                 f"token {beyond[0]} is beyond {name}, which has the rows 0 to {count - 1}",
             )
         if not ids or len(set(ids)) < len(ids):
-            raise _refusal("trainable_token_indices", f"{ids} names no token, or one of them twice")
+            raise refusal("trainable_token_indices", f"{ids} names no token, or one of them twice")
 
 
 def _check_tied_head(config: Any, model: Any) -> None:
@@ -297,7 +230,7 @@ def _check_tied_head(config: Any, model: Any) -> None:
         return
     embedding = lora_layers.input_embedding(model)
     if any(embedding.endswith(name) for name in lora_layers.token_indices(config, model)):
-        raise _refusal(
+        raise refusal(
             "trainable_token_indices",
             "the head is tied to the embedding here, so PEFT wraps it too, and TRL, which computes "
             "the loss from the head itself, fails on that; train all rows instead "
@@ -305,7 +238,7 @@ def _check_tied_head(config: Any, model: Any) -> None:
         )
     tied = getattr(config, "ensure_weight_tying", False)
     if tied and any(lora_layers.ends_with(embedding, name) for name in config.target_modules):
-        raise _refusal(
+        raise refusal(
             "ensure_weight_tying",
             "PEFT puts the embedding's adapter on the tied head too, and TRL refuses an adapter "
             "there, as it would never be trained; leave it out",
@@ -326,29 +259,10 @@ def _check_bias(config: Any, model: Any, found: list[Place]) -> None:
         biased = [name for name in biased if name in adapted]
     if not biased:
         whose = "adapted module" if config.bias == "lora_only" else "module"
-        raise _refusal("bias", f"{config.bias!r} has no effect: no {whose} here has a bias")
-
-
-def _check_init(config: Any, model: Any, found: list[Place]) -> None:
-    if config.init_lora_weights in DATA_DRIVEN_INITS:
-        raise _refusal(
-            "init_lora_weights",
-            f"{config.init_lora_weights!r} needs a pass over data before training, which tunebench "
-            "does not make; use true, gaussian, orthogonal, olora, pissa or mica",
-        )
-
-
-def _check_replication(config: Any, model: Any, found: list[Place]) -> None:
-    raise _refusal(
-        "layer_replication",
-        "makes a deeper model of it, with other memory and speed: another experiment; build that "
-        "model and give its directory",
-    )
+        raise refusal("bias", f"{config.bias!r} has no effect: no {whose} here has a bias")
 
 
 _CHECKS: dict[str, Callable[[Any, Any, list[Place]], None]] = {
-    "layer_replication": _check_replication,
-    "init_lora_weights": _check_init,
     "layers_to_transform": _check_layers,
     "exclude_modules": _check_excluded,
     "modules_to_save": _check_saved,

@@ -13,10 +13,10 @@ import torch
 from transformers import get_scheduler
 
 from harness import device
+from harness.mismatch import VerificationError
 from harness.model import load_tokenizer
 from harness.record import PassedThrough
 from harness.train import Course, sft_config
-from harness.verify import VerificationError
 from matrices import passed_through
 from matrices.cell import Cell
 from matrices.errors import UserError, nearest

@@ -73,16 +73,15 @@ def note(record: Record, seen: Seen, model: Any) -> None:
     verified, cell = record.verified, record.cell
     verified.causal, verified.documents_isolated = seen.causal, seen.isolated
     if cell.adapter is not None and seen.logits is not None:
-        expected = _starts_at_base(model.peft_config[ADAPTER].init_lora_weights, cell)
-        if expected:
+        if _starts_at_base(model.peft_config[ADAPTER], cell):
             _compare(model, seen.logits, cell)
             verified.adapter_starts_at_base = True
         else:
-            said = "init_lora_weights makes the adapter differ from the base at its start"
+            said = "its initialisation makes the adapter differ from the base at its start"
             seen.missing["adapter_starts_at_base"] = said
     elif cell.adapter is None:
         seen.missing.pop("adapter_starts_at_base", None)
-    verified.behaviour_seconds = seen.seconds + time.perf_counter() - began
+    record.speed.behaviour_seconds = seen.seconds + time.perf_counter() - began
     record.missing |= {f"verified.{name}": reason for name, reason in seen.missing.items()}
 
 
@@ -99,7 +98,10 @@ def _compare(model: Any, before: torch.Tensor, cell: Cell) -> None:
         )
 
 
-def _starts_at_base(init: Any, cell: Cell) -> bool:
+def _starts_at_base(config: Any, cell: Cell) -> bool:
+    if getattr(config, "kasa_config", None) is not None:
+        return False  # it cuts small parts off the base weights
+    init = config.init_lora_weights
     if not isinstance(init, str):
         return init is True
     named = init.lower()

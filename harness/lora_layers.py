@@ -25,7 +25,7 @@ class Place:
     wrappers: tuple[Any, ...]
 
 
-def places(model: nn.Module) -> list[Place]:
+def places(model: Any) -> list[Place]:
     """All modules of a base model, adapted or not; a PEFT model is seen as its base model."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return list(_below("", base))

@@ -18,6 +18,7 @@ from harness import (
     model,
     ranks,
     verify,
+    verify_adapter,
 )
 from harness.files import TEMPORARY_PREFIX
 from harness.job import Job
@@ -250,8 +251,7 @@ def timed_steps(job: Job, loaded: Any, tokenizer: Any, rows: Any) -> ObservedTra
         record.verified.weight_dtypes = verify.verify_again(loaded, cell)
         record.verified.passed_through = arguments.seen(train.sft_config, trainer.args)
         if cell.adapter is not None:
-            held = loaded.peft_config["default"]
-            record.verified.passed_through |= arguments.seen(cell.adapter.lora_config, held)
+            record.verified.passed_through |= verify_adapter.passed_through(loaded, cell.adapter)
         record.preparation = trainer.preparation
         trainer.data_collator = CountingCollator(trainer.data_collator)
         device.reset_peaks()

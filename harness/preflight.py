@@ -116,12 +116,7 @@ def _skeleton(chosen: Model) -> Any:
 
 
 def _check_adapter(adapter: Adapter, skeleton: Any, quantization: Quantization | None) -> None:
-    try:
-        model.lora_config(adapter, skeleton)
-    except (TypeError, ValueError, ImportError) as error:
-        raise UserError(
-            f"LoraConfig refuses it: {_first_line(error)}", key="adapter.lora_config"
-        ) from error
+    model.lora_config(adapter, skeleton)
     adapter_check.check(adapter, skeleton, quantization)
     adapter_check.attach(adapter, skeleton, quantization is not None)
 

@@ -188,6 +188,9 @@ class Speed(Part):
     mfu: float | None = None
     load_seconds: float | None = None
     train_seconds: float | None = None
+    behaviour_seconds: float | None = Field(
+        None, description="trying what the loaded model does, on a few tokens"
+    )
     memory_steps_seconds: float | None = Field(None, description="the untimed ledger steps")
     meter_seconds: float | None = Field(
         None, description="spent by the step meter itself, between steps, in no step's time"
@@ -297,7 +300,6 @@ class Verified(Part):
         description="whether documents packed into one row see nothing of each other; none: rows "
         "hold one document each",
     )
-    behaviour_seconds: float | None = Field(None, description="spent on the three before")
     adapter_modules: list[str] = Field(default_factory=list)
     adapter_module_count: int | None = None
     attn_implementation: str | None = None

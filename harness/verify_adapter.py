@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from harness import lora_layers
+from harness import arguments, lora_layers
 from harness.lora_layers import ADAPTER, Place
 from harness.mismatch import VerificationError, demand
 from harness.model import alpha, target_modules
-from harness.record import VerifiedAdapter
+from harness.record import PassedThrough, VerifiedAdapter
 from matrices.cell import Adapter
 
 
@@ -44,16 +44,17 @@ def _verify_config(config: Any, model: Any, wanted: Adapter) -> None:
     found = lora_layers.places(model)
     names = lora_layers.targets(ours, found)
     demand(lora_layers.targets(config, found), names, "adapted modules")
-    for name, value in wanted.lora_config.items():
-        if name == "modules_to_save" and config.ensure_weight_tying:
-            continue  # PEFT adds what is tied to them
-        kept = getattr(config, name)
-        if isinstance(kept, set) and isinstance(value, list | tuple):
-            value = set(value)
-        if isinstance(value, dict) and not isinstance(kept, dict):
-            # PEFT makes an object of a section.
-            kept = {key: getattr(kept, key, None) for key in value}
-        demand(kept, value, name)
+    passed_through(model, wanted)
+
+
+def passed_through(model: Any, wanted: Adapter) -> dict[str, PassedThrough]:
+    """The arguments of `lora_config` as PEFT's configuration holds them. Raises VerificationError
+    when it holds another value."""
+    asked = dict(wanted.lora_config)
+    if asked.get("ensure_weight_tying"):
+        # PEFT adds the modules that are tied to them.
+        asked.pop("modules_to_save", None)
+    return arguments.seen(asked, model.peft_config[ADAPTER])
 
 
 class Unadapted:

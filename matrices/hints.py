@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from matrices.owned import BNB_ARGUMENTS, LORA_CONFIG, SFT_ARGUMENTS, SFT_CONFIG, TABLES
 
 # What users of the libraries, of older releases and of other trainers write -> what to write here.
@@ -67,8 +69,9 @@ LIBRARY_NAMES = tuple(OTHER_NAMES) + tuple(
 )
 
 
-def hint(name: str, value: str = "...") -> str | None:
-    """What to write instead of a name that one of the libraries has; none if none has it."""
+def hint(name: str, values: Sequence[str] = ()) -> str | None:
+    """What to write instead of a name that one of the libraries has; none if none has it. `values`
+    are those that were written for it: several are an axis."""
     if name in OTHER_NAMES:
         return OTHER_NAMES[name]
     for mapping, arguments in TABLES.values():
@@ -76,7 +79,9 @@ def hint(name: str, value: str = "...") -> str | None:
         if argument is None:
             continue
         if argument.kind == "passed":
-            return f"pass it through: {mapping}: {{{name}: {value}}}"
+            each = [f"{{{name}: {value}}}" for value in values or ("...",)]
+            told = each[0] if len(each) == 1 else f"[{', '.join(each)}]"
+            return f"pass it through: {mapping}: {told}"
         if argument.kind == "setting":
             return f"tunebench calls it {argument.said}"
         return f"not offered: {argument.said}"

@@ -185,7 +185,7 @@ class _Reader:
                 key="axes",
                 where=spot.where,
             )
-        return {key: self.axis(key, values) for key, values in flat(spot.value).items()}
+        return {key: self.axis(key, values) for key, values in flat(spot.value, True).items()}
 
     def axis(self, key: str, spot: Spot) -> Spot:
         self.places.setdefault(key, spot.where)
@@ -238,15 +238,16 @@ class _Reader:
         return tuple(found)
 
 
-def flat(written: Mapping[str, Spot]) -> dict[str, Spot]:
-    """Settings written in sections, bare or dotted, under their dotted names, unchecked.
+def flat(written: Mapping[str, Spot], axes: bool = False) -> dict[str, Spot]:
+    """Settings written in sections, bare or dotted, under their dotted names, unchecked; with
+    `axes`, each with a list of values.
 
     Raises UserError for unknown names and for a setting written twice in different ways."""
     found: dict[str, Spot] = {}
     for name, spot in written.items():
         if name in SECTIONS and isinstance(spot.value, dict):
             inner = {
-                resolve(leaf, s.where, name, document.plain(s)): s for leaf, s in spot.value.items()
+                resolve(leaf, s.where, name, _values(s, axes)): s for leaf, s in spot.value.items()
             }
         elif name in SECTIONS and name not in SHORT:
             raise UserError(
@@ -256,9 +257,14 @@ def flat(written: Mapping[str, Spot]) -> dict[str, Spot]:
                 where=spot.where,
             )
         else:
-            inner = {resolve(name, spot.where, value=document.plain(spot)): spot}
+            inner = {resolve(name, spot.where, None, _values(spot, axes)): spot}
         _once(found, inner)
     return found
+
+
+def _values(spot: Spot, axis: bool) -> list[Any]:
+    value = document.plain(spot)
+    return value if axis and isinstance(value, list) else [value]
 
 
 def _overridden(matrix: Matrix, overrides: Sequence[str], seeds: int | None) -> Matrix:

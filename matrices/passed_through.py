@@ -57,7 +57,7 @@ def _unknown(class_name: str, name: str, value: Any) -> str:
     known = fields(class_name) or {}
     if name in BARE:
         fix = f"; it is a setting: {BARE[name]}"
-    elif elsewhere := hint(name, flow(value)):
+    elif elsewhere := hint(name, [flow(value)]):
         fix = f"; {elsewhere}"
     else:
         fix = nearest(name, known)
@@ -83,11 +83,13 @@ def defaults(class_name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
 def merged(expansion: Expansion) -> Expansion:
     """The expansion without cells that differ from another one only by arguments at their default,
     and with a note about every such argument."""
-    kept: dict[str, Cell] = {}
     notes: dict[str, None] = {}
-    for cell in expansion.cells:
-        bare = _without_defaults(cell, notes)
-        kept.setdefault(bare.cell_id, cell)
+    bare = [_without_defaults(cell, notes) for cell in expansion.cells]
+    if not notes:
+        return expansion
+    kept: dict[str, Cell] = {}
+    for cell, short in zip(expansion.cells, bare, strict=True):
+        kept.setdefault(short.cell_id, cell)
     if len(kept) < len(expansion.cells):
         count = len(expansion.cells) - len(kept)
         notes[f"left out as the same as another: {count} cell{'' if count == 1 else 's'}"] = None

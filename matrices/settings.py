@@ -7,6 +7,7 @@ with its checks, messages and line in the reference.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -75,9 +76,9 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-def resolve(name: str, where: str, section: str | None = None, value: Any = None) -> str:
-    """The dotted name of a setting as written, inside `section` or at top level. The `value`
-    written for it only makes messages better.
+def resolve(name: str, where: str, section: str | None = None, values: Sequence[Any] = ()) -> str:
+    """The dotted name of a setting as written, inside `section` or at top level. The `values`
+    written for it only make messages better.
 
     Raises UserError naming the nearest valid ones."""
     dotted = f"{section}.{name}" if section else BARE.get(name, SHORT.get(name, name))
@@ -87,17 +88,17 @@ def resolve(name: str, where: str, section: str | None = None, value: Any = None
         raise UserError("filled in by tunebench; remove it", key=dotted, where=where)
     if not section and name in MISLEADING:
         raise UserError(f"ambiguous; write {MISLEADING[name]}", key=name, where=where)
-    raise UserError(f"unknown setting{_hint(name, section, value)}", key=dotted, where=where)
+    raise UserError(f"unknown setting{_hint(name, section, values)}", key=dotted, where=where)
 
 
-def _hint(name: str, section: str | None, value: Any) -> str:
+def _hint(name: str, section: str | None, values: Sequence[Any]) -> str:
     leaf = name.rpartition(".")[2]
     if section and leaf in BARE:
         return f"; it belongs to {BARE[leaf].rpartition('.')[0] or 'the top level'}: {BARE[leaf]}"
     same_leaf = [dotted for dotted, (_, last) in LEAVES.items() if last == leaf]
     if same_leaf and leaf not in BARE:
         return f"; write {MISLEADING.get(leaf) or ' or '.join(same_leaf)}"
-    shown = "..." if value is None else flow(value)
+    shown = [flow(value) for value in values]
     if elsewhere := hint(leaf, shown):
         return f"; {elsewhere}"
     own = [last for dotted, (_, last) in LEAVES.items() if dotted.startswith(f"{section}.")]

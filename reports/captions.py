@@ -14,6 +14,7 @@ from reports.groups import Group, settings
 from reports.measured import METERS
 from reports.results import Result
 from reports.show_steps import data_text, loss_text
+from reports.show_verified import verified_caption
 
 # Said even when they have their default: no reader should have to guess them.
 ALWAYS = (
@@ -190,6 +191,7 @@ def caption(
         constants_text(groups, shown),
         f"Measured on {hardware_text(records[0])}; {software_text(records)}.",
         memory_text(records),
+        verified_caption(records),
         prediction_text(records),
         data_text(records),
         speed_text(records),

@@ -6,15 +6,7 @@ import shlex
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 
-from harness.record import (
-    CATEGORIES,
-    PHASES,
-    Memory,
-    PassedThrough,
-    Record,
-    Verified,
-    VerifiedAdapter,
-)
+from harness.record import CATEGORIES, PHASES, Memory, PassedThrough, Record
 from matrices.cell import SECTIONS, flatten, label
 from reports.display import (
     DASH,
@@ -33,6 +25,7 @@ from reports.results import Result
 from reports.samples import difference, score
 from reports.show_ranks import rank_facts, rank_rows
 from reports.show_steps import data_facts, loss_facts, step_facts
+from reports.show_verified import adapter_text, behaviour_text, share_text
 
 WIDTH = 100
 BAR = 30
@@ -159,10 +152,10 @@ def _verified(record: Record) -> str:
         "weights": dtypes,
         "not in use": _unexpected(record.provenance.unexpected_weights),
         "4-bit modules": _modules(found.quantized_modules, found.quant_types),
-        "in 4 bit": _share(found.quantized_share),
+        "in 4 bit": share_text(found.quantized_share),
         "adapters": _modules(modules, found.adapter_modules),
-        "adapter": _adapter(found.adapter),
-        "behaviour": _behaviour(found),
+        "adapter": adapter_text(found.adapter),
+        "behaviour": behaviour_text(found),
         "instead": "; ".join(found.substitutions),
         "passed through": "; ".join(_passed(*item) for item in found.passed_through.items()),
         "trainable": count_text(record.artifacts.trainable_parameters)
@@ -188,60 +181,6 @@ def _passed(name: str, told: PassedThrough) -> str:
     default = "the default" if told.held == told.default else f"default {told.default}"
     unknown = "" if told.classified else ", unknown to this release of tunebench"
     return f"{name} {told.held} ({default}{unknown})"
-
-
-def _share(share: float | None) -> str:
-    return "" if share is None else f"{share:.1%} of the base model's weights"
-
-
-def _adapter(found: VerifiedAdapter | None) -> str:
-    """What differs from plain LoRA, and the ranks and scalings that were found."""
-    if found is None:
-        return ""
-    tokens = [f"{count} rows of {name}" for name, count in found.trained_tokens.items()]
-    told = {
-        "rank": _by_value(found.ranks),
-        "scaling": _by_value(found.scalings),
-        "layers": ranges_text(found.layers),
-        "init": "" if found.init == "True" else found.init or "",
-        "with a magnitude (DoRA)": str(found.dora or ""),
-        "parameters": ", ".join(found.parameters),
-        "trained copies of": ", ".join(found.modules_to_save),
-        "trained tokens": ", ".join(tokens),
-        "trained biases": str(found.trained_biases or ""),
-    }
-    return "; ".join(f"{name} {text}" for name, text in told.items() if text)
-
-
-def _by_value(counts: Mapping[str, int]) -> str:
-    if len(counts) == 1:
-        return next(iter(counts))
-    return ", ".join(f"{value} on {count}" for value, count in counts.items())
-
-
-def ranges_text(numbers: Sequence[int]) -> str:
-    """`0-3, 7` of sorted whole numbers."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ", ".join(f"{first}" if first == last else f"{first}-{last}" for first, last in runs)
-
-
-def _behaviour(found: Verified) -> str:
-    sees = {
-        True: "documents in a row see nothing of each other",
-        False: "documents in a row see each other",
-        None: "",
-    }
-    told = [
-        "causal" if found.causal else "",
-        "the adapter starts at the base" if found.adapter_starts_at_base else "",
-        sees[found.documents_isolated],
-    ]
-    return "; ".join(each for each in told if each)
 
 
 def _modules(number: int | None, names: Sequence[str]) -> str:
@@ -369,6 +308,7 @@ def _speed(record: Record) -> str:
     durations = {
         "load": speed.load_seconds,
         "train": speed.train_seconds,
+        "behaviour": speed.behaviour_seconds,
         "ledger steps": speed.memory_steps_seconds,
         "evaluation": speed.evaluation_seconds,
     }

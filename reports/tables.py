@@ -7,6 +7,7 @@ else the difference is a dash and a note names the other settings that differ.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -246,14 +247,14 @@ def _setting_column(table: Table, name: str) -> TableColumn:
 
 def _data_names(table: Table) -> list[Estimate | str | None]:
     """Local data by the name of its file; with its hash only where the same file was changed."""
-    cells = [row.group.cell for row in table.rows]
-    known = {cell.data.source: cell.data.fingerprint for cell in cells if cell.data}
-    called = tails(list(known))
+    read = [row.group.cell.data for row in table.rows]
+    found = {(data.source, data.fingerprint) for data in read if data}
+    versions = Counter(source for source, _ in found)
+    called = tails(list(versions))
     texts: list[Estimate | str | None] = []
-    for cell in cells:
-        data = cell.data
-        changed = data is not None and known[data.source] != data.fingerprint
-        suffix = f" ({data.fingerprint[:12]})" if data and data.fingerprint and changed else ""
+    for data in read:
+        several = data is not None and versions[data.source] > 1
+        suffix = f" ({data.fingerprint[:12]})" if data and data.fingerprint and several else ""
         texts.append(called[data.source] + suffix if data else None)
     return texts
 

@@ -117,7 +117,7 @@ def copies_are_new_tensors() -> None:
         memo[id(tensor)] = made
         return made
 
-    FakeTensor.__deepcopy__ = copied
+    FakeTensor.__deepcopy__ = copied  # type: ignore[method-assign]
 
 
 def values_go_over_from_the_host() -> None:

@@ -25,11 +25,15 @@ DEADLINE_SECONDS = 120.0
 def test_mistakes_are_found_together_before_anything_starts(
     tunebench: Command, tmp_path: Path
 ) -> None:
-    (tmp_path / "rows.jsonl").write_text('{"words": "no such column"}\n')
+    # It takes TRL's preparation to see that nothing is left to learn of this row.
+    rows = {"prompt": "a prompt that fills the sequence", "completion": "yes"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(rows) + "\n")
     (tmp_path / "wrong.yaml").write_text(
         "model: tiny-llama\n"
         "method: lora\n"
         "packing: false\n"
+        "max_length: 16\n"
+        "completion_only_loss: true\n"
         "axes:\n"
         "  target_modules:\n"
         "    - [q_prj]\n"
@@ -44,10 +48,11 @@ def test_mistakes_are_found_together_before_anything_starts(
     by_key = {line.split(": ")[3]: line for line in errors}
     assert "wrong.yaml:" in by_key["adapter.target_modules"]
     assert "did you mean 'q_proj'" in by_key["adapter.target_modules"]
-    assert "words" in by_key["data.text_column"]
+    assert "1 of 1 rows lose what is to be learnt" in by_key["data.max_length"]
     assert "python_reference_bpb" in by_key["evaluate.tasks"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl", "wrong.yaml"]
-    # A plan finds the same on request, and says it of each cell.
+    # What the first rows show needs no preparation; a plan says it of each cell.
+    (tmp_path / "rows.jsonl").write_text('{"words": "no such column"}\n')
     two = ("--set", "data=[python-reference,rows.jsonl]", "--set", "tasks=[]")
     planned = tunebench(
         "plan",
@@ -58,10 +63,13 @@ def test_mistakes_are_found_together_before_anything_starts(
         *two,
         "--set",
         "target_modules=qv",
+        "--set",
+        "completion_only_loss=false",
         cwd=tmp_path,
     )
     assert planned.code == 0, planned.err
-    told = {cell["cell"]["data"]["source"]: cell for cell in json.loads(planned.out)}
+    trained = [cell for cell in json.loads(planned.out) if cell["cell"]["data"]]
+    told = {cell["cell"]["data"]["source"]: cell for cell in trained}
     assert told["python-reference"]["action"] == "run"
     wrong = told[str(tmp_path / "rows.jsonl")]
     assert (wrong["action"], wrong["label"]) == ("invalid", "rows.jsonl")

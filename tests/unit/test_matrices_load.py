@@ -103,6 +103,18 @@ MISTAKES = [
         2,
         "train.max_length: unknown setting; it belongs to data: data.max_length",
     ),
+    (
+        "axes: {use_dora: [true, false]}\n",
+        1,
+        "use_dora: unknown setting; pass it through: adapter.lora_config: "
+        "[{use_dora: true}, {use_dora: false}]",
+    ),
+    (
+        "modules_to_save: [lm_head]\n",
+        1,
+        "modules_to_save: unknown setting; pass it through: "
+        "adapter.lora_config: {modules_to_save: [lm_head]}",
+    ),
     ("lora_alpha: 5\n", 1, "lora_alpha: unknown setting; tunebench calls it adapter.alpha"),
     (
         "train:\n  per_device_train_batch_size: 5\n",

@@ -138,5 +138,5 @@ def test_hints_lead_to_the_right_place(name: str, said: str, section: str | None
     if (section, name) == ("data", "revision"):
         return
     with pytest.raises(UserError) as found:
-        resolve(name, "m.yaml:1", section, True)
+        resolve(name, "m.yaml:1", section, [True])
     assert said in str(found.value)

@@ -137,10 +137,11 @@ def test_an_unknown_name_is_told_what_there_is() -> None:
     with pytest.raises(UserError) as caught:
         target_modules(["q_proj", "out_prj"], skeleton("OPT"))
     message = caught.value.message
-    assert message.startswith("'out_prj' matches no linear layer; this model has fc1, fc2, k_proj")
+    assert message.startswith("'out_prj' matches no layer LoRA can be put on; this model has ")
+    assert "embed_tokens, fc1, fc2, k_proj" in message
     assert "did you mean 'out_proj'" in message
     # A part of a name is not a name: PEFT would not match it either.
-    with pytest.raises(UserError, match="matches no linear layer"):
+    with pytest.raises(UserError, match="matches no layer"):
         target_modules(["proj"], skeleton("Llama"))
     with pytest.raises(UserError, match="lm_head"):
         target_modules(["lm_head"], skeleton("Llama"))

@@ -99,6 +99,7 @@ def test_ten_thousand_cells_are_planned_in_seconds() -> None:
 
     cells = [lora(seed=seed) for seed in range(10_000)]
     provenance.stack()
-    began = time.monotonic()
+    # Of this process alone, whatever else the machine does.
+    began = time.process_time()
     assert len(plan_jobs(cells, {})) == 10_001
-    assert time.monotonic() - began < 15
+    assert time.process_time() - began < 15

@@ -15,7 +15,7 @@ from reports.groups import Group, settings
 from reports.measured import METERS, precision_text
 from reports.metric_choice import hidden_text
 from reports.results import Result
-from reports.show_steps import preparation_text
+from reports.show_steps import data_text, loss_text
 from reports.show_verified import verified_caption
 
 # Said even when they have their default: no reader should have to guess them.
@@ -44,7 +44,6 @@ DEFAULTS = {
     "adapter.alpha_per_rank": 2.0,
     **{name: Cell.model_fields[name].get_default(call_default_factory=True) for name in TOP_LEVEL},
 }
-TOLD_PREPARATIONS = 3
 # Said in sentences of their own, or part of the heading.
 ELSEWHERE = ("method", "model.name", "model.fingerprint", "evaluate.tasks", "evaluate.limit")
 
@@ -174,37 +173,6 @@ def quality_text(records: Sequence[Record], hidden: Sequence[str]) -> str:
         told = " or ".join("all" if limit is None else f"first {limit}" for limit in limits)
         parts.append(f"Scores are partial: {told} documents of each task.")
     return " ".join([*parts, *filter(None, [hidden_text(hidden)])])
-
-
-def data_text(records: Sequence[Record]) -> str:
-    """What the preparation cut and dropped, if anything."""
-    told = {preparation_text(r): None for r in records if _lost_rows(r)}
-    if not told:
-        return ""
-    if len(told) > TOLD_PREPARATIONS:
-        dropped = max((r.preparation.rows_dropped or 0) for r in records if r.preparation)
-        return f"Rows are truncated or dropped in some cells, up to {dropped} dropped; see show."
-    return f"Data: {'; or '.join(told)}."
-
-
-def _lost_rows(record: Record) -> bool:
-    made = record.preparation
-    return made is not None and any((made.rows_truncated, made.rows_dropped, made.rows_cut_off))
-
-
-def loss_text(records: Sequence[Record]) -> str:
-    """Where a training loss is not the mean over predicted tokens, or there is none."""
-    parts = []
-    notes = {r.verified.loss_normalization: None for r in records if r.verified.loss_normalization}
-    if notes:
-        some = sum(bool(r.verified.loss_normalization) for r in records)
-        trained = sum(bool(r.quality.train_loss) for r in records)
-        rows = "all runs" if some == trained else f"{some} of {trained} runs, not to be compared"
-        parts.append(f"Training loss of {rows}: {'; or '.join(map(str, notes))}.")
-    terms = sorted({term for record in records for term in record.verified.loss_terms})
-    if terms:
-        parts.append(f"Training losses hold also: {', '.join(terms)}.")
-    return " ".join(parts)
 
 
 def runs_text(groups: Sequence[Group], superseded: int) -> str:

@@ -81,7 +81,7 @@ def note(record: Record, seen: Seen, model: Any) -> None:
             seen.missing["adapter_starts_at_base"] = said
     elif cell.adapter is None:
         seen.missing.pop("adapter_starts_at_base", None)
-    verified.behaviour_seconds = seen.seconds + time.perf_counter() - began
+    record.speed.behaviour_seconds = seen.seconds + time.perf_counter() - began
     record.missing |= {f"verified.{name}": reason for name, reason in seen.missing.items()}
 
 

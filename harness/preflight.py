@@ -21,6 +21,7 @@ from harness import (
     model,
     plan_checks,
     profile_check,
+    task_check,
 )
 from harness.problems import Findings, Problem, shared
 from matrices.cell import Adapter, Cell, Evaluate, Model, Quantization
@@ -41,6 +42,8 @@ def problems(cells: Sequence[Cell]) -> list[Problem]:
         found.check(having, arguments.check_tokens, having[0])
     for spread in (cell for cell in cells if cell.profile):
         found.check([spread], profile_check.check, spread)
+    for (recipe, chosen), having in shared(found.without(cells), lambda c: (c.evaluate, c.model)):
+        found.check(having, task_check.check_chat_template, recipe, chosen)
     for recipe, having in shared(cells, lambda cell: cell.evaluate):
         _check_recipe(found, having, recipe)
     zero = [cell for cell in cells if cell.parallelism.startswith("zero")]
@@ -87,7 +90,7 @@ def _check_recipe(found: Findings, cells: Sequence[Cell], recipe: Evaluate) -> N
     for error in unknown:
         found.add(cells, error)
     if not unknown:
-        found.check(cells, _check_tasks, recipe)
+        found.check(cells, task_check.check_tasks, recipe)
 
 
 def _skeleton(chosen: Model) -> Any:
@@ -119,18 +122,6 @@ def _check_adapter(adapter: Adapter, skeleton: Any, quantization: Quantization |
     model.lora_config(adapter, skeleton)
     adapter_check.check(adapter, skeleton, quantization)
     adapter_check.attach(adapter, skeleton, quantization is not None)
-
-
-def _check_tasks(recipe: Evaluate) -> None:
-    """Load the tasks, documents and all: a dataset that cannot be had must not be found out after
-    the training."""
-    for task in recipe.tasks:
-        try:
-            evaluate.task_manager(recipe).load([task])
-        except Exception as error:
-            raise UserError(
-                f"lm-eval cannot load {task!r}: {_first_line(error)}", key="evaluate.tasks"
-            ) from error
 
 
 def _first_line(error: BaseException) -> str:

@@ -8,12 +8,15 @@ times are `float` seconds, moments are ISO 8601 in UTC. A figure nobody could me
 from __future__ import annotations
 
 import json
+import re
+import stat
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
-from matrices.cell import Cell
+from matrices.cell import SECTIONS, Cell, split_unknown
 from matrices.errors import UserError
 
 SCHEMA_VERSION = 1
@@ -49,7 +52,8 @@ MOSTLY_IN_4BIT = 0.5
 
 class Part(BaseModel):
     # JSON has no NaN: a diverged loss is written as the string "NaN" and read back as a float.
-    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
+    # Fields of a newer writer are kept, so that a record read and written again loses nothing.
+    model_config = ConfigDict(extra="allow", ser_json_inf_nan="strings")
 
 
 class PhaseMemory(Part):
@@ -188,6 +192,9 @@ class Speed(Part):
     mfu: float | None = None
     load_seconds: float | None = None
     train_seconds: float | None = None
+    behaviour_seconds: float | None = Field(
+        None, description="trying what the loaded model does, on a few tokens"
+    )
     memory_steps_seconds: float | None = Field(None, description="the untimed ledger steps")
     meter_seconds: float | None = Field(
         None, description="spent by the step meter itself, between steps, in no step's time"
@@ -207,15 +214,27 @@ class Metric(Part):
 
 
 class TaskScore(Part):
-    """One lm-eval task; `version` is the task's, `hash` of its resolved configuration and its
-    documents, so equal hashes mean equal questions."""
+    """One lm-eval task, or a group of them as lm-eval aggregates it; `version` is the task's,
+    `hash` of its resolved configuration and its documents, so equal hashes mean equal questions."""
 
     metrics: dict[str, Metric]
     higher_is_better: dict[str, bool]
     n: int = Field(description="documents scored")
-    num_fewshot: int = 0
+    num_fewshot: int | None = Field(0, description="none for a group whose tasks differ")
     version: str
     hash: str
+    subtasks: list[str] = Field(
+        default_factory=list, description="of a group: the tasks and groups it aggregates"
+    )
+
+
+class Recipe(Part):
+    """How the log-likelihoods were taken: it may differ between two records of one cell."""
+
+    softmax_dtype: str = Field(description="lm-eval's argument of this name")
+    logits_dtype: str | None = Field(
+        None, description="of the logits the model gave, which the softmax cannot make finer"
+    )
 
 
 class Generation(Part):
@@ -237,6 +256,9 @@ class Quality(Part):
         None, description="parquet of per-document results, beside the record"
     )
     lm_eval_version: str | None = None
+    recipe: Recipe | None = Field(
+        None, description="none in older records: the softmax was taken in the logits' own dtype"
+    )
 
 
 class Artifacts(Part):
@@ -297,7 +319,6 @@ class Verified(Part):
         description="whether documents packed into one row see nothing of each other; none: rows "
         "hold one document each",
     )
-    behaviour_seconds: float | None = Field(None, description="spent on the three before")
     adapter_modules: list[str] = Field(default_factory=list)
     adapter_module_count: int | None = None
     attn_implementation: str | None = None
@@ -485,19 +506,57 @@ class Record(Part):
         default_factory=dict, description="dotted name of a None figure to the reason"
     )
 
+    # Settings of the cell that only a newer writer knows; each has that writer's default, as any
+    # other value would be part of `cell_id` (see `read_record`).
+    _unknown_settings: dict[str, Any] = PrivateAttr(default_factory=dict)
+
     def to_json(self) -> str:
-        return self.model_dump_json(indent=1) + "\n"
+        text = self.model_dump_json(indent=1)
+        if self._unknown_settings:
+            plain = json.loads(text)
+            for name, value in self._unknown_settings.items():
+                known = plain["cell"].get(name)
+                plain["cell"][name] = known | value if isinstance(known, dict) else value
+            text = json.dumps(plain, indent=1, ensure_ascii=False)
+        return text + "\n"
 
 
 def read_record(path: Path) -> Record:
-    """Read `record.json`. Raises UserError naming the file when it is not a record of this or an
-    older schema."""
+    """Read `record.json`; fields that this version does not know are kept.
+
+    Raises UserError naming the file when it is not a record of this or an older schema, or when
+    its cell does not hash to its `cell_id`: it was changed, or it has settings that this version
+    does not know and that are not at their writer's defaults.
+    """
+    plain = _plain(path)
+    unknown: dict[str, Any] = {}
+    if isinstance(plain.get("cell"), dict):
+        plain["cell"], unknown = split_unknown(plain["cell"])
     try:
-        plain: Any = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"not a readable record: {error}", where=str(path)) from error
+        record = Record.model_validate_json(json.dumps(plain))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(
+            first["msg"], where=str(path), key=".".join(str(part) for part in first["loc"])
+        ) from error
+    record._unknown_settings = unknown
+    _check_identity(record, path)
+    _check_forms(record, path)
+    return record
+
+
+def _plain(path: Path) -> dict[str, Any]:
+    """The JSON object in a file, of a schema that this version reads."""
+    try:
+        # A pipe would be waited for.
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise UserError("not a readable record: it is not a file", where=str(path))
+        plain: Any = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"not a readable record: {why}", where=str(path)) from error
     version = plain.get("schema_version") if isinstance(plain, dict) else None
-    if not isinstance(version, int):
+    if type(version) is not int:
         raise UserError("not a record: it has no schema_version", where=str(path))
     if version > SCHEMA_VERSION:
         raise UserError(
@@ -506,10 +565,46 @@ def read_record(path: Path) -> Record:
             where=str(path),
             key="schema_version",
         )
-    try:
-        return Record.model_validate_json(json.dumps(plain))
-    except ValidationError as error:
-        first = error.errors()[0]
+    found: dict[str, Any] = plain
+    return found
+
+
+def _check_identity(record: Record, path: Path) -> None:
+    hashed = record.cell.cell_id
+    if hashed == record.cell_id:
+        return
+    names: list[str] = []
+    for name, value in record._unknown_settings.items():
+        names += [f"{name}.{leaf}" for leaf in value] if name in SECTIONS else [name]
+    if names:
         raise UserError(
-            first["msg"], where=str(path), key=".".join(str(part) for part in first["loc"])
-        ) from error
+            "written by a newer tunebench, with settings that this one does not know "
+            f"({', '.join(names)}); upgrade tunebench",
+            where=str(path),
+            key="cell",
+        )
+    raise UserError(
+        f"{record.cell_id[:12]!r} is not the hash of this cell ({hashed[:12]}): the record was "
+        "changed after it was written",
+        where=str(path),
+        key="cell_id",
+    )
+
+
+def _check_forms(record: Record, path: Path) -> None:
+    """Texts that others compute with, or make names of directories of, are what they must be."""
+    for key, value in (("started", record.started), ("ended", record.ended or record.started)):
+        try:
+            known = datetime.fromisoformat(value).tzinfo is not None
+        except ValueError:
+            known = False
+        if not known:
+            raise UserError(
+                f"{value[:40]!r} is no moment in ISO 8601 with its time zone",
+                where=str(path),
+                key=key,
+            )
+    if not re.fullmatch("[0-9a-f]{8,64}", record.stack_id):
+        raise UserError(
+            f"{record.stack_id[:40]!r} is no hash, in hexadecimal", where=str(path), key="stack_id"
+        )

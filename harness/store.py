@@ -6,8 +6,8 @@
     <results>/.claims/<key>.lock                   held for as long as a cell runs
     <results>/.claims/<key>.worker.lock            held by the worker process itself
 
-Nothing is ever deleted or overwritten, so directories merge by copying. Readers glob for
-`record.json` and skip names that start with a dot.
+Nothing is ever deleted or overwritten, so directories merge by copying. `harness.reading` reads
+them: names that start with a dot are skipped, what is no sound record is set aside.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from harness.files import TEMPORARY_PREFIX, sync_directory, write_atomically
-from harness.record import Record, read_record
+from harness.reading import RECORD, read_sound, records_in
+from harness.record import Record
 from matrices.errors import UserError
 
 # Below this a sweep would end in the middle of writing an adapter or a table of samples.
@@ -38,6 +39,11 @@ _WORKING_NAME = re.compile(r"(?P<key>[0-9a-f]{12}-[0-9a-f]{8})\.\d+-\w+")
 def record_key(cell_id: str, stack_id: str) -> str:
     """The name that attempts at one cell on one stack share."""
     return f"{cell_id[:12]}-{stack_id[:8]}"
+
+
+def is_of(record: Record, key: str) -> bool:
+    """Whether a record is of the cell that a key names."""
+    return key.startswith(f"{record.cell_id[:12]}-")
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,8 @@ class Store:
         self.claims = self.root / ".claims"
 
     def check(self) -> None:
-        """Raise UserError if the directory could not be written or the disk is nearly full.
+        """Raise UserError if the directory could not be written or the disk is nearly full, and
+        say which of the attempts left behind cannot be read.
 
         Makes nothing: where the directory is not there yet, its nearest ancestor is tried.
         """
@@ -76,6 +83,8 @@ class Store:
                 f"{MINIMUM_FREE_BYTES / 2**20:.0f} MiB to start; free some, or use another "
                 "directory with --results"
             )
+        for _, working in self.abandoned():
+            read_sound(working / RECORD)
 
     def prepare(self) -> None:
         """Make the directory. Raises UserError when it cannot be written."""
@@ -86,24 +95,21 @@ class Store:
 
     def latest(self) -> dict[str, Entry]:
         """The attempt in force of every key that is here: the last one that came to an end of its
-        own, else the last. Raises UserError on an unreadable record, or a newer schema's."""
+        own, else the last."""
         found: dict[str, Entry] = {}
-        for path in sorted(self.root.glob("*/record.json")):
-            if path.parent.name.startswith("."):
-                continue
-            record = read_record(path)
+        for directory, record in records_in(self.root):
             key = record_key(record.cell_id, record.stack_id)
             if key not in found or _rank(found[key].record) < _rank(record):
-                found[key] = Entry(path.parent, record)
+                found[key] = Entry(directory, record)
         return found
 
     def latest_of(self, key: str) -> Entry | None:
         """The attempt in force of one key, read anew."""
         last: Entry | None = None
         for path in [self.root / key, *self.root.glob(f"{key}.*")]:
-            if not (path / "record.json").exists():
+            record = read_sound(path / RECORD)
+            if record is None or not is_of(record, key):
                 continue
-            record = read_record(path / "record.json")
             if last is None or _rank(last.record) < _rank(record):
                 last = Entry(path, record)
         return last
@@ -159,7 +165,7 @@ class Store:
                 write_atomically(
                     working / "cell.json", record.cell.model_dump_json(indent=1) + "\n"
                 )
-                write_atomically(working / "record.json", record.to_json())
+                write_atomically(working / RECORD, record.to_json())
             except BaseException:
                 shutil.rmtree(working)
                 raise
@@ -176,7 +182,7 @@ class Store:
         target = self.place(key, attempt)
         record = record.model_copy(update={"attempt": attempt})
         with disk_errors(self.root):
-            write_atomically(working / "record.json", record.to_json())
+            write_atomically(working / RECORD, record.to_json())
             _remove_parts(working)
             for path in working.rglob("*"):
                 if path.is_file():
@@ -197,16 +203,18 @@ class Store:
         """Publish what a dead runner left of a claimed key. `finish` completes the record.
 
         A directory whose runner died before it wrote a first record has nothing to keep: it is
-        removed.
+        removed. One whose record cannot be read stays where it is.
         """
         recovered = []
-        for _, working in self.abandoned(key):
-            if not (working / "record.json").exists():
+        for working_key, working in self.abandoned(key):
+            if not (working / RECORD).exists():
                 with disk_errors(self.root):
                     shutil.rmtree(working)
                 continue
-            record = read_record(working / "record.json")
-            recovered.append(self.publish(working, finish(working, record)))
+            record = read_sound(working / RECORD)
+            # Of another cell it would need another claim.
+            if record is not None and is_of(record, working_key):
+                recovered.append(self.publish(working, finish(working, record)))
         return recovered
 
 

@@ -181,7 +181,7 @@ def sft_config(cell: Cell, rows: Dataset | None, course: Course, output_dir: Pat
         "per_device_train_batch_size": train.micro_batch_size,
         "gradient_accumulation_steps": train.gradient_accumulation_steps,
         # At a rate of 0 there is no schedule, and the polynomial one refuses it.
-        "lr_scheduler_type": "constant" if course.prepared else train.lr_scheduler_type,
+        "lr_scheduler_type": train.lr_scheduler_type if course.learning_rate else "constant",
         "warmup_steps": train.warmup_steps,
         "optim": train.optimizer,
         "weight_decay": train.weight_decay,
@@ -211,7 +211,7 @@ def sft_config(cell: Cell, rows: Dataset | None, course: Course, output_dir: Pat
         assert rows is not None
         arguments |= loss_arguments(data, rows.column_names) | {"data_seed": cell.seed}
     further = dict(train.sft_config)
-    if course.prepared:
+    if not course.learning_rate:
         further.pop("lr_scheduler_kwargs", None)
     known = {field.name for field in dataclasses.fields(SFTConfig)}
     arguments = {

@@ -211,6 +211,8 @@ def _evaluate(job: Job, scored: Any, tokenizer: Any) -> None:
     record.speed.evaluation_seconds = time.perf_counter() - started
     record.quality.tasks = scores.tasks
     record.quality.lm_eval_version = provenance.version("lm-eval")
+    record.quality.recipe = scores.recipe
+    record.missing |= scores.missing
     if len(scores.samples):
         scores.samples.to_parquet(job.output_dir / "samples.parquet", index=False)
         record.quality.samples_file = "samples.parquet"

@@ -20,7 +20,7 @@ from launch.cli_profiles import profiles
 from launch.cli_results import calibration, report, show
 from launch.cli_run import exit_code, run, sweep_of
 from launch.cli_status import status
-from launch.console import print_error, print_json
+from launch.console import print_error, print_json, show_set_aside
 from launch.options import (
     CheckOption,
     GpuOption,
@@ -74,6 +74,7 @@ def tunebench(
     Exit codes: 0 all is well; 1 a bug (with its traceback); 2 something to put right (one line
     says what); 3 a run ended with failed cells; 130 and 143 stopped by Ctrl-C and SIGTERM.
     """
+    show_set_aside()
 
 
 @app.command()

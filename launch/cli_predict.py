@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from harness.prediction import Prediction
+    from harness.record import Record
     from launch.plan import Job
     from launch.predicting import Options
 
@@ -66,6 +67,7 @@ def predict(
     tunebench predict my-sweep.yaml --stack transformers==4.48.1,peft==0.13.2
     tunebench predict my-sweep.yaml --json | jq '.[].memory.peak_allocated_bytes'
     """
+    from launch.foretelling import timed
     from launch.matrix_file import load
     from launch.plan import labels
     from launch.predicting import predict as predict_cells
@@ -77,12 +79,13 @@ def predict(
     expansion = merged(expand(load(matrix, set_ or [], seeds)))
     for note in expansion.notes:
         print_note(note)
+    past = _past(records) if records is not None else []
     show = show_for_stderr()
     options = prediction_options(gpu, gpus_file, stack, no_self_check, engine, workers)
     with stopping():
         found = predict_cells(expansion.cells, options, show)
     if records is not None:
-        found = _calibrated(found, records)
+        found = timed(found, past)
     if as_json:
         print_json([prediction.model_dump(mode="json") for prediction in found])
     else:
@@ -126,12 +129,10 @@ def prediction_options(
     )
 
 
-def _calibrated(predictions: list[Prediction], records: Path) -> list[Prediction]:
-    from launch.foretelling import timed
+def _past(records: Path) -> list[Record]:
     from reports.results import index, load_records
 
-    past = index(load_records(records)).values()
-    return timed(predictions, [result.record for result in past])
+    return [result.record for result in index(load_records(records)).values()]
 
 
 def fit(

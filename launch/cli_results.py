@@ -32,6 +32,14 @@ def report(
             "--baseline", metavar="KEY=VALUE,...", help="The row that differences are against."
         ),
     ] = None,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--metric",
+            metavar="NAME",
+            help="Show this metric of the tasks that have it (acc_norm); may be given again.",
+        ),
+    ] = None,
 ) -> None:
     """Write and print the tables of a results directory.
 
@@ -42,6 +50,7 @@ def report(
     tunebench report results/quickstart
     tunebench report results/ --table quantization --format md
     tunebench report results/ --table rank-targets --baseline rank=8,target_modules=qv
+    tunebench report results/ --metric acc_norm --metric acc
     tunebench report results/ --page report.html
     """
     from launch.reporting import print_table, write_all, write_page
@@ -49,12 +58,13 @@ def report(
 
     check_format(format_)
     if table is not None:
-        print_table(results, table, format_, baseline)
+        print_table(results, table, format_, baseline, metric or [])
         return
     if page is not None:
-        paths = [write_page(results, page, baseline)]
+        paths = [write_page(results, page, baseline, metric or [])]
     else:
-        paths = write_all(results, output or results / "report", baseline, format_)
+        output = output or results / "report"
+        paths = write_all(results, output, baseline, format_, metric or [])
     for path in paths:
         print(f"tunebench: wrote {path}", file=sys.stderr)
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import typer
 
-from matrices.errors import UserError
+from matrices.errors import SetAside, UserError
 from matrices.text import visible
 
 
@@ -24,6 +25,22 @@ def print_error(error: UserError) -> None:
 
 def print_note(text: str) -> None:
     print(f"tunebench: note: {visible(text)}", file=sys.stderr)
+
+
+def show_set_aside() -> None:
+    """From here on, show each file that a command passes over as a note, once."""
+    warnings.simplefilter("always", SetAside)
+    before = warnings.showwarning
+    told: set[str] = set()  # python's own registry is emptied by every change of its filters
+
+    def shown(message: Warning | str, category: type[Warning], *about: Any, **more: Any) -> None:
+        if not issubclass(category, SetAside):
+            before(message, category, *about, **more)
+        elif str(message) not in told:
+            told.add(str(message))
+            print_note(str(message))
+
+    warnings.showwarning = shown
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from launch.doctor import Finding
 from launch.plan import Job
 from launch.progress import clock
 from reports.display import DASH, bytes_text
+from reports.show_steps import data_text, loss_text
 
 MARKS = {"ok": "+", "no": "-", "note": "·"}
 
@@ -121,6 +122,9 @@ def outcome_text(jobs: Sequence[Job], entries: dict[str, Entry], results: Path) 
     note = "\npeak is live tensor bytes by the ledger: no GPU here" if "ledger" in meters else ""
     if any(entry.record.contaminated for entry in entries.values()):
         note += "\n? in doubt: something else used its devices; `tunebench show` says what"
+    records = [entry.record for entry in entries.values()]
+    told = [text for text in (data_text(records), loss_text(records)) if text]
+    note += "".join(f"\n{text}" for text in told)
     headers = ("cell", "status", "peak", "tok/s", "time", "configuration", "record or reason")
     return (
         aligned(headers, rows)

@@ -12,6 +12,7 @@ from harness.command import threads_of
 from harness.prediction import Prediction
 from harness.record import Record, Status
 from harness.store import INCONCLUSIVE, Entry, record_key
+from launch.rescore import with_new_base_scores
 from matrices.cell import Cell, base_cells
 from matrices.errors import UserError, nearest
 from matrices.labels import labels
@@ -153,7 +154,7 @@ def plan_jobs(
         seen = max((e.record.attempt for e in there if _key(e.record) == key), default=0)
         implied = cell_id not in reasons
         jobs.append(Job(cell, key, names[cell_id], action, why, seen, found, implied))
-    return jobs
+    return with_new_base_scores(jobs)
 
 
 def key_of(cell: Cell, threads: int) -> str:

@@ -70,9 +70,9 @@ def run_on_ray(
     """
     store = Store(sweep.results)
     store.check()
+    there = Published(store).new()
     with stop_signals(), connected(options.address), stop_signals() as signals:
         nodes = living_nodes()
-        there = Published(store).new()
         jobs = quickly_checked(plan(sweep, nodes, there), display, sweep)
         to_run = [job for job in jobs if job.action in ("run", "retry")]
         requests = {job.key: asked(job.cell, nodes, options.per_device) for job in to_run}

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from harness.files import write_atomically
+from harness.reading import RECORD, records_in
+from harness.record import read_record
 from matrices.errors import UserError
 from reports.page import page
 from reports.render import render
-from reports.results import Result, bases, index, load_records
+from reports.results import Result, bases, by_commit, index, load_records
 from reports.show import show
 from reports.tables import TABLES, build, build_all
 from reports.write import write_report
@@ -16,23 +20,34 @@ from reports.write import write_report
 FIRST_TABLE = "methods"
 
 
-def table_text(results: list[Result], name: str, format: str, baseline: str | None) -> str:
+def table_text(
+    results: list[Result],
+    name: str,
+    format: str,
+    baseline: str | None,
+    metrics: Sequence[str] = (),
+) -> str:
     """A table in a format, for each model and stack; a sentence when there are no rows for it."""
-    tables = build(results, name, baseline)
+    tables = build(results, name, baseline, metrics)
     if not tables:
         needs = ", ".join(TABLES[name].needs)
         raise UserError(f"nothing for the table {name}: it is about cells of method {needs}")
     return "\n\n".join(render(table, format).rstrip("\n") for table in tables)
 
 
-def print_table(results: Path, name: str, format: str, baseline: str | None) -> None:
-    print(table_text(load_records(results), name, format, baseline))
+def print_table(
+    results: Path, name: str, format: str, baseline: str | None, metrics: Sequence[str] = ()
+) -> None:
+    print(table_text(load_records(results), name, format, baseline, metrics))
 
 
-def write_page(results: Path, file: Path, baseline: str | None) -> Path:
+def write_page(
+    results: Path, file: Path, baseline: str | None, metrics: Sequence[str] = ()
+) -> Path:
     """Write the self-contained HTML page; its links are relative to where it is."""
     records = load_records(results)
-    text = page(records, build_all(records, baseline), file.parent, results.resolve().name)
+    tables = build_all(records, baseline, metrics)
+    text = page(records, tables, file.parent, results.resolve().name, metrics)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, text)
@@ -41,23 +56,29 @@ def write_page(results: Path, file: Path, baseline: str | None) -> Path:
     return file
 
 
-def write_all(results: Path, output: Path, baseline: str | None, format: str) -> list[Path]:
+def write_all(
+    results: Path,
+    output: Path,
+    baseline: str | None,
+    format: str,
+    metrics: Sequence[str] = (),
+) -> list[Path]:
     """Write the whole report, and print the method comparison if there is one."""
-    paths = write_report(results, output, baseline)
-    records = load_records(results)
-    tables = [table for table in build_all(records, baseline) if table.name == FIRST_TABLE]
-    for table in tables:
-        print(render(table, format))
+    paths = write_report(results, output, baseline, metrics)
+    for table in build_all(load_records(results), baseline, metrics):
+        if table.name == FIRST_TABLE:
+            print(render(table, format))
     return paths
 
 
 def record_text(cell: str, results: Path, as_json: bool) -> str:
     """One record for people, or as it is for machines. Raises UserError when there is none."""
     path = find_record(cell, results)
-    among = load_records(path.parent.parent)
-    [result] = [one for one in among if one.path.resolve() == path.resolve()]
+    result = Result(by_commit(read_record(path)), path)
     if as_json:
         return path.read_text().rstrip("\n")
+    beside = records_in(Path(os.path.normpath(path.parent / "..")))
+    among = [Result(by_commit(record), directory / RECORD) for directory, record in beside]
     return show(result, bases(result, index(among)))
 
 

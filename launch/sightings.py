@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from harness import rank_state
-from harness.record import RankState, Record, read_record
+from harness.reading import RECORD, read_sound, records_in
+from harness.record import RankState, Record
 from harness.store import Entry, Store
 from launch.process import Progress, read_progress
 from matrices.errors import UserError
@@ -51,8 +52,10 @@ def running(store: Store, wanted: Callable[[str], bool] = lambda key: True) -> l
     for key, directory in store.abandoned():
         if not wanted(key):
             continue
+        record = read_sound(directory / RECORD)
+        if record is None:
+            continue
         try:
-            record = read_record(directory / "record.json")
             progress, ranks = read_progress(directory), rank_state.read_states(directory)
         except (OSError, ValueError, UserError):
             continue  # published, or begun, at this very moment; or what is there is no record
@@ -110,15 +113,7 @@ class Published:
         self.seen: set[str] = set()
 
     def new(self) -> list[Entry]:
-        """Those that have come since the last call; at the first, all. Raises UserError on an
-        unreadable record."""
-        if not self.store.root.is_dir():
-            return []
-        names = {name for name in os.listdir(self.store.root) if not name.startswith(".")}
-        found = []
-        for name in sorted(names - self.seen):
-            directory = self.store.root / name
-            if (directory / "record.json").is_file():
-                found.append(Entry(directory, read_record(directory / "record.json")))
-                self.seen.add(name)
+        """Those that have come since the last call; at the first, all."""
+        found = [Entry(*each) for each in records_in(self.store.root, self.seen)]
+        self.seen |= {entry.directory.name for entry in found}
         return found

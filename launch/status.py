@@ -60,8 +60,7 @@ class Sweep:
 
 
 def look(results: Path) -> Sweep:
-    """Everything a results directory and SLURM's queue tell now. Raises UserError on an unreadable
-    record."""
+    """Everything a results directory and SLURM's queue tell now."""
     store = Store(results)
     sweep = Sweep()
     # First what runs: a cell that is published meanwhile is seen twice, and never not at all.

@@ -303,6 +303,23 @@ def _sorted_json(plain: Any) -> str:
     return json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 
 
+def split_unknown(plain: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A cell's plain form in two: the settings of this version, and those it has beside them."""
+    known: dict[str, Any] = {}
+    unknown: dict[str, Any] = {}
+    for name, value in plain.items():
+        if name not in Cell.model_fields:
+            unknown[name] = value
+        elif name in SECTIONS and isinstance(value, dict):
+            fields = SECTIONS[name].model_fields
+            known[name] = {leaf: value[leaf] for leaf in value if leaf in fields}
+            if beside := {leaf: value[leaf] for leaf in value if leaf not in fields}:
+                unknown[name] = beside
+        else:
+            known[name] = value
+    return known, unknown
+
+
 def flatten(cell: Cell) -> dict[str, Any]:
     """Dotted setting name to value, in declaration order; absent sections give no entry."""
     flat: dict[str, Any] = {name: getattr(cell, name) for name in TOP_LEVEL}

@@ -32,6 +32,11 @@ def _rebuild(message: str, key: str | None, where: str | None) -> UserError:
     return UserError(message, key=key, where=where)
 
 
+class SetAside(UserWarning):
+    """A file in a results directory that is passed over while the rest goes on; the message is one
+    line. The command line shows it as a note."""
+
+
 def nearest(word: str, known: Iterable[str], limit: int = 3) -> str:
     """`; did you mean 'a' or 'b'?`, or the empty string when nothing is near."""
     close = closest(word, known, limit)

@@ -6,14 +6,16 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from harness.recipe import softmax_dtype
 from harness.record import Record
 from matrices.cell import SECTIONS, TOP_LEVEL, Cell
 from reports.columns import PACKAGES
 from reports.display import bytes_text, setting_text, short_name
 from reports.groups import Group, settings
-from reports.measured import METERS
+from reports.measured import METERS, precision_text
+from reports.metric_choice import hidden_text
 from reports.results import Result
-from reports.show_steps import preparation_text
+from reports.show_steps import data_text, loss_text
 from reports.show_verified import verified_caption
 
 # Said even when they have their default: no reader should have to guess them.
@@ -42,7 +44,6 @@ DEFAULTS = {
     "adapter.alpha_per_rank": 2.0,
     **{name: Cell.model_fields[name].get_default(call_default_factory=True) for name in TOP_LEVEL},
 }
-TOLD_PREPARATIONS = 3
 # Said in sentences of their own, or part of the heading.
 ELSEWHERE = ("method", "model.name", "model.fingerprint", "evaluate.tasks", "evaluate.limit")
 
@@ -151,55 +152,27 @@ def speed_text(records: Sequence[Record]) -> str:
     )
 
 
-def quality_text(records: Sequence[Record], hidden_tasks: Sequence[str]) -> str:
-    """Few-shot, documents, and whether the evaluation was partial."""
+def quality_text(records: Sequence[Record], hidden: Sequence[str]) -> str:
+    """Few-shot, precision, documents, whether the evaluation was partial, and what is not shown."""
     shots = {
         task: score.num_fewshot
         for record in records
         for task, score in record.quality.tasks.items()
+        if score.num_fewshot is not None
     }
     parts = []
     if shots:
         told = ", ".join(f"{task} {number}-shot" for task, number in shots.items())
-        parts.append(f"Scored by lm-eval: {told}.")
+        taken = sorted({found for record in records if (found := precision_text(record))})
+        several = len({softmax_dtype(record) for record in records} - {None}) > 1
+        refused = ", which are not compared" if several else ""
+        precision = f"log-likelihoods in {' or '.join(taken)}{refused}"
+        parts.append(f"Scored by lm-eval: {told}; {precision}.")
     limits = {record.cell.evaluate.limit for record in records}
     if limits != {None}:
         told = " or ".join("all" if limit is None else f"first {limit}" for limit in limits)
         parts.append(f"Scores are partial: {told} documents of each task.")
-    if hidden_tasks:
-        parts.append(f"Not shown here but in records.csv: {', '.join(hidden_tasks)}.")
-    return " ".join(parts)
-
-
-def data_text(records: Sequence[Record]) -> str:
-    """What the preparation cut and dropped, if anything."""
-    told = {preparation_text(r): None for r in records if _lost_rows(r)}
-    if not told:
-        return ""
-    if len(told) > TOLD_PREPARATIONS:
-        dropped = max((r.preparation.rows_dropped or 0) for r in records if r.preparation)
-        return f"Rows are truncated or dropped in some cells, up to {dropped} dropped; see show."
-    return f"Data: {'; or '.join(told)}."
-
-
-def _lost_rows(record: Record) -> bool:
-    made = record.preparation
-    return made is not None and any((made.rows_truncated, made.rows_dropped, made.rows_cut_off))
-
-
-def loss_text(records: Sequence[Record]) -> str:
-    """Where a training loss is not the mean over predicted tokens, or there is none."""
-    parts = []
-    notes = {r.verified.loss_normalization: None for r in records if r.verified.loss_normalization}
-    if notes:
-        some = sum(bool(r.verified.loss_normalization) for r in records)
-        trained = sum(bool(r.quality.train_loss) for r in records)
-        rows = "all runs" if some == trained else f"{some} of {trained} runs, not to be compared"
-        parts.append(f"Training loss of {rows}: {'; or '.join(map(str, notes))}.")
-    terms = sorted({term for record in records for term in record.verified.loss_terms})
-    if terms:
-        parts.append(f"Training losses hold also: {', '.join(terms)}.")
-    return " ".join(parts)
+    return " ".join([*parts, *filter(None, [hidden_text(hidden)])])
 
 
 def runs_text(groups: Sequence[Group], superseded: int) -> str:
@@ -216,7 +189,7 @@ def runs_text(groups: Sequence[Group], superseded: int) -> str:
 def caption(
     groups: Sequence[Group],
     shown: Sequence[str],
-    hidden_tasks: Sequence[str],
+    hidden: Sequence[str],
     superseded: int,
     where: str = "",
 ) -> list[str]:
@@ -234,7 +207,7 @@ def caption(
         data_text(records),
         speed_text(records),
         loss_text(records),
-        quality_text(records, hidden_tasks),
+        quality_text(records, hidden),
         "Brackets: 95 % interval over what n counts (documents, timed steps or seeds; for memory "
         "the range of the runs); n is that of the heading unless a cell says another. One seed "
         "says nothing about other seeds.",

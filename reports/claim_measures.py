@@ -276,7 +276,9 @@ def _slowdown(ours: Group, theirs: Group) -> Iterator[Estimate]:
 
 def _points(ours: Group, theirs: Group) -> Iterator[Estimate]:
     """Accuracy, ours minus theirs, in points, once for each task that has one."""
-    seen = set()
+    tasks = [score for r in ours.measured for score in r.record.quality.tasks.values()]
+    # What a group aggregates is not counted a second time.
+    seen = {name for score in tasks for name in score.subtasks}
     for task, metric in quality_keys(result.record for result in ours.measured):
         if task not in seen and metric.partition(",")[0] in ACCURACIES:
             seen.add(task)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from harness.command import HERE, of_record
+from harness.recipe import softmax_dtype
 from harness.record import CATEGORIES, PHASES, Record
 from matrices.cell import SECTIONS, flatten
 from reports.display import short_name
@@ -386,6 +387,14 @@ def _other() -> list[Column]:
             lambda record: record.quality.train_loss[-1] if record.quality.train_loss else None,
             "Float64", "final train loss",
             "mean loss of the last step; none without a label", "nats/token", "lower",
+        ),
+        Column(
+            "quality.softmax_dtype", softmax_dtype, "string", "log-likelihoods in",
+            "dtype of the softmax behind the scores",
+        ),
+        Column(
+            "quality.logits_dtype", "quality.recipe.logits_dtype", "string", "logits in",
+            "dtype of the logits that the model gave",
         ),
         Column(
             "artifacts.trainable_parameters", "artifacts.trainable_parameters", "Int64",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from harness.recipe import softmax_dtype
 from harness.record import Record
 from reports.effects import (
     Estimate,
@@ -71,7 +72,11 @@ def tokens_per_second(group: Group) -> Estimate | None:
 
 
 def quality(group: Group, task: str, metric: str) -> Estimate | None:
-    """One metric of one task."""
+    """One metric of one task. Raises NotComparable when seeds were scored in several dtypes."""
+    precisions = {softmax_dtype(result.record) for result in group.measured} - {None}
+    if len(precisions) > 1:
+        told = " and ".join(sorted(map(str, precisions)))
+        raise NotComparable(f"{group.name} has seeds with log-likelihoods in {told}")
     found = [score(result, task, metric) for result in group.measured]
     return _over_seeds([estimate for estimate in found if estimate is not None])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 
+from harness.recipe import softmax_dtype
 from harness.record import Record
 from reports import estimates
 from reports.baseline import Baselines
@@ -12,11 +13,10 @@ from reports.columns import Better
 from reports.display import bytes_text, one_line
 from reports.effects import Estimate, NotComparable
 from reports.groups import Group
-from reports.measured import quality_keys
+from reports.metric_choice import metric_text, metrics_shown
 from reports.results import Index, bases
 from reports.table import Row, Style, Table, TableColumn, Value, bytes_style, seconds_style
 
-MAXIMUM_TASKS = 6
 Compare = Callable[[Group], Estimate | str | None]
 
 
@@ -107,25 +107,18 @@ def _peak_phase(item: Group) -> str | None:
     return " or ".join(named) or None
 
 
-def metrics_shown(groups: Sequence[Group]) -> tuple[list[tuple[str, str]], list[str]]:
-    """One metric of each task (bits per byte where there is one, else the task's first), and the
-    names of the tasks that do not fit."""
-    keys = quality_keys(result.record for item in groups for result in item.results)
-    chosen: dict[str, str] = {}
-    for task, metric in keys:
-        if task not in chosen or metric == "bits_per_byte":
-            chosen[task] = metric
-    pairs = list(chosen.items())
-    return pairs[:MAXIMUM_TASKS], [task for task, _ in pairs[MAXIMUM_TASKS:]]
-
-
 def quality_columns(
-    table: Table, baselines: Baselines, roles: Sequence[str], newest: Index
+    table: Table,
+    baselines: Baselines,
+    roles: Sequence[str],
+    newest: Index,
+    metrics: Sequence[str] = (),
 ) -> list[TableColumn]:
-    """For each task: the score, and its difference to the base models and to the baseline."""
+    """For each task and metric: the score, and its difference to the base models and to the
+    baseline."""
     groups = [row.group for row in table.rows if not row.reference]
     columns = []
-    for task, metric in metrics_shown(groups)[0]:
+    for task, metric in metrics_shown(groups, metrics).pairs:
         better = _direction(groups, task, metric)
         name, unit = f"{task}.{metric}", metric_text(metric)
 
@@ -141,14 +134,17 @@ def quality_columns(
             columns.append(column)
         for column in columns:
             column.unit, column.part = column.unit or unit, column.part or task
-    return [column for column in columns if any(value is not None for value in column.values)]
+    # A column of refusals says why by its notes.
+    return [c for c in columns if any(value is not None for value in c.values) or any(c.marks)]
 
 
-def metric_text(metric: str) -> str:
-    """`bits_per_byte,none` as `bits per byte`; the filter is said when lm-eval applied one."""
-    name, _, applied = metric.partition(",")
-    told = name.replace("_", " ")
-    return told if applied in ("", "none") else f"{told} ({applied})"
+def precision_column(table: Table) -> list[TableColumn]:
+    """In which dtype the log-likelihoods of each row were taken, where rows differ in that."""
+    column = TableColumn("softmax_dtype", "Log-likelihoods in", "setting", [])
+    for row in table.rows:
+        found = {softmax_dtype(result.record) for result in row.group.measured} - {None}
+        column.values.append(", ".join(sorted(map(str, found))) or None)
+    return [column] if len(set(column.values) - {None}) > 1 else []
 
 
 def _direction(groups: Sequence[Group], task: str, metric: str) -> Better | None:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from harness.record import CATEGORIES
 from reports import estimates
 from reports.display import MIB
-from reports.effects import Estimate
-from reports.figure_columns import metric_text, metrics_shown
+from reports.effects import Estimate, NotComparable
 from reports.groups import Group, names
+from reports.metric_choice import metric_text, metrics_shown
 from reports.results import Index, bases
 from reports.table import count
 
@@ -41,12 +41,13 @@ class Drawing(NamedTuple):
     figure: go.Figure
 
 
-def drawings(groups: Sequence[Group], newest: Index) -> list[Drawing]:
-    """The figures that these groups have data for."""
+def drawings(groups: Sequence[Group], newest: Index, metrics: Sequence[str] = ()) -> list[Drawing]:
+    """The figures that these groups have data for; `metrics` are those chosen to be shown."""
     labels = [html.escape(name) for name in names(groups)]
     pairs = list(zip(groups, labels, strict=True))
+    shown = metrics_shown(groups, metrics).pairs
     found = [
-        *[_tradeoff(pairs, newest, task, metric) for task, metric in metrics_shown(groups)[0]],
+        *[_tradeoff(pairs, newest, task, metric) for task, metric in shown],
         _categories(pairs),
         _throughput(pairs),
         _losses(pairs),
@@ -91,7 +92,7 @@ def _tradeoff(
 
     figure = go.Figure()
     for place, (item, label) in enumerate(pairs):
-        peak, quality = estimates.peak_bytes(item), estimates.quality(item, task, metric)
+        peak, quality = estimates.peak_bytes(item), _quality(item, task, metric)
         if peak is None or quality is None:
             continue
         hover = f"{label}<br>{peak.value / MIB:,.1f} MiB<br>{quality.value:.4g}, {count(quality)}"
@@ -128,6 +129,14 @@ def _tradeoff(
         "Whiskers are 95 % intervals, over seeds where there are several, else over documents.",
         figure,
     )
+
+
+def _quality(item: Group, task: str, metric: str) -> Estimate | None:
+    """The score; none where the table gives a reason instead."""
+    try:
+        return estimates.quality(item, task, metric)
+    except NotComparable:
+        return None
 
 
 def _categories(pairs: Sequence[tuple[Group, str]]) -> Drawing | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from harness.recipe import softmax_dtype
 from harness.record import Phase, PhaseMemory, Record
 from matrices.cell import Cell
 
@@ -95,6 +96,14 @@ def global_batch(cell: Cell) -> int | None:
 def timed_seconds(record: Record) -> list[float]:
     """The step times every speed figure is made of: all but the warm-up."""
     return record.speed.step_seconds[record.speed.warmup_steps :]
+
+
+def precision_text(record: Record) -> str:
+    """`float32 of bfloat16 logits`: how the log-likelihoods were taken; empty without scores."""
+    taken, recipe = softmax_dtype(record), record.quality.recipe
+    if taken is None or recipe is None or recipe.logits_dtype in (None, taken):
+        return taken or ""
+    return f"{taken} of {recipe.logits_dtype} logits"
 
 
 def quality_keys(records: Iterable[Record]) -> list[tuple[str, str]]:

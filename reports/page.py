@@ -30,14 +30,21 @@ READING = (
 FIT = 'addEventListener("load", () => dispatchEvent(new Event("resize")));'
 
 
-def page(results: Sequence[Result], tables: Sequence[Table], directory: Path, name: str) -> str:
+def page(
+    results: Sequence[Result],
+    tables: Sequence[Table],
+    directory: Path,
+    name: str,
+    metrics: Sequence[str] = (),
+) -> str:
     """The page for these results; links to records are relative to `directory`, where it will be.
-    All text from records is escaped."""
+    All text from records is escaped. `metrics` are those chosen for the figures."""
     sections = _sections(results)
     parts = [_header(results, name)]
     for key, groups in sections.items():
         own = [table for table in tables if _key(table) == key]
-        parts.append(_section(groups, own, results, directory, alone=len(sections) == 1))
+        figures = [_figure(drawing) for drawing in drawings(groups, index(results), metrics)]
+        parts.append(_section(groups, own, figures, directory, alone=len(sections) == 1))
     parts += [tag("h2", "All runs"), _runs(results, directory)]
     parts += [tag("h2", "How to read this"), tag("p", READING, class_="reading")]
     head = tag(
@@ -89,7 +96,7 @@ def _header(results: Sequence[Result], name: str) -> Html:
 def _section(
     groups: Sequence[Group],
     tables: Sequence[Table],
-    results: Sequence[Result],
+    figures: Sequence[Html],
     directory: Path,
     alone: bool,
 ) -> Html:
@@ -97,7 +104,6 @@ def _section(
     parts = [] if alone else [tag("h2", section_title(first))]
     machine = f"{model_text(first.record)}, measured on {hardware_text(first.record)}"
     parts.append(tag("p", machine, class_="sub"))
-    figures = [_figure(drawing) for drawing in drawings(groups, index(results))]
     parts += [Html(render(table, "html", directory)) for table in tables[:1]]
     parts.append(tag("div", *figures, class_="figures"))
     parts += [Html(render(table, "html", directory)) for table in tables[1:]]

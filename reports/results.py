@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness import hub, provenance
-from harness.record import Record, read_record
+from harness.reading import read_sound, record_files, set_aside
+from harness.recipe import WITHOUT_ARGUMENT, softmax_dtype
+from harness.record import Record
 from matrices.cell import Data, Model
 from matrices.errors import UserError
 
@@ -33,23 +35,30 @@ class Result:
 
     @functools.cached_property
     def samples(self) -> pd.DataFrame | None:
-        """Per-document results (`task, metric, doc_id, doc_hash, value, weight`), none without a
-        file. Raises UserError naming a file that cannot be read."""
+        """Per-document results (`task, metric, doc_id, doc_hash, value, weight`); none without a
+        file, and when the file cannot be read, which is said."""
         if self.record.quality.samples_file is None:
             return None
         path = self.directory / self.record.quality.samples_file
-        return _read_samples(path) if path.exists() else None
+        if not path.exists():
+            return None
+        try:
+            return _read_samples(path)
+        except UserError as error:
+            set_aside(error)
+            return None
 
 
-class Index(dict[tuple[str, str], Result]):
-    """The results in force, by cell and by what of the stack it used."""
+class Index(dict[tuple[str, str, str], Result]):
+    """The results in force, by cell, by what of the stack it used, and for a base model by the
+    precision of its scores (see `index`)."""
 
     @functools.cached_property
-    def by_environment(self) -> dict[tuple[str, str], Result]:
+    def by_environment(self) -> dict[tuple[str, str, str], Result]:
         """The newest of each cell in each environment, whatever of it the cell used."""
-        found: dict[tuple[str, str], Result] = {}
-        for result in self.values():
-            key = (result.record.cell_id, environment(result.record))
+        found: dict[tuple[str, str, str], Result] = {}
+        for (_, _, precision), result in self.items():
+            key = (result.record.cell_id, environment(result.record), precision)
             if key not in found or _age(result) > _age(found[key]):
                 found[key] = result
         return found
@@ -71,33 +80,31 @@ def _read_samples(path: Path) -> pd.DataFrame:
     lacking = {"task", "metric", "doc_id", "doc_hash", "value"} - set(samples)
     if lacking:
         raise UserError(f"samples lack the columns {sorted(lacking)}", where=str(path))
-    return samples
+    try:
+        return samples.astype({"value": float, "weight": float})
+    except (TypeError, ValueError) as error:
+        raise UserError(f"samples are not numbers: {error}", where=str(path)) from error
 
 
 def load_records(results: Path) -> list[Result]:
     """Every `record.json` under a results directory, sorted by path; names that start with a dot
-    are work in progress and skipped.
+    are work in progress and skipped. What is no sound record is set aside.
 
-    Raises UserError for a directory that is not there or holds no record, and naming the file for
-    one that is broken or from a newer schema.
+    Raises UserError for a directory that is not there or holds no sound record.
     """
     if not results.is_dir():
         raise UserError("no such results directory", where=str(results))
-    found = sorted(results.rglob("record.json"))
-    places = {path.parent for path in found} - {results}
-    paths = [
-        path
-        for path in found
-        if not any(part.startswith(".") for part in path.relative_to(results).parts)
-        # A cell repeated by hand in the directory of its record.
-        and places.isdisjoint(path.parent.parents)
-    ]
-    if not paths:
+    paths = list(record_files(results))
+    read = [(read_sound(path), path) for path in paths]
+    found = [Result(by_commit(record), path) for record, path in read if record is not None]
+    if not found:
         raise UserError(
-            "no record.json in this results directory; `tunebench run MATRIX` makes them",
+            f"none of its {len(paths)} record.json can be read"
+            if paths
+            else "no record.json in this results directory; `tunebench run MATRIX` makes them",
             where=str(results),
         )
-    return [Result(by_commit(read_record(path)), path) for path in paths]
+    return found
 
 
 def by_commit(record: Record) -> Record:
@@ -121,10 +128,13 @@ def _at(section: Model | Data, commit: str | None) -> Model | Data:
 
 def index(results: Iterable[Result]) -> Index:
     """By cell and stack the result in force: the newest conclusive attempt, or the newest attempt
-    when none is conclusive."""
+    when none is conclusive. Of a base model one for each precision of log-likelihoods, so that
+    older cells keep a base to be judged against when it has been scored anew for later ones."""
     newest = Index()
     for result in results:
-        key = (result.record.cell_id, provenance.recorded_stack_id(result.record))
+        record = result.record
+        precision = softmax_dtype(record) if record.cell.method == "base" else None
+        key = (record.cell_id, provenance.recorded_stack_id(record), precision or "")
         if key not in newest or _age(result) > _age(newest[key]):
             newest[key] = result
     return newest
@@ -138,9 +148,14 @@ def _age(result: Result) -> tuple[bool, str, int]:
 
 def bases(result: Result, newest: Index) -> dict[str, Result]:
     """The `untouched` and `quantized` results to judge this one against: of the same environment,
-    scored."""
-    found = {
-        role: newest.by_environment.get((cell_id, environment(result.record)))
-        for role, cell_id in result.record.base_cell_ids.items()
-    }
-    return {role: base for role, base in found.items() if base and base.record.status == "ok"}
+    scored, in the same precision where there is one (another is refused when it comes to a
+    difference)."""
+    record, known, where = result.record, newest.by_environment, environment(result.record)
+    precisions = (softmax_dtype(record) or "", *WITHOUT_ARGUMENT.values(), "")
+    found = {}
+    for role, cell_id in record.base_cell_ids.items():
+        there = [known.get((cell_id, where, precision)) for precision in precisions]
+        scored = [base for base in there if base is not None and base.record.status == "ok"]
+        if scored:
+            found[role] = scored[0]
+    return found

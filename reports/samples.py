@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from harness.recipe import softmax_dtype
+from harness.record import TaskScore
 from reports.effects import Estimate, NotComparable, aggregate, document_interval, paired_difference
 from reports.results import Result
 
@@ -20,9 +23,10 @@ NORMAL_QUANTILE = 1.959963984540054
 
 @dataclass(frozen=True)
 class Documents:
-    """One metric of one task, document by document, in the order of their identity."""
+    """One metric of one task or group, document by document, in the order of their identity (task,
+    number, hash)."""
 
-    identities: tuple[tuple[str, str], ...]
+    identities: tuple[tuple[str, str, str], ...]
     values: np.ndarray
     weights: np.ndarray
 
@@ -38,11 +42,12 @@ def documents(result: Result, task: str, metric: str) -> Documents | None:
     score = result.record.quality.tasks.get(task)
     if samples is None or score is None or metric not in score.metrics:
         return None
-    rows: pd.DataFrame = samples[(samples["task"] == task) & (samples["metric"] == metric)]
+    leaves = _leaves(result.record.quality.tasks, task)
+    rows: pd.DataFrame = samples[samples["task"].isin(leaves) & (samples["metric"] == metric)]
     if rows.empty or rows[["value", "weight"]].isna().to_numpy().any():
         return None
     rows = rows.assign(doc_id=rows["doc_id"].astype(str), doc_hash=rows["doc_hash"].astype(str))
-    rows = rows.sort_values(["doc_id", "doc_hash"], kind="stable")
+    rows = rows.sort_values(["task", "doc_id", "doc_hash"], kind="stable")
     values = rows["value"].to_numpy(dtype=float)
     weights = rows["weight"].to_numpy(dtype=float)
     recorded = score.metrics[metric].value
@@ -50,8 +55,16 @@ def documents(result: Result, task: str, metric: str) -> Documents | None:
         aggregate(metric, values, weights), recorded, rtol=RELATIVE_TOLERANCE, atol=1e-9
     ):
         return None
-    identities = tuple(zip(rows["doc_id"], rows["doc_hash"], strict=True))
+    identities = tuple(zip(rows["task"], rows["doc_id"], rows["doc_hash"], strict=True))
     return Documents(identities, values, weights)
+
+
+def _leaves(tasks: Mapping[str, TaskScore], task: str) -> list[str]:
+    """The tasks whose documents a score is made of: of a group those in it, else itself."""
+    score = tasks.get(task)
+    if score is None or not score.subtasks:
+        return [task]
+    return [leaf for child in score.subtasks for leaf in _leaves(tasks, child)]
 
 
 def score(result: Result, task: str, metric: str) -> Estimate | None:
@@ -72,7 +85,8 @@ def score(result: Result, task: str, metric: str) -> Estimate | None:
 
 
 def check_same_questions(ours: Result, theirs: Result, task: str, metric: str) -> None:
-    """Raise NotComparable unless both scored the same documents of the same task."""
+    """Raise NotComparable unless both scored the same documents of the same task, with
+    log-likelihoods in one precision."""
     mine, other = (result.record.quality.tasks.get(task) for result in (ours, theirs))
     if mine is None or other is None or metric not in mine.metrics or metric not in other.metrics:
         raise NotComparable(f"{task} {metric} was not scored for both")
@@ -80,6 +94,12 @@ def check_same_questions(ours: Result, theirs: Result, task: str, metric: str) -
         raise NotComparable(
             f"the hashes of {task} differ ({mine.hash[:8]}, {other.hash[:8]}): "
             "not the same questions"
+        )
+    precisions = [softmax_dtype(result.record) for result in (ours, theirs)]
+    if precisions[0] != precisions[1]:
+        raise NotComparable(
+            f"log-likelihoods in {precisions[0]} against {precisions[1]}; the older cell, run "
+            "again, is scored as the newer one"
         )
 
 

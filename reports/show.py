@@ -21,8 +21,8 @@ from reports.display import (
     signed,
 )
 from reports.effects import Estimate, NotComparable, median_interval, rate_interval
-from reports.figure_columns import metric_text
-from reports.measured import METERS, phase_peak_bytes, timed_seconds
+from reports.measured import METERS, phase_peak_bytes, precision_text, timed_seconds
+from reports.metric_choice import metric_text
 from reports.results import Result
 from reports.samples import difference, score
 from reports.show_ranks import rank_facts, rank_rows
@@ -316,6 +316,7 @@ def _speed(record: Record) -> str:
     durations = {
         "load": speed.load_seconds,
         "train": speed.train_seconds,
+        "behaviour": speed.behaviour_seconds,
         "ledger steps": speed.memory_steps_seconds,
         "evaluation": speed.evaluation_seconds,
     }
@@ -327,6 +328,8 @@ def _speed(record: Record) -> str:
 def _quality(result: Result, found: Mapping[str, Result]) -> str:
     limit = result.record.cell.evaluate.limit
     notes = [f"  partial: first {limit} documents of each task"] if limit else []
+    if told := precision_text(result.record):
+        notes.append(f"  log-likelihoods in {told}")
     rows = [("task", "metric", "score", *[f"vs {role} base" for role in found], "n")]
     for task, scores in result.record.quality.tasks.items():
         for metric in scores.metrics:
@@ -334,7 +337,8 @@ def _quality(result: Result, found: Mapping[str, Result]) -> str:
             against = [_against(result, base, task, metric) for base in found.values()]
             told = DASH if estimate is None else _interval(estimate, 4)
             name = printable(metric_text(metric))
-            rows.append((printable(task), name, told, *against, f"{scores.n} documents"))
+            title = printable(task) + (" (group)" if scores.subtasks else "")
+            rows.append((title, name, told, *against, f"{scores.n} documents"))
     lines = notes + (_aligned(rows) if len(rows) > 1 else [])
     if len(rows) > 1:
         lines.append("  [95 % interval over documents; differences pair the same documents]")

@@ -1,4 +1,4 @@
-"""What the steps of a record were made of, and what became of its rows, for a reader."""
+"""What the steps of records were made of, and what became of their rows, for a reader."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from reports.display import count_text
 
 # Kinds of steps that are told apart one by one.
 TOLD = 4
+# What became of the rows is told in full of so many cells that differ in it.
+TOLD_PREPARATIONS = 3
 
 
 def preparation_text(record: Record) -> str:
@@ -35,6 +37,37 @@ def preparation_text(record: Record) -> str:
     elif dropped > cut_off:
         parts.append(f"{dropped - cut_off} of {read} dropped: they have no token with a label")
     return "; ".join(parts)
+
+
+def data_text(records: Sequence[Record]) -> str:
+    """What the preparation cut and dropped, if anything."""
+    told = {preparation_text(r): None for r in records if _lost_rows(r)}
+    if not told:
+        return ""
+    if len(told) > TOLD_PREPARATIONS:
+        dropped = max((r.preparation.rows_dropped or 0) for r in records if r.preparation)
+        return f"Rows are truncated or dropped in some cells, up to {dropped} dropped; see show."
+    return f"Data: {'; or '.join(told)}."
+
+
+def _lost_rows(record: Record) -> bool:
+    made = record.preparation
+    return made is not None and any((made.rows_truncated, made.rows_dropped, made.rows_cut_off))
+
+
+def loss_text(records: Sequence[Record]) -> str:
+    """Where a training loss is not the mean over predicted tokens, or there is none."""
+    parts = []
+    notes = {r.verified.loss_normalization: None for r in records if r.verified.loss_normalization}
+    if notes:
+        some = sum(bool(r.verified.loss_normalization) for r in records)
+        trained = sum(bool(r.quality.train_loss) for r in records)
+        rows = "all runs" if some == trained else f"{some} of {trained} runs, not to be compared"
+        parts.append(f"Training loss of {rows}: {'; or '.join(map(str, notes))}.")
+    terms = sorted({term for record in records for term in record.verified.loss_terms})
+    if terms:
+        parts.append(f"Training losses hold also: {', '.join(terms)}.")
+    return " ".join(parts)
 
 
 def _at(record: Record) -> str:

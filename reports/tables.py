@@ -20,8 +20,14 @@ from reports.baseline import Default, check, first_of, lowest_rank, named, parse
 from reports.captions import caption, model_text, values_by_setting
 from reports.display import setting_text, short_name
 from reports.effects import Estimate
-from reports.figure_columns import cost_columns, metrics_shown, quality_columns, status_column
+from reports.figure_columns import (
+    cost_columns,
+    precision_column,
+    quality_columns,
+    status_column,
+)
 from reports.groups import Group, group, matches, names, section_key, settings, sort_key
+from reports.metric_choice import check_metrics, metrics_shown
 from reports.origins import mark
 from reports.parallelism import (
     AXES,
@@ -89,7 +95,12 @@ TABLES: dict[str, Spec] = {
 }
 
 
-def build(records: Sequence[Result], table: str, baseline: str | None = None) -> list[Table]:
+def build(
+    records: Sequence[Result],
+    table: str,
+    baseline: str | None = None,
+    metrics: Sequence[str] = (),
+) -> list[Table]:
     """One table per model, stack and number of devices; none when there are no rows for it.
 
     `baseline` is setting=value pairs (`method=lora,rank=8`) and must select exactly one row of
@@ -97,12 +108,15 @@ def build(records: Sequence[Result], table: str, baseline: str | None = None) ->
     differ: methods, full (else lora); quantization, lora (else nf4 without double quantization);
     rank-targets, the lowest rank with the first of qv, attention, mlp, all-linear; parallelism,
     one process with the same samples in a step; always among the rows that were measured.
+    `metrics` are shown for each task that has one of them, in place of its usual one.
 
-    Raises UserError for an unknown table, and for a baseline that selects no row or several.
+    Raises UserError for an unknown table, for a baseline that selects no row or several, and for a
+    metric that no record has.
     """
     if table not in TABLES:
         raise UserError(f"no table {table!r}{nearest(table, TABLES)}", key="--table")
     spec = TABLES[table]
+    check_metrics((result.record for result in records), metrics)
     explicit = parse_baseline(baseline) if baseline else None
     newest = index(records)
     sections = _sections(newest, spec)
@@ -110,16 +124,20 @@ def build(records: Sequence[Result], table: str, baseline: str | None = None) ->
         check(explicit, list(sections.values()))
     counts = _superseded(records, newest, spec)
     return [
-        _table(table, spec, groups, newest, explicit, counts.get(key, 0))
+        _table(table, spec, groups, newest, explicit, counts.get(key, 0), metrics)
         for key, groups in sections.items()
     ]
 
 
-def build_all(records: Sequence[Result], baseline: str | None = None) -> list[Table]:
+def build_all(
+    records: Sequence[Result], baseline: str | None = None, metrics: Sequence[str] = ()
+) -> list[Table]:
     """Every table that has rows. A table in which no row has the `baseline` keeps its default.
 
-    Raises UserError for a baseline that selects no row of any table, or several of one.
+    Raises UserError for a baseline that selects no row of any table, or several of one, and for a
+    metric that no record has.
     """
+    check_metrics((result.record for result in records), metrics)
     newest = index(records)
     sections = {name: list(_sections(newest, spec).values()) for name, spec in TABLES.items()}
     explicit = parse_baseline(baseline) if baseline else None
@@ -130,7 +148,7 @@ def build_all(records: Sequence[Result], baseline: str | None = None) -> list[Ta
         has_it = explicit is not None and any(
             matches(item.cell, explicit) for groups in found for item in groups
         )
-        tables += build(records, name, baseline if has_it else None)
+        tables += build(records, name, baseline if has_it else None, metrics)
     return tables
 
 
@@ -170,6 +188,7 @@ def _table(
     newest: Index,
     explicit: dict[str, Any] | None,
     superseded: int,
+    metrics: Sequence[str],
 ) -> Table:
     default = spec.default(groups, spec.axes)
     baselines = named(groups, spec.axes, explicit) if explicit else default
@@ -188,15 +207,16 @@ def _table(
     ran_on, where = mark(table.rows)
     table.columns = [
         *[_setting_column(table, setting) for setting in shown],
+        *precision_column(table),
         *([ran_on] if ran_on is not None else []),
         *([batch_column(table)] if spec.ranks else []),
         *cost_columns(table, baselines),
         *(rank_columns(table) if spec.ranks else []),
         *(loss_columns(table, baselines) if spec.ranks else []),
-        *quality_columns(table, baselines, spec.roles, newest),
+        *quality_columns(table, baselines, spec.roles, newest, metrics),
         *([status] if set(status.values) != {"ok"} else []),
     ]
-    hidden = metrics_shown(groups)[1]
+    hidden = metrics_shown(groups, metrics).hidden
     shown = [*shown, *STORAGE_PARTS] if STORAGE in shown else shown
     table.caption = [baselines.told, *caption(groups, shown, hidden, superseded, where)]
     return table
@@ -213,11 +233,12 @@ def section_title(result: Result) -> str:
 
 def _references(groups: Sequence[Group], newest: Index) -> list[Group]:
     """The base models that rows are judged against, each once, the untouched one first."""
-    found: dict[str, Result] = {}
+    found: list[Result] = []
     for item in groups:
         for base in bases(item.results[0], newest).values():
-            found.setdefault(base.record.cell_id, base)
-    return sorted((Group((base,)) for base in found.values()), key=sort_key)
+            if base not in found:
+                found.append(base)
+    return sorted((Group((base,)) for base in found), key=sort_key)
 
 
 def _shown_settings(groups: Sequence[Group], spec: Spec) -> list[str]:

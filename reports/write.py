@@ -17,16 +17,19 @@ from reports.table import Table
 from reports.tables import build_all
 
 
-def write_report(results: Path, output: Path, baseline: str | None = None) -> list[Path]:
+def write_report(
+    results: Path, output: Path, baseline: str | None = None, metrics: Sequence[str] = ()
+) -> list[Path]:
     """Write `records.parquet`, `records.csv`, `report.md` and `report.html` into `output`, made if
     it is not there, and give their paths. Each file is replaced whole or not at all.
 
-    A table in which no row has the `baseline` keeps its default one. Raises UserError for results
+    A table in which no row has the `baseline` keeps its default one; `metrics` are shown where a
+    task has them. Raises UserError for results
     that cannot be read, a baseline that no table has or that selects several rows, and an output
     directory that cannot be written.
     """
     records = load_records(results)
-    tables = build_all(records, baseline)
+    tables = build_all(records, baseline, metrics)
     name = results.resolve().name
     table = frame(records)
     links = [Path(os.path.relpath(result.path, output)).as_posix() for result in records]
@@ -36,7 +39,7 @@ def write_report(results: Path, output: Path, baseline: str | None = None) -> li
     texts = {
         "records.csv": table.to_csv(index=False, lineterminator="\n"),
         "report.md": markdown(tables, name, output),
-        "report.html": page(records, tables, output, name),
+        "report.html": page(records, tables, output, name, metrics),
     }
     try:
         output.mkdir(parents=True, exist_ok=True)

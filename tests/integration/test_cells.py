@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 from conftest import ROOT, Command, Sweep
 
-from harness.record import Record, read_record
+from harness.record import Recipe, Record, read_record
 from matrices.cell import flatten
 
 FAILING = {417: "diverged", 418: "invalid", 419: "invalid", 420: "invalid"}
@@ -196,7 +196,8 @@ def test_scores_are_those_of_lm_evals_own_command_line(
             sys.executable,
             *("-m", "lm_eval", "run", "--model", "hf"),
             "--model_args",
-            f"pretrained={cache / 'models/tiny-llama'},peft={adapter},dtype=bfloat16",
+            f"pretrained={cache / 'models/tiny-llama'},peft={adapter},dtype=bfloat16,"
+            "softmax_dtype=float32",
             *("--tasks", "python_reference_bpb,python_reference_topic"),
             *("--include_path", str(ROOT / "harness/tasks")),
             *("--batch_size", "8", "--device", "cpu", "--limit", "8"),
@@ -210,6 +211,9 @@ def test_scores_are_those_of_lm_evals_own_command_line(
     assert done.returncode == 0, done.stderr[-2000:]
     theirs = json.loads(next(tmp_path.rglob("results*.json")).read_text())["results"]
     ours = sweep.records[402].quality.tasks
+    assert sweep.records[402].quality.recipe == Recipe(
+        softmax_dtype="float32", logits_dtype="bfloat16"
+    )
     assert (
         ours["python_reference_bpb"].metrics["bits_per_byte"].value
         == (theirs["python_reference_bpb"]["bits_per_byte,none"])

@@ -22,7 +22,7 @@ from matrices.load import load
 from matrices.rules import Machine, refusals
 from matrices.settings import DEFAULTS
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 HERE = Machine(has_gpu=False, compute_capability=None, packages={"deepspeed": ""}, devices=2)
 ZERO = ("zero1", "zero2", "zero3", "zero3-offload")
@@ -216,7 +216,7 @@ def sweep(tunebench: Any, directory: Path, factors: Factors) -> Swept:
     content["include"] = [settings(factors, row) for row in rows]
     (directory / "pairs.yaml").write_text(json.dumps(content))
     ran = tunebench(
-        *("run", "pairs.yaml", "--no-predict", "--side-by-side"), cwd=directory, timeout=800
+        *("run", "pairs.yaml", "--no-predict", "--side-by-side"), cwd=directory, timeout=1700
     )
     assert ran.code in (0, 3), ran.err[-3000:]
     records = [read_record(path) for path in directory.glob("results/pairs/*/record.json")]

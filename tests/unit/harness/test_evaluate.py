@@ -7,6 +7,7 @@ import json
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 
 from harness import evaluate
@@ -93,7 +94,9 @@ def test_bits_per_byte_from_rows_is_lm_evals() -> None:
     from lm_eval.api.metrics import bits_per_byte
 
     pairs = [(-69.0, 40), (-7.0, 9)]
-    rows = sample_rows("t", [sample(n, metrics=["b"], b=pair) for n, pair in enumerate(pairs)])
+    name = "bits_per_byte"
+    logged = [sample(n, metrics=[name], bits_per_byte=pair) for n, pair in enumerate(pairs)]
+    rows = sample_rows("t", logged)
     ours = -rows["value"].sum() / rows["weight"].sum() / math.log(2)
     assert ours == pytest.approx(76 / 49 / math.log(2))
     assert ours == pytest.approx(bits_per_byte(pairs))
@@ -102,6 +105,34 @@ def test_bits_per_byte_from_rows_is_lm_evals() -> None:
 def test_rows_of_a_filter_are_named_by_it() -> None:
     rows = sample_rows("gsm8k", [sample(0, filter="strict-match", metrics=["exact"], exact=1.0)])
     assert rows["metric"].tolist() == ["exact,strict-match"]
+
+
+@pytest.mark.parametrize(
+    "logged",
+    [
+        (1, 0),  # gold and prediction, of which lm-eval makes F1 and MCC
+        (2, np.array([0.2, 0.3, 0.5])),  # gold and probabilities: the Brier score
+        [1.0, 2.0, 3.0],
+        np.array([1.0, 2.0]),
+        {"a": 1},
+        (),
+    ],
+)
+def test_what_is_logged_as_no_number_costs_its_rows_only(logged: Any) -> None:
+    rows = sample_rows("t", [sample(0, metrics=["odd", "acc"], odd=logged)])
+    assert rows["metric"].tolist() == ["acc"]
+
+
+def test_numbers_of_numpy_and_odd_responses_have_rows() -> None:
+    found = sample_rows(
+        "t",
+        [
+            sample(0, metrics=["acc"], acc=np.float32(0.5)),
+            sample(1, metrics=["acc"], acc=np.bool_(True), filtered_resps=[{(1, 2): "a tuple"}]),
+        ],
+    )
+    assert found["value"].tolist() == [0.5, 1.0]
+    assert [json.loads(text) for text in found["response"]][1] == "[{(1, 2): 'a tuple'}]"
 
 
 def test_no_samples_no_rows() -> None:
@@ -136,6 +167,22 @@ def test_task_score_from_results() -> None:
     assert found.higher_is_better == {"acc": True, "ppl": False}
     assert (found.n, found.num_fewshot, found.version) == (8, 5, "2.0")
     assert found.hash == task_hash([sample(0)], "2.0")
+
+
+def test_a_score_of_numpy_is_kept_and_an_array_is_told() -> None:
+    results = {
+        "results": {"t": {"f1,none": np.float32(0.5), "vector,none": np.array([0.1, 0.2])}},
+        "higher_is_better": {"t": {"f1": True}},
+        "n-samples": {"t": {"original": 1, "effective": 1}},
+        "n-shot": {"t": 0},
+        "versions": {"t": 1},
+        "samples": {"t": [sample(0, metrics=["f1", "vector"], f1=(1, 1), vector=[1, 2, 3])]},
+    }
+    found = evaluate.task_scores(results)["t"]
+    assert {name: metric.value for name, metric in found.metrics.items()} == {"f1": 0.5}
+    assert evaluate.not_numbers(results) == {
+        "quality.t.vector": "lm-eval gives no number but a ndarray"
+    }
 
 
 def test_no_tasks_no_scores() -> None:

@@ -177,13 +177,53 @@ def test_a_file_that_is_not_there_or_not_text(tmp_path: Path) -> None:
         read_record(tmp_path / "record.json")
 
 
+def test_fields_of_a_newer_writer_are_kept(tmp_path: Path) -> None:
+    """In every part, also in settings of the cell that stand at their writer's default."""
+    plain = json.loads(filled().to_json())
+    for part in (plain, plain["speed"], plain["memory"]["phases"]["backward"][0]):
+        part["unheard_of"] = {"a": [1, None]}
+    plain["cell"]["export"] = None
+    plain["cell"]["train"]["unheard_of"] = 0.5
+    record = read_record(write(tmp_path, plain))
+    assert record.cell == CELL
+    again = record.model_copy(update={"attempt": 2})
+    assert json.loads(again.to_json()) == plain | {"attempt": 2}
+    assert read_record(write(tmp_path, again.to_json())) == again
+
+
+def test_a_setting_of_a_newer_writer_that_is_part_of_the_identity(tmp_path: Path) -> None:
+    plain = json.loads(filled().to_json())
+    plain["cell"]["train"]["unheard_of"] = 1
+    plain["cell_id"] = "0" * 64  # as a version would hash it for which 1 is no default
+    with pytest.raises(UserError, match=r"does not know \(train\.unheard_of\); upgrade"):
+        read_record(write(tmp_path, plain))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda plain: plain["cell"]["adapter"].update(rank=9),
+        lambda plain: plain["cell"].pop("seed"),
+        lambda plain: plain.update(cell_id="f" * 64),
+    ],
+)
+def test_a_cell_that_is_not_the_one_named_is_refused(change: Any, tmp_path: Path) -> None:
+    plain = json.loads(filled().to_json())
+    change(plain)
+    with pytest.raises(UserError, match="changed after it was written") as caught:
+        read_record(write(tmp_path, plain))
+    assert caught.value.key == "cell_id"
+
+
 @pytest.mark.parametrize(
     ("change", "key"),
     [
         (lambda plain: plain.update(status="great"), "status"),
-        (lambda plain: plain["speed"].update(furlongs=1), "speed.furlongs"),
         (lambda plain: plain["memory"].update(peak_bytes="much"), "memory.peak_bytes"),
         (lambda plain: plain["cell"]["adapter"].update(rank=0), "cell.adapter.rank"),
+        (lambda plain: plain.update(started="yesterday"), "started"),
+        (lambda plain: plain.update(ended="2026-01-01T00:00:00"), "ended"),
+        (lambda plain: plain.update(stack_id="../../.."), "stack_id"),
     ],
 )
 def test_a_wrong_value_is_named_by_its_key(change: Any, key: str, tmp_path: Path) -> None:

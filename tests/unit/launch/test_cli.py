@@ -81,7 +81,8 @@ def test_the_surface_changes_on_purpose_only() -> None:
         "calibration": {"results", "--json"},
         "claims": {"file", "results", "--format", "--stack", "--no-self-check", "--workers"}
         | {"--json"},
-        "report": {"results", "--table", "--format", "--page", "--output", "--baseline"},
+        "report": {"results", "--table", "--format", "--page", "--output", "--baseline"}
+        | {"--metric"},
         "show": {"cell", "--results", "--json"},
         "rerun": {
             "record",

@@ -9,10 +9,10 @@ import pytest
 
 from harness import provenance
 from harness.provenance import new_record
-from harness.record import Record
+from harness.record import Quality, Recipe, Record, TaskScore
 from harness.store import Entry, record_key
 from launch.plan import RETRIED, decide, plan_jobs, retried_statuses
-from matrices.cell import Adapter, Cell, Data, Model, Quantization, Train
+from matrices.cell import Adapter, Cell, Data, Model, Quantization, Train, base_cells
 from matrices.errors import UserError
 
 
@@ -50,6 +50,33 @@ def test_invalid_never_blocks_and_a_result_outlives_a_refusal() -> None:
     assert decide(ok, "no", RETRIED)[0] == "keep"
     assert decide(None, "no", RETRIED) == ("invalid", "no")
     assert decide(None, "", RETRIED)[0] == "run"
+
+
+def scored(cell: Cell, recipe: Recipe | None) -> Entry:
+    score = TaskScore(metrics={}, higher_is_better={}, n=1, version="1", hash="a")
+    found = entry(cell, "ok")
+    quality = Quality(tasks={"t": score}, recipe=recipe)
+    return Entry(found.directory, found.record.model_copy(update={"quality": quality}))
+
+
+def test_a_base_scored_in_another_precision_is_scored_again_for_cells_to_run() -> None:
+    [base] = base_cells(lora()).values()
+    old, now = None, Recipe(softmax_dtype="float32")
+
+    def actions(*entries: Entry) -> list[str]:
+        return [job.action for job in plan_jobs([lora(), lora(seed=1)], present(*entries))]
+
+    assert actions(scored(base, old)) == ["retry", "run", "run"]
+    assert actions(scored(base, now)) == ["keep", "run", "run"]
+    measured = (scored(lora(), old), scored(lora(seed=1), old))
+    assert actions(scored(base, old), *measured) == ["keep", "keep", "keep"]
+    assert actions(scored(base, old), measured[0]) == ["retry", "keep", "run"]
+    [again, *_] = plan_jobs([lora()], present(scored(base, old)))
+    assert again.why == "log-likelihoods in bfloat16; cells are scored in float32 now"
+    # In fp32 it was float32 before the argument was given.
+    single = lora(model=Model(weight_dtype="fp32"))
+    [base] = base_cells(single).values()
+    assert plan_jobs([single], present(scored(base, old)))[0].action == "keep"
 
 
 def test_retry_adds_statuses_and_refuses_other_words() -> None:

@@ -16,7 +16,7 @@ from harness.provenance import new_record
 from harness.record import SCHEMA_VERSION, Record, read_record
 from harness.store import Store, record_key
 from matrices.cell import Cell
-from matrices.errors import UserError
+from matrices.errors import SetAside, UserError
 
 
 def record_of(status: str = "ok", seed: int = 0, **changes: object) -> Record:
@@ -87,14 +87,18 @@ def test_reading_skips_what_is_running(store: Store) -> None:
     assert store.latest_of(record_key(record.cell_id, record.stack_id)) is None
 
 
-def test_a_newer_schema_is_a_users_problem(store: Store) -> None:
+def test_a_newer_schema_is_set_aside(store: Store) -> None:
     entry = publish(store, record_of())
     path = entry.directory / "record.json"
     plain = json.loads(path.read_text())
     path.write_text(json.dumps(plain | {"schema_version": SCHEMA_VERSION + 1}))
-    with pytest.raises(UserError, match="newer tunebench") as caught:
-        store.latest()
-    assert str(path) in str(caught.value)
+    with pytest.warns(SetAside, match="newer tunebench") as told:
+        assert store.latest() == {}
+    assert str(told[0].message).startswith(f"{path}: ")
+    again = publish(store, entry.record)
+    assert again.record.attempt == 2, "what is set aside is not overwritten"
+    with pytest.warns(SetAside):
+        assert [each.directory for each in store.latest().values()] == [again.directory]
 
 
 HOLD = """

@@ -8,13 +8,13 @@ import pytest
 import synthetic_results as made
 
 from harness.record import Memory, Preparation, Record, Steps, Verified
-from reports.captions import data_text, loss_text
 from reports.columns import COLUMNS
 from reports.compatibility import losses_text
 from reports.effects import NotComparable
 from reports.parallelism import _gap
 from reports.results import Result
 from reports.show import show
+from reports.show_steps import data_text, loss_text
 
 BY_NAME = {column.name: column for column in COLUMNS}
 OTHER_QUANTITY = "divided by 60 labels where 57 are predicted"

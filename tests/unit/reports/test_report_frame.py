@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import synthetic_results as made
 
-from matrices.errors import UserError
+from matrices.errors import SetAside, UserError
 from reports.frame import frame, load_records, read_csv
 from reports.results import Result, index
 
@@ -86,13 +86,13 @@ def test_csv_keeps_awkward_texts_and_floats(tmp_path: Path) -> None:
         (json.dumps({"schema_version": 1}), "cell_id"),
     ],
 )
-def test_a_bad_record_is_named(tmp_path: Path, text: str, told: str) -> None:
+def test_a_bad_record_is_set_aside(tmp_path: Path, text: str, told: str) -> None:
     made.write(tmp_path, made.record(made.trained("full")))
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "record.json").write_text(text)
-    with pytest.raises(UserError, match=told) as caught:
-        load_records(tmp_path)
-    assert str(tmp_path / "bad" / "record.json") in str(caught.value)
+    with pytest.warns(SetAside, match=told) as said:
+        assert len(load_records(tmp_path)) == 1
+    assert str(said[0].message).startswith(str(tmp_path / "bad" / "record.json"))
 
 
 def test_nothing_there_is_said(tmp_path: Path) -> None:
@@ -102,8 +102,8 @@ def test_nothing_there_is_said(tmp_path: Path) -> None:
         load_records(tmp_path)
 
 
-def test_broken_samples_are_named(tmp_path: Path) -> None:
+def test_broken_samples_are_set_aside(tmp_path: Path) -> None:
     path = made.write(tmp_path, made.record(made.trained("full")))
     path.with_name("samples.parquet").write_text("not parquet")
-    with pytest.raises(UserError, match=r"samples\.parquet: not a readable table"):
-        _ = load_records(tmp_path)[0].samples
+    with pytest.warns(SetAside, match=r"samples\.parquet: not a readable table"):
+        assert load_records(tmp_path)[0].samples is None

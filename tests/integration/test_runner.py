@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -362,8 +363,11 @@ def fork_server(run: Run) -> psutil.Process:
     """The process that imports the stack, while it does."""
 
     def found() -> psutil.Process | None:
-        children = psutil.Process(run.process.pid).children()
-        return next((c for c in children if "forkserver" in " ".join(c.cmdline())), None)
+        for child in psutil.Process(run.process.pid).children():
+            with contextlib.suppress(psutil.Error):  # one that has just ended
+                if "forkserver" in " ".join(child.cmdline()):
+                    return child
+        return None
 
     return eventually(found, "fork server")
 

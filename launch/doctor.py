@@ -18,6 +18,7 @@ from harness import packaged, provenance
 from launch.plan import this_machine
 from launch.slots import local_devices
 from matrices.cell import SECTIONS, Adapter, Cell, Data, Model, Quantization, Train
+from matrices.models import PACKAGED_MODELS
 from matrices.rules import Machine, refusals
 
 GIB = 2**30
@@ -130,7 +131,7 @@ def _meters(machine: Machine) -> Iterator[Finding]:
 
 
 def _models() -> Iterator[Finding]:
-    for name in packaged.NAMES:
+    for name in PACKAGED_MODELS:
         ready = packaged.is_ready(name)
         detail = f"in {packaged.model_path(name)}" if ready else "made when first used"
         yield Finding("models", name, "ok" if ready else "note", detail)

@@ -18,6 +18,8 @@ from matrices import document
 from matrices.cell import Model
 from matrices.errors import UserError, nearest
 
+# Models that need no hub: harness/packaged.py makes them.
+PACKAGED_MODELS = ("smollm2-135m", "tiny-llama")
 ARCHITECTURES = Path(__file__).parent / "architectures"
 
 # One quantity under the names that config classes of transformers have for it.

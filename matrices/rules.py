@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from matrices.argument_rules import ARGUMENT_RULES, ARGUMENT_RUN_RULES
-from matrices.cell import Cell
+from matrices.cell import Cell, Data
 from matrices.gpus import Gpu
 from matrices.model_rules import (
     config_must_be_complete,
@@ -23,6 +23,7 @@ from matrices.model_rules import (
     sequence_needs_positions,
     shards_must_not_be_empty,
 )
+from matrices.models import PACKAGED_MODELS
 from matrices.parallel_rules import (
     PARALLEL_PREDICTION_RULES,
     PARALLEL_RULES,
@@ -220,7 +221,29 @@ def head_takes_no_adapter(cell: Cell, machine: Machine) -> str | None:
     return "TRL refuses an adapter on lm_head, as it would never be trained; leave it out"
 
 
+def hub_settings_need_hub(cell: Cell, machine: Machine) -> str | None:
+    """revision, config or split of a model or data that does not come from the hub."""
+    # harness/model.py and harness/data.py: what is packaged or local is read as it is.
+    given = []
+    model = cell.model
+    if model.fingerprint or model.config or model.name in PACKAGED_MODELS:
+        given += ["model.revision"] if model.revision is not None else []
+    data = cell.data
+    if data is not None and (data.fingerprint or data.source == Data().source):
+        named = {"revision": data.revision, "config": data.config}
+        given += [f"data.{name}" for name, value in named.items() if value is not None]
+        given += ["data.split"] if data.split != Data().split else []
+    if not given:
+        return None
+    verb = "has" if len(given) == 1 else "have"
+    return (
+        f"{' and '.join(given)} {verb} no effect, as what is read is not on the hub; leave it out, "
+        "or name a hub id"
+    )
+
+
 RULES: tuple[Rule, ...] = (
+    hub_settings_need_hub,
     fp16_needs_gpu,
     fp16_gradient_scaling,
     flash_attention_needs_gpu,

@@ -18,6 +18,7 @@ from harness.model import quantization_config
 from harness.simulate import kbit
 from matrices.cell import Cell, Model
 from matrices.errors import UserError
+from matrices.models import PACKAGED_MODELS
 
 TRANSFORMERS = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 # transformers renamed the argument in 4.56.
@@ -53,7 +54,7 @@ def _config_path(model: Model) -> Path | None:
     from matrices.models import config_of
 
     path = config_of(model)
-    if path is None and model.name in packaged.NAMES:
+    if path is None and model.name in PACKAGED_MODELS:
         return packaged.ensure_model(model.name) / "config.json"
     return path
 

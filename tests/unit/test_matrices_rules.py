@@ -55,6 +55,13 @@ def names(refused: Cell, machine: Machine) -> list[str]:
 FLASH = {"model__attn_implementation": "flash_attention_2"}
 FP16 = {"model__compute_dtype": "fp16"}
 REFUSED = [
+    (cell(model__revision="v1"), CPU, "hub-settings-need-hub", "model.revision has no effect"),
+    (
+        cell(model__name="/m", model__fingerprint="0" * 64, data__split="test", data__config="en"),
+        CPU,
+        "hub-settings-need-hub",
+        "data.config and data.split have no effect",
+    ),
     (cell("lora", **FP16), CPU, "fp16-needs-gpu", "accelerate"),
     (cell("full", **FP16, model__weight_dtype="fp32"), CPU, "fp16-needs-gpu", "bf16"),
     (cell("qlora", **FP16), CPU, "fp16-needs-gpu", "autocast"),

@@ -124,9 +124,21 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def environment(cache: Path) -> dict[str, str]:
+def extensions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What DeepSpeed compiles, once for all of pytest's workers. A whole cache cannot be shared:
+    the runs of two workers would take turns at its devices."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return tmp_path_factory.mktemp("extensions")
+    shared = tmp_path_factory.getbasetemp().parent / "extensions"
+    shared.mkdir(exist_ok=True)
+    return shared
+
+
+@pytest.fixture(scope="session")
+def environment(cache: Path, extensions: Path) -> dict[str, str]:
     return os.environ | {
         "TUNEBENCH_CACHE": str(cache),
+        "TORCH_EXTENSIONS_DIR": str(extensions),
         "HF_HUB_OFFLINE": "1",
         "HF_HOME": str(cache / "huggingface"),
         # Two tests run side by side, and OpenMP's threads wait by spinning.

@@ -121,10 +121,22 @@ def liger_needs_package(cell: Cell, machine: Machine) -> str | None:
     return "use_liger_kernel needs the package liger-kernel, which is not installed"
 
 
+def memory_metrics_reset_meters(cell: Cell, machine: Machine) -> str | None:
+    """skip_memory_metrics false, which a run that others have measured may have had."""
+    # transformers/trainer_utils.py, TrainerMemoryTracker: it empties the allocator's cache and
+    # resets torch's peak counters at the start and the end of training.
+    if cell.train is None or _sft(cell, "skip_memory_metrics") in (None, True):
+        return None
+    return (
+        "skip_memory_metrics false has the Trainer reset the counters that tunebench reads; it can "
+        "be predicted and not run"
+    )
+
+
 ARGUMENT_RULES = (
     sft_config_contradicts,
     lora_config_contradicts,
     arguments_have_effect,
     adapter_starts_from_weights,
 )
-ARGUMENT_RUN_RULES = (liger_needs_package,)
+ARGUMENT_RUN_RULES = (liger_needs_package, memory_metrics_reset_meters)

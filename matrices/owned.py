@@ -93,6 +93,7 @@ SFT_ARGUMENTS: dict[str, Argument] = {
         "shuffle_dataset",
         "pad_to_multiple_of",
         "loss_type",
+        "skip_memory_metrics",
     ),
     **_passed("adam_beta1", "adam_beta2", needs="adam or lion"),
     **_passed("adam_epsilon", needs="adam"),
@@ -204,7 +205,6 @@ SFT_ARGUMENTS: dict[str, Argument] = {
     ),
     **_refused(
         "tunebench has meters of its own, which this would disturb",
-        "skip_memory_metrics",
         "include_num_input_tokens_seen",
         "debug",
     ),

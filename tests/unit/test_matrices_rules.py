@@ -55,6 +55,12 @@ def names(refused: Cell, machine: Machine) -> list[str]:
 FLASH = {"model__attn_implementation": "flash_attention_2"}
 FP16 = {"model__compute_dtype": "fp16"}
 REFUSED = [
+    (
+        cell(train__sft_config={"skip_memory_metrics": False}),
+        CPU,
+        "memory-metrics-reset-meters",
+        "can be predicted and not run",
+    ),
     (cell(model__revision="v1"), CPU, "hub-settings-need-hub", "model.revision has no effect"),
     (
         cell(model__name="/m", model__fingerprint="0" * 64, data__split="test", data__config="en"),

@@ -29,7 +29,7 @@ quickstart: $(BIN)/tunebench
 	$(BIN)/tunebench report results/quickstart
 
 test: $(BIN)/pytest
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 30
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations 30
 
 check: $(BIN)/pytest
 	$(BIN)/ruff format --check .

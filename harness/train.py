@@ -118,9 +118,11 @@ class ObservedTrainer(SFTTrainer):
         return self._gradient_norm
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        made, self.preparation = preparation.observed(
-            super()._prepare_dataset, dataset, *args, **kwargs
-        )
+        prepare = super()._prepare_dataset
+        if "args" not in inspect.signature(prepare).parameters:
+            # An older TRL takes its settings one by one, and its rows are not counted.
+            return prepare(dataset, *args, **kwargs)
+        made, self.preparation = preparation.observed(prepare, dataset, *args, **kwargs)
         return made
 
     def end_step(self, state: Any) -> None:

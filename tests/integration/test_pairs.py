@@ -243,9 +243,19 @@ def test_each_pair_is_in_a_row_unless_something_refuses_it(factors: Factors) -> 
             assert [held, pair in refused].count(True) == means, pair
 
 
+def may_diverge(cell: Cell) -> bool:
+    """Adam in fp16 divides 0 by 0 where a gradient is 0: its epsilon of 1e-8 is 0 there."""
+    in_fp16 = cell.method == "full" and cell.model.weight_dtype == "fp16"
+    return in_fp16 and cell.train is not None and "adamw" in cell.train.optimizer
+
+
 def test_all_pairs_of_settings_on_two_ranks(tunebench: Any, tmp_path: Path) -> None:
     swept = sweep(tunebench, tmp_path, SPREAD)
-    assert swept.others_than("ok", swept.cells) == {}
+    steady = [cell for cell in swept.cells if not may_diverge(cell)]
+    assert swept.others_than("ok", steady) == {}
+    for cell in filter(may_diverge, swept.cells):
+        record = swept.records[cell.cell_id]
+        assert record.status in ("ok", "diverged"), record.reason
     assert swept.others_than("invalid", swept.refused) == {}
     assert impossible(swept) == {
         *(("parallelism", kind, "dtypes", "fp32 in bf16") for kind in ZERO),

@@ -3,6 +3,7 @@ asked of them: one process is a process group too, and that is enough for most o
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -35,11 +36,12 @@ def attempt(name, what):
 """
 
 
-def alone(code: str, directory: Path) -> dict[str, str]:
+def alone(code: str, directory: Path, **variables: str) -> dict[str, str]:
     """What each attempt of the code came to, by its name."""
     done = subprocess.run(
         [sys.executable, "-c", ALONE + code],
         cwd=directory,
+        env=os.environ | variables,
         stdout=subprocess.PIPE,
         text=True,
         timeout=300,
@@ -217,9 +219,11 @@ for stage in (1, 2, 3):
 """
 
 
-def test_zero_3_reads_fp32_and_zero_optimizers_have_no_defaults(tmp_path: Path) -> None:
+def test_zero_3_reads_fp32_and_zero_optimizers_have_no_defaults(
+    tmp_path: Path, extensions: Path
+) -> None:
     pytest.importorskip("deepspeed")
-    found = alone(ZERO, tmp_path)
+    found = alone(ZERO, tmp_path, TORCH_EXTENSIONS_DIR=str(extensions))
     assert found["dtype"] == "ok torch.float32"
     for stage in (1, 2, 3):
         assert "has no attribute 'defaults'" in found[f"stage{stage}"]

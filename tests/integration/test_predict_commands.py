@@ -97,7 +97,7 @@ def test_the_table_says_that_nothing_was_measured(run: Run, matrix: Path) -> Non
     assert "executed: transformers " in done.stdout
     assert "OOM in backward" in done.stdout
     assert "at aten.mm in lm_head" in done.stdout
-    assert "lora r4 attention" in done.stdout
+    assert "lora" in done.stdout
 
 
 @pytest.mark.parametrize(("seeds", "code"), [([OK, INVALID], 0), ([OK, DIES], 3)])

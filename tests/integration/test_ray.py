@@ -153,7 +153,8 @@ def test_nothing_is_lost_when_driver_node_and_user_end_it(
         assert code == 128 + signal.SIGINT, said
         assert "run the same command again to go on" in said
         stopped = records(sweeps[1].results)
-        assert {record.status for record in stopped} == {"interrupted"}
+        # One of the two may have come to its end just before.
+        assert "interrupted" in {record.status for record in stopped} <= {"interrupted", "ok"}
         assert len({record.cell_id for record in stopped}) <= 2  # the third had not begun
 
         sweeps.append(Sweep(cluster, tmp_path, environment))

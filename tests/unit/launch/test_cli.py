@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from harness.provenance import new_record
+from harness.provenance import new_record, now
 from harness.store import Store, record_key
 from launch.cli import app
 from launch.cli_run import EXIT_INCOMPLETE, exit_code
@@ -177,7 +177,7 @@ def test_plan_keeps_what_is_there_and_retries_what_failed(matrix: Path) -> None:
     store = Store(matrix.parent / "results" / "small")
     store.prepare()
     for cell, status in ((cells[1], "ok"), (cells[2], "failed"), (cells[3], "oom")):
-        record = new_record(cell, []).model_copy(update={"status": status, "ended": "2026"})
+        record = new_record(cell, []).model_copy(update={"status": status, "ended": now()})
         key = record_key(record.cell_id, record.stack_id)
         store.publish(store.start(lambda _, __, record=record: record, key), record)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -81,6 +82,8 @@ def test_a_signal_while_the_command_line_is_imported_is_one_line(number: int, co
         text=True,
     )
     assert process.stderr is not None
+    # A small pipe keeps the command from running far ahead of what is read here.
+    fcntl.fcntl(process.stderr, fcntl.F_SETPIPE_SZ, 4096)
     for line in process.stderr:
         if line.startswith("import 'typer"):
             break

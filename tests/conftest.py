@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +12,9 @@ import pytest
 
 @pytest.fixture(scope="session", autouse=True)
 def _quiet_and_offline() -> Iterator[None]:
-    """No hub look-ups: everything the tests need is packaged or made by them."""
+    """No hub look-ups: everything the tests need is packaged or made by them. Ctrl-C reaches the
+    commands that are tested also where the shell started pytest with it ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     before = dict(os.environ)
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"

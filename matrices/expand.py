@@ -55,11 +55,14 @@ RECIPE = tuple(
     for leaf in ("include_path", "limit", "num_fewshot", "batch_size", "apply_chat_template")
 )
 
-# Sections of which a setting is a mapping.
+# By section, the places of the settings that are mappings.
 MAPPED = {
-    section
+    section: [
+        at
+        for at, field in enumerate(model.model_fields.values())
+        if "dict" in str(field.annotation)
+    ]
     for section, model in SECTIONS.items()
-    if any("dict" in str(field.annotation) for field in model.model_fields.values())
 }
 COLUMN_KEYS = {f"data.{leaf}" for leaves in COLUMN_SETTINGS.values() for leaf in leaves}
 GLOBAL_BATCH = "train.global_batch_size"
@@ -287,7 +290,9 @@ class _Builder:
 
     def part(self, section: str, collapsed: Combination) -> _Part:
         values = self.pick[section](collapsed)
-        key = tuple(map(_hashable, values)) if section in MAPPED else values
+        key = values
+        for at in MAPPED[section]:
+            key = (*key[:at], _hashable(key[at]), *key[at + 1 :])
         part = self.parts[section].get(key)
         if part is None:
             names = SECTIONS[section].model_fields

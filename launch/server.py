@@ -89,30 +89,41 @@ def start_server(preload: list[str]) -> Server:
 
 
 @contextlib.contextmanager
-def _inherited(output: int) -> Iterator[None]:
-    """What a server started in the block inherits: an output, the name of its runner, a safe path,
-    and stop signals blocked until it ignores them itself. One that comes to the runner meanwhile is
-    delivered at the end of the block."""
-    resource_tracker.ensure_running()  # it would unblock the signals
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, GROUP_SIGNALS)
-    # A `harness.py` of the user's must not be imported.
-    variables = {"PYTHONSAFEPATH": "1", RUNNER: str(os.getpid())}
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
+def _written_to(output: int) -> Iterator[None]:
+    """What a process started in the block writes goes to `output`, a descriptor."""
     own = os.dup(1), os.dup(2)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
     try:
+        os.dup2(output, 1)
+        os.dup2(output, 2)
         yield
     finally:
         for number, kept in enumerate(own, 1):
             os.dup2(kept, number)
             os.close(kept)
-        for name, value in before.items():
-            os.environ.pop(name)
-            if value is not None:
-                os.environ[name] = value
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
+@contextlib.contextmanager
+def _inherited(output: int) -> Iterator[None]:
+    """What a server started in the block inherits: an output, the name of its runner, a safe path,
+    and stop signals blocked until it ignores them itself. One that comes to the runner meanwhile is
+    delivered at the end of the block."""
+    # A `harness.py` of the user's must not be imported.
+    variables = {"PYTHONSAFEPATH": "1", RUNNER: str(os.getpid())}
+    before = {name: os.environ.get(name) for name in variables}
+    with _written_to(output):
+        # Before the signals are blocked, as starting it unblocks them. What ranks leave to it, it
+        # complains of at the end.
+        resource_tracker.ensure_running()
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, GROUP_SIGNALS)
+        os.environ.update(variables)
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                os.environ.pop(name)
+                if value is not None:
+                    os.environ[name] = value
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 def follow_parent() -> None:

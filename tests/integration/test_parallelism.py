@@ -57,6 +57,7 @@ def ran(tunebench, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, 
         timeout=1700,
     )
     assert done.code == 0, done.err[-3000:]
+    assert "resource_tracker" not in done.err, "what ranks leave behind is no news"
     found = {}
     for path in (directory / "results/parallelism").glob("*/record.json"):
         record = read_record(path)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from harness import forked  # noqa: F401 - every child that is forked with torch in it is put right
+from harness.system import fork_safety  # noqa: F401 - every child that is forked with torch in it is put right
 
 NO_CUDA = "torch sees no CUDA device on this machine"
 NO_NVML = "no NVIDIA driver answers NVML on this machine"

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from harness import device
-from harness.files import write_atomically
-from harness.meters.shards import Held
+from harness.meters.memory.shards import Held
 from harness.meters.steps import Diverged
-from harness.provenance import now
-from harness.rank_state import Reporter, record_path
-from harness.record import Failure, Record, Status
+from harness.ranks.state_files import Reporter, record_path
+from harness.records.provenance import now
+from harness.records.record import Failure, Record, Status
+from harness.system.files import write_atomically
 
 # How often progress is worth a file, seconds.
 PROGRESS_SECONDS = 0.5

@@ -8,25 +8,20 @@ import time
 from pathlib import Path
 from typing import Any
 
-from harness import (
-    arguments,
-    behaviour,
-    checkpointing,
-    data,
-    device,
-    loading_info,
-    model,
-    ranks,
-    verify,
-    verify_adapter,
-)
-from harness.files import TEMPORARY_PREFIX
+from harness import device
+from harness.data import dataset
 from harness.job import Job
-from harness.meters import losses, memory, shards, speed
+from harness.meters import losses, speed
 from harness.meters.batches import CountingCollator
+from harness.meters.memory import ledger as memory
+from harness.meters.memory import shards
 from harness.meters.steps import TOP_TENSORS, CounterSteps, MemorySteps, StepClock, read_phase
-from harness.record import LiveTensor, Phase, PhaseMemory, Record
+from harness.models import loading_info, model
+from harness.ranks import process_group
+from harness.records.record import LiveTensor, Phase, PhaseMemory, Record
+from harness.system.files import TEMPORARY_PREFIX
 from harness.train import Course, ObservedTrainer, build_trainer, forward_restored, worst_case_rows
+from harness.verify import adapter, arguments, behaviour, checkpointing, verify
 from matrices.cell import Cell, Train
 from matrices.errors import UserError
 
@@ -41,7 +36,7 @@ def load(job: Job) -> Any:
     record, cell = job.record, job.record.cell
     job.reporter.state.device = device.training_device_name()
     job.enter("load", cell.model.name)
-    place = ranks.load_device(cell)
+    place = process_group.load_device(cell)
     ledger = memory.Ledger(place.type)
     device.reset_peaks()
     record.provenance.model = model.provenance(cell.model)
@@ -74,7 +69,7 @@ def load(job: Job) -> Any:
 
 def loaded_again(cell: Cell) -> Any:
     """As `load`, unmeasured."""
-    loaded = model.load_base(cell, ranks.load_device(cell))
+    loaded = model.load_base(cell, process_group.load_device(cell))
     return model.add_adapter(model.prepare_kbit(loaded, cell), cell)
 
 
@@ -93,8 +88,8 @@ def rows_of(job: Job) -> Any:
     cell = job.record.cell
     assert cell.data is not None
     job.enter("data", cell.data.source)
-    read = data.read(cell.data)
-    job.record.provenance.data = data.provenance(cell.data, read)
+    read = dataset.read(cell.data)
+    job.record.provenance.data = dataset.provenance(cell.data, read)
     return read.rows
 
 
@@ -119,7 +114,7 @@ def memory_steps(job: Job, loaded: Any, tokenizer: Any) -> None:
         # read up to one activation's gradient more than a real step takes.
         counters = CounterSteps()
         again = loaded
-        if ranks.takes_models_apart(record.cell):
+        if process_group.takes_models_apart(record.cell):
             again = loaded_again(record.cell)
         _full_length_steps(job, again, tokenizer, counters)
         _keep_counters(record, counters)
@@ -132,7 +127,7 @@ def _keep_share(job: Job, steps: MemorySteps) -> None:
     if steps.held is not None and job.whole is not None:
         state.parameter_bytes = steps.held.bytes
         state.parameter_share = steps.held.elements / job.whole.elements
-    if ranks.is_spread(job.record.cell):
+    if process_group.is_spread(job.record.cell):
         state.communication = steps.communication
 
 
@@ -150,7 +145,7 @@ def _full_length_steps(job: Job, loaded: Any, tokenizer: Any, steps: CounterStep
         job.record.memory.allocator_settings = device.allocator_settings()
         with steps:
             trainer.train()
-        ranks.let_go(trainer, cell)
+        process_group.let_go(trainer, cell)
     loaded.zero_grad(set_to_none=True)
     del trainer
     free()
@@ -227,9 +222,11 @@ def timed_steps(job: Job, loaded: Any, tokenizer: Any, rows: Any) -> ObservedTra
     def begin(optimizer: Any) -> None:
         checkpointing.verify(loaded, cell)
         verified = record.verified
-        verified.distributed_type, verified.world_size = ranks.verify(trainer.accelerator, cell)
+        verified.distributed_type, verified.world_size = process_group.verify(
+            trainer.accelerator, cell
+        )
         verified.optimizer, replaced = verify.verify_optimizer(optimizer, train.optimizer)
-        verified.substitutions += [*replaced, *ranks.substitutions(cell)]
+        verified.substitutions += [*replaced, *process_group.substitutions(cell)]
         arguments.verify_optimizer_arguments(train.sft_config, optimizer)
         verified.loss_terms = losses.further_terms(trainer)
         job.save()
@@ -251,7 +248,7 @@ def timed_steps(job: Job, loaded: Any, tokenizer: Any, rows: Any) -> ObservedTra
         record.verified.weight_dtypes = verify.verify_again(loaded, cell)
         record.verified.passed_through = arguments.seen(train.sft_config, trainer.args)
         if cell.adapter is not None:
-            record.verified.passed_through |= verify_adapter.passed_through(loaded, cell.adapter)
+            record.verified.passed_through |= adapter.passed_through(loaded, cell.adapter)
         record.preparation = trainer.preparation
         trainer.data_collator = CountingCollator(trainer.data_collator)
         device.reset_peaks()

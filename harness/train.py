@@ -19,11 +19,12 @@ import transformers
 from datasets import Dataset
 from transformers import TrainerCallback
 
-from harness import device, preparation
-from harness.data import loss_arguments
-from harness.record import Preparation
+from harness import device
+from harness.data import preparation
+from harness.data.dataset import loss_arguments
+from harness.records.record import Preparation
 from matrices.cell import Cell, Train
-from matrices.parallel_rules import reentrant
+from matrices.rules.parallelism import reentrant
 
 try:
     from trl import SFTConfig, SFTTrainer

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
-    from harness import lifetime
+    from harness.system import parent_death
 
-    if os.environ.get(lifetime.VARIABLE):  # before the imports, which take many seconds
-        lifetime.end_with_parent(os.getppid())
+    if os.environ.get(parent_death.VARIABLE):  # before the imports, which take many seconds
+        parent_death.end_with_parent(os.getppid())
 
 import bitsandbytes  # noqa: F401
 import lm_eval.evaluator
@@ -30,22 +30,16 @@ import torch  # noqa: F401
 from transformers import AutoModelForCausalLM, set_seed  # noqa: F401
 from transformers.utils import logging as transformers_logging
 
-from harness import (
-    command,
-    device,
-    evaluate,
-    gathered,
-    identity,
-    loading_info,
-    measuring,
-    model,
-    provenance,
-    ranks,
-)
+from harness import device, measuring
+from harness.evaluation import evaluate
 from harness.job import Interrupted, Job
 from harness.meters import speed
 from harness.meters.steps import read_phase
-from harness.record import Record, read_record
+from harness.models import loading_info, model
+from harness.ranks import gather_records, launch_command, process_group
+from harness.records import provenance
+from harness.records.record import Record, read_record
+from harness.verify import identity
 from matrices.cell import Cell
 from matrices.errors import UserError
 
@@ -60,12 +54,12 @@ def run(cell_path: Path, output_dir: Path) -> int:
     cell = Cell.model_validate_json(cell_path.read_text())
     output_dir.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, _interrupt)
-    if not ranks.is_spread(cell):
+    if not process_group.is_spread(cell):
         if _has_gpu():
             device.see_only(cell.devices)
         job = Job(_starting_record(cell, cell_path, output_dir), output_dir)
         return _to_its_end(job, _measure)
-    if ranks.rank() > 0:
+    if process_group.rank() > 0:
         return _train_a_rank(_own_record(cell), output_dir)
     return _train_and_score(_starting_record(cell, cell_path, output_dir), output_dir)
 
@@ -89,13 +83,13 @@ def _starting_record(cell: Cell, cell_path: Path, output_dir: Path) -> Record:
         return read_record(begun)
     if cell_path.resolve() != (output_dir / "cell.json").resolve():
         (output_dir / "cell.json").write_text(cell.model_dump_json(indent=1))
-        command.copy_profile(cell_path.parent, output_dir)
+        launch_command.copy_profile(cell_path.parent, output_dir)
     return _own_record(cell)
 
 
 def _own_record(cell: Cell) -> Record:
     threads = provenance.cpu_threads()  # accelerate has set them as it was told
-    return provenance.new_record(cell, command.by_hand(cell, _has_gpu(), threads))
+    return provenance.new_record(cell, launch_command.by_hand(cell, _has_gpu(), threads))
 
 
 def _has_gpu() -> bool:
@@ -129,22 +123,22 @@ def _measure(job: Job) -> None:
 
 def _train_a_rank(record: Record, output_dir: Path) -> int:
     """One rank of a cell on several devices, without the scoring."""
-    job = Job(record, output_dir, ranks.rank(), ranks.world_size())
+    job = Job(record, output_dir, process_group.rank(), process_group.world_size())
     return _to_its_end(job, _train_with_others)
 
 
 def _train_with_others(job: Job) -> None:
     cell = job.record.cell
-    job.enter("load", f"waiting for {ranks.world_size()} ranks")
+    job.enter("load", f"waiting for {process_group.world_size()} ranks")
     identity.check(cell)
     # Before the others are met: a packaged model may have to be made, which transformers would then
     # have the first rank alone write.
     tokenizer = model.load_tokenizer(cell.model)
-    told = ranks.join(cell, job.output_dir)
+    told = process_group.join(cell, job.output_dir)
     loaded = measuring.load(job)
     rows = measuring.rows_of(job)
     measuring.memory_steps(job, loaded, tokenizer)
-    if ranks.takes_models_apart(cell):
+    if process_group.takes_models_apart(cell):
         # An engine that has taken a model apart does not put it together again.
         del loaded
         measuring.free()
@@ -156,16 +150,16 @@ def _train_with_others(job: Job) -> None:
     job.reporter.state.tokens = job.record.speed.tokens
     job.record.ranks = [job.reporter.state]
     job.save()
-    ranks.wait_for_everyone()
+    process_group.wait_for_everyone()
     if job.rank == 0:
-        gathered.gather(job.record, ranks.other_records(job.output_dir, cell.devices))
+        gather_records.gather(job.record, process_group.other_records(job.output_dir, cell.devices))
 
 
 def _train_and_score(record: Record, output_dir: Path) -> int:
     """The first rank: train in a child, then score in this process, which no engine has touched."""
     path = output_dir / "record.json"
     try:
-        code = ranks.in_child(lambda: _train_a_rank(record, output_dir))
+        code = process_group.in_child(lambda: _train_a_rank(record, output_dir))
     except (Interrupted, KeyboardInterrupt):
         return 1  # and the child has written down why
     if code < 0:
@@ -175,7 +169,7 @@ def _train_and_score(record: Record, output_dir: Path) -> int:
         os.kill(os.getpid(), -code)
     if code:
         return code
-    ranks.forget()
+    process_group.forget()
     job = Job(read_record(path), output_dir, 0, record.cell.devices)
     job.record.ended = None
     return _to_its_end(job, _score_what_was_trained)
@@ -236,6 +230,6 @@ def main(arguments: list[str]) -> int:
 
 if __name__ == "__main__":
     ended = main(sys.argv[1:])
-    if ranks.world_size() > 1:
-        ranks.leave(ended)
+    if process_group.world_size() > 1:
+        process_group.leave(ended)
     sys.exit(ended)

@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    from launch.entry import main as begin
-
-    begin()
-
 import importlib.metadata
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from launch import entry
-from launch.cli_claims import claims
-from launch.cli_predict import fit, predict
-from launch.cli_profiles import profiles
-from launch.cli_results import calibration, report, show
-from launch.cli_run import exit_code, run, sweep_of
-from launch.cli_status import status
-from launch.console import print_error, print_json, show_set_aside
-from launch.options import (
+from launch.commands.claims import claims
+from launch.commands.console import print_error, print_json, show_set_aside
+from launch.commands.options import (
     CheckOption,
     GpuOption,
     GpusFileOption,
@@ -35,6 +24,11 @@ from launch.options import (
     SetOption,
     TimeoutOption,
 )
+from launch.commands.predict import fit, predict
+from launch.commands.profiles import profiles
+from launch.commands.report import calibration, report, show
+from launch.commands.run import exit_code, run, sweep_of
+from launch.commands.status import status
 
 app = typer.Typer(
     name="tunebench",
@@ -105,13 +99,13 @@ def plan(
     tunebench plan my-sweep.yaml --set rank=[8,64] --seeds 3
     tunebench plan my-sweep.yaml --json | jq '.[] | select(.action == "invalid")'
     """
-    from harness.store import Store
-    from launch.cli_predict import predictions_of
-    from launch.left_out import nothing_left
-    from launch.listing import plan_text
-    from launch.plan import plan_jobs
-    from launch.plan_check import checked
-    from launch.prediction_listing import footer
+    from harness.records.store import Store
+    from launch.commands.plan_check import checked
+    from launch.commands.predict import predictions_of
+    from launch.display.predictions import footer
+    from launch.display.tables import plan_text
+    from launch.planning.left_out import nothing_left
+    from launch.planning.plan import plan_jobs
 
     found, sweep, combinations = sweep_of(matrix, results, set_, seeds, retry)
     present = Store(sweep.results).latest()
@@ -156,11 +150,11 @@ def rerun(
     """
     from functools import partial
 
-    from launch.foretelling import foretell
-    from launch.prediction_progress import show_for_stderr
-    from launch.progress import display_for_stderr
-    from launch.rerun import Options, record_path
-    from launch.rerun import rerun as repeat
+    from launch.cells.rerun import Options, record_path
+    from launch.cells.rerun import rerun as repeat
+    from launch.display.prediction_progress import show_for_stderr
+    from launch.display.progress import display_for_stderr
+    from launch.predict.before_run import foretell
 
     display = display_for_stderr()
     predicting = None if no_predict else partial(foretell, show=show_for_stderr())
@@ -186,8 +180,7 @@ def doctor(
     tunebench doctor
     tunebench doctor --json | jq '.[] | select(.state == "no")'
     """
-    from launch.doctor import findings
-    from launch.listing import findings_text
+    from launch.commands.doctor import findings, findings_text
 
     found = findings(network)
     if as_json:
@@ -204,7 +197,7 @@ def matrices(as_json: JsonOption = False) -> None:
     tunebench matrices
     tunebench plan method-comparison
     """
-    from launch.listing import aligned
+    from launch.display.tables import aligned
     from matrices.load import load, shipped
 
     found = [load(name) for name in shipped()]
@@ -216,6 +209,3 @@ def matrices(as_json: JsonOption = False) -> None:
 
 for command in (run, status, predict, fit, report, show, calibration, claims, profiles):
     app.command()(command)
-
-
-main = entry.main

@@ -13,10 +13,11 @@ import sys
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
+from launch.processes.stop_signals import STOP_SIGNALS
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 STOPPED = "tunebench: stopped"
 EXIT_USER = 2
 # What a run needs at most: pipes to each process, files of the libraries that are imported.
@@ -62,9 +63,9 @@ def _unraisable(told: sys.UnraisableHookArgs) -> None:
 
 
 def _run() -> int:
-    from launch.console import print_error
+    from launch.commands.console import print_error
     from launch.output import OutputLost, prepare
-    from launch.stopping import Stopped, stop_signals
+    from launch.processes.stop_signals import Stopped, stop_signals
     from matrices.errors import UserError
 
     try:

@@ -14,7 +14,7 @@ import sys
 from typing import IO
 
 from matrices.errors import UserError
-from matrices.text import visible
+from matrices.files.text import visible
 
 # What tables and lines hold beside ASCII, for outputs that cannot show it.
 PLAIN = {

@@ -354,7 +354,7 @@ def base_cells(cell: Cell) -> dict[str, Cell]:
 
 def label(cell: Cell) -> str:
     """A short human name of a cell alone: `qlora nf4+dq r8 attention`. Not an identity; the cells
-    of a sweep are told apart by `matrices.labels`."""
+    of a sweep are told apart by `matrices.language.labels`."""
     words: list[str] = [cell.method]
     if cell.quantization is not None:
         words.append(

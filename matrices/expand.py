@@ -26,6 +26,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from matrices.catalogue.models import config_name
 from matrices.cell import (
     SECTIONS,
     TOP_LEVEL,
@@ -35,12 +36,11 @@ from matrices.cell import (
     section_json,
     top_level_json,
 )
-from matrices.data_format import COLUMN_SETTINGS, format_named
 from matrices.errors import UserError
+from matrices.files.data_format import COLUMN_SETTINGS, format_named
+from matrices.language.presets import PRESETS
+from matrices.language.settings import DEFAULTS, PRESET, show, validate
 from matrices.load import MAX_COMBINATIONS, Entry, Matrix
-from matrices.models import config_name
-from matrices.presets import PRESETS
-from matrices.settings import DEFAULTS, PRESET, show, validate
 
 # Sections that mean nothing for a method.
 UNUSED: dict[str, tuple[str, ...]] = {

@@ -7,15 +7,21 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from matrices import document, own_keys
+from matrices.accelerate_profiles import profile_at
+from matrices.catalogue.models import plain_config
 from matrices.cell import SECTIONS
-from matrices.data_columns import first_columns
-from matrices.document import Spot
 from matrices.errors import UserError, nearest
-from matrices.fingerprint import FINGERPRINTED, fingerprint, is_written_as_path, local_path
-from matrices.models import plain_config
-from matrices.profiles import profile_at
-from matrices.settings import (
+from matrices.files import yaml_lines
+from matrices.files.data_columns import first_columns
+from matrices.files.fingerprint import (
+    FINGERPRINTED,
+    fingerprint,
+    is_written_as_path,
+    local_path,
+)
+from matrices.files.yaml_lines import Spot
+from matrices.language import matrix_keys
+from matrices.language.settings import (
     MATRIX_KEYS,
     PROFILE,
     SHORT,
@@ -83,7 +89,7 @@ def load(source: str | Path, overrides: Sequence[str] = (), seeds: int | None = 
     models and data are hashed. Raises UserError with file and line for anything wrong in it.
     """
     path = find(source)
-    top = document.read(path)
+    top = yaml_lines.read(path)
     if not isinstance(top.value, dict) or not top.value:
         raise UserError("a matrix is a mapping of keys, e.g. 'name: my-sweep'", where=top.where)
     own = {key: spot for key, spot in top.value.items() if key in MATRIX_KEYS}
@@ -98,16 +104,16 @@ def load(source: str | Path, overrides: Sequence[str] = (), seeds: int | None = 
             where=axes[key].where,
         )
     matrix = Matrix(
-        name=own_keys.name(own.get("name"), path),
+        name=matrix_keys.name(own.get("name"), path),
         path=path,
-        question=own_keys.text(own.get("question")),
+        question=matrix_keys.text(own.get("question")),
         constants={key: spot.value for key, spot in constants.items()},
         axes={key: spot.value for key, spot in axes.items()},
         exclude=reader.entries("exclude", own.get("exclude")),
         include=reader.entries("include", own.get("include")),
-        score_base=own_keys.flag(own.get("score_base")),
-        timeout_seconds=own_keys.seconds("timeout_seconds", own.get("timeout_seconds")),
-        phase_timeout_seconds=own_keys.seconds(
+        score_base=matrix_keys.flag(own.get("score_base")),
+        timeout_seconds=matrix_keys.seconds("timeout_seconds", own.get("timeout_seconds")),
+        phase_timeout_seconds=matrix_keys.seconds(
             "phase_timeout_seconds", own.get("phase_timeout_seconds")
         ),
         fingerprints=reader.fingerprints,
@@ -157,7 +163,7 @@ class _Reader:
         self.places.setdefault(key, spot.where)
         if key == PROFILE:
             return profile_at(self.base, spot)
-        value = validate(key, document.plain(spot), spot.where)
+        value = validate(key, yaml_lines.plain(spot), spot.where)
         local = local_path(key, value, self.base, spot.where)
         if local is None:
             return value
@@ -193,7 +199,7 @@ class _Reader:
         if not isinstance(spot.value, list):
             raise UserError(
                 f"an axis is a list of values, e.g. [{example(key)}], not "
-                f"{show(document.plain(spot))}; a single value is a constant, outside of axes",
+                f"{show(yaml_lines.plain(spot))}; a single value is a constant, outside of axes",
                 key=key,
                 where=spot.where,
             )
@@ -232,7 +238,7 @@ class _Reader:
             if not isinstance(item.value, dict) or not item.value:
                 raise UserError(
                     f"an entry names settings, e.g. {{method: full, rank: 64}}, not "
-                    f"{show(document.plain(item))}",
+                    f"{show(yaml_lines.plain(item))}",
                     key=kind,
                     where=item.where,
                 )
@@ -254,7 +260,7 @@ def flat(written: Mapping[str, Spot], axes: bool = False) -> dict[str, Spot]:
             }
         elif name in SECTIONS and name not in SHORT:
             raise UserError(
-                f"is a section of settings, not {show(document.plain(spot))}; write for example "
+                f"is a section of settings, not {show(yaml_lines.plain(spot))}; write for example "
                 f"{name}: {{{next(iter(SECTIONS[name].model_fields))}: ...}}",
                 key=name,
                 where=spot.where,
@@ -266,7 +272,7 @@ def flat(written: Mapping[str, Spot], axes: bool = False) -> dict[str, Spot]:
 
 
 def _values(spot: Spot, axis: bool) -> list[Any]:
-    value = document.plain(spot)
+    value = yaml_lines.plain(spot)
     return value if axis and isinstance(value, list) else [value]
 
 
@@ -279,11 +285,11 @@ def _overridden(matrix: Matrix, overrides: Sequence[str], seeds: int | None) -> 
         name, equals, text = (part.strip() for part in override.partition("="))
         if not equals or not name:
             raise UserError("write KEY=VALUE, e.g. --set rank=8 or --set rank=[8,64]", where=where)
-        spot = document.parse(text, where, lines=False)
+        spot = yaml_lines.parse(text, where, lines=False)
         if name in ("timeout_seconds", "phase_timeout_seconds"):
-            changes[name] = own_keys.seconds(name, spot)
+            changes[name] = matrix_keys.seconds(name, spot)
         elif name == "score_base":
-            changes[name] = own_keys.flag(spot)
+            changes[name] = matrix_keys.flag(spot)
         elif name in MATRIX_KEYS:
             raise UserError("can only be changed in the matrix itself", key=name, where=where)
         else:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from matrices.argument_rules import EFFECTS
+from matrices.accelerate_profiles import PLACEHOLDERS
+from matrices.catalogue.gpus import gpus
+from matrices.catalogue.models import architectures
 from matrices.expand import expand
-from matrices.gpus import gpus
+from matrices.language.presets import PRESETS
+from matrices.language.settings import BARE, DEFAULTS, LEAVES, MISLEADING, SCHEMAS, describe, flow
+from matrices.libraries.library_arguments import TABLES
 from matrices.load import load, shipped
-from matrices.models import architectures
-from matrices.owned import TABLES
-from matrices.presets import PRESETS
-from matrices.profiles import PLACEHOLDERS
-from matrices.rules import PREDICTION_RULES, RULES, Rule
-from matrices.settings import BARE, DEFAULTS, LEAVES, MISLEADING, SCHEMAS, describe, flow
+from matrices.rules.arguments import EFFECTS
+from matrices.rules.machine import Rule
+from matrices.rules.verdicts import PREDICTION_RULES, RULES
 
 INTRODUCTION = """\
 # Reference of the matrix language

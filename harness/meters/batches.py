@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate.utils import send_to_device
 
-from harness.meters.clock import Count
+from harness.meters.rates import Count
 
 
 class CountedBatch(dict[str, Any]):

@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from harness.record import Communication
+from harness.records.record import Communication
 
 NAMESPACES = ("c10d", "_c10d_functional", "_c10d_functional_autograd")
 # They carry no data of the model.

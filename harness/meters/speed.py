@@ -7,8 +7,8 @@ from typing import Any
 
 from harness import device
 from harness.meters import losses
-from harness.meters.clock import Count, quartiles, tflops_per_second, total
-from harness.record import Record, Steps, Tokens
+from harness.meters.rates import Count, quartiles, tflops_per_second, total
+from harness.records.record import Record, Steps, Tokens
 from matrices.cell import Train
 
 NO_PEAK_RATE = "no published peak rate is known for this device"

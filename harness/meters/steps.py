@@ -18,14 +18,15 @@ from torch.utils.flop_counter import (
 )
 
 from harness import device
-from harness.checkpointing import Recomputation
-from harness.meters import batches, memory, shards
-from harness.meters.clock import Count
+from harness.meters import batches
 from harness.meters.collectives import Collectives
 from harness.meters.energy import Energy, EnergyMeter
-from harness.meters.load import ForeignLoad
-from harness.record import Communication, PhaseMemory
+from harness.meters.foreign_cpu import ForeignLoad
+from harness.meters.memory import ledger, shards
+from harness.meters.rates import Count
+from harness.records.record import Communication, PhaseMemory
 from harness.train import Observer, StepFacts
+from harness.verify.checkpointing import Recomputation
 
 # The largest storages listed in a record.
 TOP_TENSORS = 12
@@ -170,16 +171,16 @@ class MemorySteps(CounterSteps):
         self._optimizer: Any = None
         self._hooks: list[Any] = []
         self.recomputation = Recomputation(model)
-        self.ledger = memory.Ledger(device.training_device().type, vocabulary)
+        self.ledger = ledger.Ledger(device.training_device().type, vocabulary)
         self.operations = Operations()
         self.collectives = Collectives()
         self.communication: Communication | None = None
         self.held: shards.Held | None = None
 
     def __enter__(self) -> Self:
-        memory.tag_model(self.ledger, self._model)
-        self._hooks = memory.tag_gradients(self.ledger, self._model)
-        self._hooks += memory.name_modules(self.ledger, self._model)
+        ledger.tag_model(self.ledger, self._model)
+        self._hooks = ledger.tag_gradients(self.ledger, self._model)
+        self._hooks += ledger.name_modules(self.ledger, self._model)
         self._hooks += self.recomputation.hooks
         self.collectives.__enter__()
         self.operations.__enter__()
@@ -222,7 +223,7 @@ class MemorySteps(CounterSteps):
 
     def _tag_optimizer(self) -> None:
         if self._optimizer is not None:
-            memory.tag_optimizer(self.ledger, self._inner())
+            ledger.tag_optimizer(self.ledger, self._inner())
 
     @property
     def flops_per_step(self) -> int | None:

@@ -1,4 +1,4 @@
-"""`python -m harness.simulate REQUEST.json`: see `harness.prediction.Request`.
+"""`python -m harness.simulate REQUEST.json`: see `harness.records.prediction.Request`.
 
 The stack is imported once; each distinct simulation runs in a fork of this process, which it cannot
 disturb, and ends with `os._exit`: threads of torch's engine do not survive an orderly shutdown.

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from harness.simulate.ledger import SimulatedLedger
+from harness.simulate.memory.ledger import SimulatedLedger
 
 
 class FakeBatches:

@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from harness.simulate import attention, fake_cuda, host
-from harness.simulate.fast_fake import without_torch_function
-from harness.simulate.ledger import follow_resizes
-from harness.simulate.repeat import follow_autocast
-from matrices.gpus import Gpu
+from harness.simulate.device import fake_cuda, torch_cuda
+from harness.simulate.libraries import attention
+from harness.simulate.memory.ledger import follow_resizes
+from harness.simulate.memory.op_cache import without_torch_function
+from harness.simulate.shortcuts.layer_replay import follow_autocast
+from matrices.catalogue.gpus import Gpu
 
 if TYPE_CHECKING:
-    from harness.simulate import kbit
+    from harness.simulate.libraries import bitsandbytes_4bit
 
 
 def before_imports(gpu: Gpu | None) -> None:
@@ -27,20 +28,20 @@ def before_imports(gpu: Gpu | None) -> None:
     importlib.import_module("bitsandbytes")
     if gpu is not None:
         fake_cuda.enable()
-        host.pretend(gpu)
+        torch_cuda.pretend(gpu)
         attention.stand_in_for_flash_attn()
         attention.choose_sdpa_kernel(gpu.compute_capability)
 
 
 def become(gpu: Gpu) -> None:
     """Tell the libraries of another GPU than before."""
-    host.pretend(gpu)
+    torch_cuda.pretend(gpu)
     attention.choose_sdpa_kernel(gpu.compute_capability)
 
 
-def after_imports() -> kbit.Paged:
+def after_imports() -> bitsandbytes_4bit.Paged:
     """What the imported stack needs on fake tensors; returns the account of managed memory."""
-    from harness.simulate import kbit
+    from harness.simulate.libraries import bitsandbytes_4bit
 
     foreach_takes_fake_tensors()
     swap_forgets_conversions()
@@ -51,7 +52,7 @@ def after_imports() -> kbit.Paged:
     follow_resizes()
     without_torch_function()
     follow_autocast()
-    return kbit.pretend()
+    return bitsandbytes_4bit.pretend()
 
 
 def foreach_takes_fake_tensors() -> None:

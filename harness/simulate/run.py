@@ -12,16 +12,20 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from harness import adapter_check, behaviour, model, quantization
-from harness.meters import memory
-from harness.model import count_parameters
-from harness.simulate import attention, distributed, kbit, kernels, older, repeat, weights
+from harness.meters.memory import ledger as memory
+from harness.models import model, quantization
+from harness.models.model import count_parameters
+from harness.preflight import adapter_check
 from harness.simulate.batches import FakeBatches
-from harness.simulate.ledger import SimulatedLedger
-from harness.simulate.traffic import Traffic, Work
+from harness.simulate.libraries import attention, bitsandbytes_4bit, blank_model, kernels, old_trl
+from harness.simulate.memory.ledger import SimulatedLedger
+from harness.simulate.parallel import fake_ranks
+from harness.simulate.shortcuts import layer_replay
+from harness.simulate.step_time.roofline import Traffic, Work
 from harness.train import Course, Observer, build_trainer, worst_case_rows
+from harness.verify import behaviour
+from matrices.catalogue.gpus import Gpu
 from matrices.cell import Cell
-from matrices.gpus import Gpu
 
 STEPS = 2
 # torch's default cuBLAS workspaces: `:4096:2:16:8`, and 32 MiB on Hopper (getChosenWorkspaceSize
@@ -53,7 +57,7 @@ class Simulated:
 class _Steps(Observer):
     """Tells the ledger about phases, gradients and optimizer states."""
 
-    def __init__(self, ledger: SimulatedLedger, trained: Any, layout: distributed.Layout) -> None:
+    def __init__(self, ledger: SimulatedLedger, trained: Any, layout: fake_ranks.Layout) -> None:
         self._ledger = ledger
         self._trained = trained
         self._layout = layout
@@ -93,19 +97,23 @@ def kind(gpu: Gpu) -> tuple[int, bool]:
     return cublas_bytes(gpu), gpu.compute_capability >= (8, 0)
 
 
-def simulate(cell: Cell, gpu: Gpu | None, on_cuda: bool, paged: kbit.Paged) -> Simulated:
+def simulate(
+    cell: Cell, gpu: Gpu | None, on_cuda: bool, paged: bitsandbytes_4bit.Paged
+) -> Simulated:
     """As `_simulate`, with repeated layers played back where they turn out to be alike."""
     before = paged.nbytes
     try:
-        return _simulate(cell, gpu, on_cuda, paged, repeat.on and cell.parallelism == "single")
-    except repeat.Unrepeatable as error:
+        return _simulate(
+            cell, gpu, on_cuda, paged, layer_replay.on and cell.parallelism == "single"
+        )
+    except layer_replay.Unrepeatable as error:
         print(f"tunebench: note: every layer is run: {error}", file=sys.stderr)
     paged.nbytes = before
     return _simulate(cell, gpu, on_cuda, paged, False)
 
 
 def _simulate(
-    cell: Cell, gpu: Gpu | None, on_cuda: bool, paged: kbit.Paged, repeats: bool
+    cell: Cell, gpu: Gpu | None, on_cuda: bool, paged: bitsandbytes_4bit.Paged, repeats: bool
 ) -> Simulated:
     """Two full-length steps of `cell`: as on `gpu`, or as on this machine's CPU without one.
 
@@ -119,21 +127,21 @@ def _simulate(
             update={"model": cell.model.model_copy(update={"attn_implementation": "sdpa"})}
         )
         notes.append("flash_attention_2 exists on GPUs only: sdpa's CPU kernel stood in")
-    kbit.forget()
-    config = weights.model_config(cell.model)
-    blank = weights.skeleton(cell, config)
+    bitsandbytes_4bit.forget()
+    config = blank_model.model_config(cell.model)
+    blank = blank_model.skeleton(cell, config)
     behaviour.refuse_encoder(blank, cell.model)
     if cell.adapter is not None:
         adapter_check.check(cell.adapter, blank, cell.quantization)
     workspace = cublas_bytes(gpu) if gpu is not None else 0
     ledger = SimulatedLedger("cuda" if on_cuda else "cpu", workspace)
-    ledger.experts = weights.experts(config)
+    ledger.experts = blank_model.experts(config)
     ledger.scratch = dict(attention.SCRATCH)
     ledger.composites = kernels.composites()
-    distributed.check(cell, blank)
+    fake_ranks.check(cell, blank)
     with (
         tempfile.TemporaryDirectory() as scratch,
-        distributed.ranks(cell) as layout,
+        fake_ranks.ranks(cell) as layout,
         FakeTensorMode(allow_non_fake_inputs=True),
         ledger,
     ):
@@ -165,7 +173,7 @@ def _load(
 ) -> tuple[Any, float | None]:
     """The model with adapters, on the training device or on `place`, and under 4 bit the share of
     its base weights that is."""
-    loaded = weights.materialize(blank, place)
+    loaded = blank_model.materialize(blank, place)
     share = quantization.share(loaded.parameters()) if cell.quantization is not None else None
     memory.tag_model(ledger, loaded)
     if cell.quantization is not None and cell.quantization.kbit_preparation:
@@ -173,14 +181,14 @@ def _load(
         loaded = model.prepare_kbit(loaded, cell)
         ledger.enter_phase("load")
     loaded = model.add_adapter(loaded, cell)
-    return older.prepare(loaded, cell), share
+    return old_trl.prepare(loaded, cell), share
 
 
 def _train(
     ledger: SimulatedLedger,
     loaded: Any,
     cell: Cell,
-    layout: distributed.Layout,
+    layout: fake_ranks.Layout,
     scratch: Path,
     repeats: bool,
 ) -> tuple[_Steps, dict[str, int]]:
@@ -191,7 +199,7 @@ def _train(
     trainer = build_trainer(
         cell,
         loaded,
-        older.tokenizer(),
+        old_trl.tokenizer(),
         rows,
         Course(STEPS, 0.0, prepared=True),
         output_dir=scratch,
@@ -201,7 +209,7 @@ def _train(
     # Building the trainer may have exchanged parameters for others of its dtype.
     memory.tag_model(ledger, loaded)
     resident = memory.resident_bytes(loaded)
-    played = repeat.Repeats(ledger, loaded) if repeats else None
+    played = layer_replay.Repeats(ledger, loaded) if repeats else None
     trainer.train()
     if played is not None:
         played.finish()

@@ -15,14 +15,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from harness import forked  # noqa: F401 - every child is put right
-from harness.lifetime import end_with_parent
-from harness.prediction import Engine, Prediction, Request, Verdict
-from harness.simulate import check, fake_cuda, patches, stack
+from harness.records.prediction import Engine, Prediction, Request, Verdict
+from harness.simulate import patches
+from harness.simulate.device import fake_cuda
+from harness.simulate.device import self_check as check
+from harness.simulate.libraries import missing_packages
+from harness.system import fork_safety  # noqa: F401 - every child is put right
+from harness.system.parent_death import end_with_parent
+from matrices.catalogue.gpus import Gpu
+from matrices.catalogue.gpus import gpu as gpu_named
 from matrices.cell import Cell, canonical_json
 from matrices.errors import UserError
-from matrices.gpus import Gpu
-from matrices.gpus import gpu as gpu_named
 
 if TYPE_CHECKING:
     from harness.simulate.run import Simulated
@@ -64,7 +67,7 @@ def prepare(request: Request) -> Setting:
     setting = _choose(request)
     on_cuda = setting.engine == "fake-cuda"
     patches.before_imports(setting.gpu if on_cuda else None)
-    setting.notes += stack.settle()
+    setting.notes += missing_packages.settle()
     import harness.simulate.run  # noqa: F401 - everything heavy, once for all children
 
     setting.paged = patches.after_imports()
@@ -180,7 +183,7 @@ class _Child:
         return bool(part)
 
     def answer(self, cell: Cell) -> Prediction:
-        from harness.simulate.answer import refused
+        from harness.simulate.make_prediction import refused
 
         os.close(self.pipe)
         _, status = os.waitpid(self.pid, 0)
@@ -195,7 +198,7 @@ class _Child:
 def _verdicts(cell: Cell, setting: Setting, found: Simulated) -> list[Verdict]:
     """Of every GPU asked about. One with other kernels or workspaces than the simulated GPU's is
     simulated too; the rest differ in room alone."""
-    from harness.simulate import answer, run
+    from harness.simulate import make_prediction, run
 
     simulated = {run.kind(setting.gpu): found} if setting.gpu is not None else {}
     made = []
@@ -205,26 +208,28 @@ def _verdicts(cell: Cell, setting: Setting, found: Simulated) -> list[Verdict]:
             if on_cuda:
                 patches.become(gpu)
             simulated[run.kind(gpu)] = run.simulate(cell, gpu, on_cuda, setting.paged)
-        made.append(answer.verdict(simulated[run.kind(gpu)], gpu))
+        made.append(make_prediction.verdict(simulated[run.kind(gpu)], gpu))
     return made
 
 
 def _answer(cell: Cell, setting: Setting) -> Prediction:
     """Simulate in this (forked) process. Mistakes of the user's and failures become answers."""
-    from harness.simulate import answer
+    from harness.simulate import make_prediction
     from harness.simulate.run import simulate
 
     on_cuda = setting.engine == "fake-cuda"
     try:
         found = simulate(cell, setting.gpu, on_cuda, setting.paged)
-        made = answer.prediction(cell, found, setting.engine, setting.gpu, stack.versions())
+        made = make_prediction.prediction(
+            cell, found, setting.engine, setting.gpu, missing_packages.versions()
+        )
         made.verdicts = _verdicts(cell, setting, found)
     except UserError as error:
-        return answer.refused(cell, "invalid", str(error), stack.versions())
+        return make_prediction.refused(cell, "invalid", str(error), missing_packages.versions())
     except Exception as error:
         # A library that cannot do it on fake tensors: the answer says so, the log has the rest.
         traceback.print_exc()
         reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        return answer.refused(cell, "failed", reason, stack.versions())
+        return make_prediction.refused(cell, "failed", reason, missing_packages.versions())
     made.assumptions += setting.notes
     return made

@@ -21,11 +21,11 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 import accuracy_text as text  # noqa: E402
+import published  # noqa: E402
 
-from harness.simulate import published  # noqa: E402
-from launch.predicting import Options, predict  # noqa: E402
-from launch.prediction_progress import show_for_stderr  # noqa: E402
-from launch.stacks import Overlay, overlay  # noqa: E402
+from launch.display.prediction_progress import show_for_stderr  # noqa: E402
+from launch.predict.overlays import Overlay, overlay  # noqa: E402
+from launch.predict.predict import Options, predict  # noqa: E402
 
 DATA = ROOT / "tests" / "data" / "published_measurements"
 STACK = (

@@ -6,9 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from harness.prediction import Prediction
-from harness.record import LiveTensor
-from harness.simulate.published import Measurement
+from published import Measurement
+
+from harness.records.prediction import Prediction
+from harness.records.record import LiveTensor
 
 Other = Mapping[tuple[str, int], Mapping[str, int]]
 VERSIONS = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes")

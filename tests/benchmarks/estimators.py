@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from harness.simulate.weights import model_config, skeleton
+from harness.simulate.libraries.blank_model import model_config, skeleton
 from matrices.cell import Cell, Model
 
 

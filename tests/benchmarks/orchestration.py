@@ -29,8 +29,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests/integration")]
 
 from slurm_cluster import Cluster, cluster, missing, wait_for  # noqa: E402
 
-from harness.command import accelerate, of_record  # noqa: E402
-from harness.record import read_record  # noqa: E402
+from harness.ranks.launch_command import accelerate, of_record  # noqa: E402
+from harness.records.record import read_record  # noqa: E402
 
 MATRIX = """\
 name: cells
@@ -51,7 +51,7 @@ def run(
 ) -> float:
     """Seconds of one `tunebench run`, from the command to its end."""
     (directory / "cells.yaml").write_text(MATRIX.format(seeds=seeds))
-    argv = [sys.executable, "-m", "launch.cli", "run", "cells.yaml", "--no-predict", *options]
+    argv = [sys.executable, "-m", "launch.entry", "run", "cells.yaml", "--no-predict", *options]
     began = time.perf_counter()
     done = subprocess.run(
         argv, cwd=directory, env=environment, capture_output=True, text=True, check=False

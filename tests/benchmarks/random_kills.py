@@ -27,8 +27,8 @@ import psutil
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from harness.store import Store  # noqa: E402
-from launch.status import look, statuses  # noqa: E402
+from harness.records.store import Store  # noqa: E402
+from launch.engines.status import look, statuses  # noqa: E402
 from matrices.errors import UserError  # noqa: E402
 
 HERE = ROOT / "tests/integration"

@@ -22,7 +22,7 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from harness.reference_text import training_passages
+from harness.data.python_reference import training_passages
 
 
 class Recorder(TrainerCallback):

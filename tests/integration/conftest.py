@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import pytest
 
-from harness.record import Record, read_record
+from harness.records.record import Record, read_record
 
 ROOT = Path(__file__).resolve().parents[2]
 # One sweep through every axis that changes a run. Each included cell is named by its
@@ -152,7 +152,7 @@ def tunebench(environment: dict[str, str]) -> Command:
 
     def run(*arguments: str, cwd: Path, timeout: float = 600) -> Ran:
         done = subprocess.run(
-            [sys.executable, "-m", "launch.cli", *arguments],
+            [sys.executable, "-m", "launch.entry", *arguments],
             cwd=cwd,
             env=environment,
             capture_output=True,

@@ -8,19 +8,19 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from harness.store import Store
-from launch.cli_run import exit_code
-from launch.following import follow
-from launch.foretelling import Foretold
-from launch.local import ProblemsFound, Runner
-from launch.plan import plan_jobs
-from launch.progress import display_for_stderr
-from launch.slots import Grant, Slots
-from launch.starting import Rendezvous, devices_here
-from launch.stopping import Stopped
+from harness.records.store import Store
+from launch.cells.devices import Grant, Slots
+from launch.cells.other_machines import follow
+from launch.cells.runner import ProblemsFound, Runner
+from launch.cells.start import Rendezvous, devices_here
+from launch.commands.run import exit_code
+from launch.display.progress import display_for_stderr
+from launch.planning.plan import plan_jobs
+from launch.predict.before_run import Foretold
+from launch.processes.stop_signals import Stopped
 from matrices.cell import Cell, Data, Evaluate, Model, Train
 from matrices.errors import UserError
-from matrices.rules import Machine
+from matrices.rules.machine import Machine
 
 TWO_DEVICES = Machine(has_gpu=False, devices=2, nodes=2)
 

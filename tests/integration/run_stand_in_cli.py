@@ -11,11 +11,12 @@ run = entry._run
 
 
 def with_stand_ins() -> int:
-    from launch import local, predicting
+    from launch.cells import runner
+    from launch.predict import predict
 
-    predicting.SIMULATE = "stand_in_simulate"
-    local.Runner = partial(  # type: ignore[assignment,misc]
-        local.Runner, worker="stand_in_worker", preflight="stand_in_worker"
+    predict.SIMULATE = "stand_in_simulate"
+    runner.Runner = partial(  # type: ignore[assignment,misc]
+        runner.Runner, worker="stand_in_worker", preflight="stand_in_worker"
     )
     return run()
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from launch import cli, predicting
+from launch import entry
+from launch.predict import predict
 
 if __name__ == "__main__":
-    predicting.SIMULATE = "stand_in_simulate"
-    cli.main()
+    predict.SIMULATE = "stand_in_simulate"
+    entry.main()

@@ -6,7 +6,8 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from launch import entry, rerun
+from launch import entry
+from launch.cells import rerun
 from matrices.cell import Cell
 
 

@@ -15,9 +15,9 @@ from types import FrameType
 
 from stand_in_worker import _save, _wait_for, problems
 
-from harness import launched
-from harness.rank_state import Reporter
-from harness.record import Failure, Memory, PhaseMemory, Record, Tokens, read_record
+from harness.ranks import launch_environment
+from harness.ranks.state_files import Reporter
+from harness.records.record import Failure, Memory, PhaseMemory, Record, Tokens, read_record
 from matrices.cell import Cell
 
 __all__ = ["problems", "run"]
@@ -27,14 +27,14 @@ GIB = 2**30
 LOST = "[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:41234"
 
 
-def _enter(arguments: Sequence[str], place: launched.Place) -> None:
-    """As harness.launched.enter, without accelerate's part, which takes torch."""
-    os.environ.update(launched.torchruns(place))
+def _enter(arguments: Sequence[str], place: launch_environment.Place) -> None:
+    """As harness.ranks.launch_environment.enter, without accelerate's part, which takes torch."""
+    os.environ.update(launch_environment.torchruns(place))
     os.environ["STAND_IN_ARGUMENTS"] = " ".join(arguments)
 
 
 # This module is imported by the server that every rank is forked from.
-launched.enter = _enter
+launch_environment.enter = _enter
 
 
 class Stopped(BaseException):

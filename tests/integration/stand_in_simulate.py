@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from harness.prediction import (
+from harness.records.prediction import (
     OutOfMemory,
     PredictedMemory,
     PredictedSpeed,
@@ -22,8 +22,8 @@ from harness.prediction import (
     Request,
     Verdict,
 )
+from matrices.catalogue.gpus import Gpu
 from matrices.cell import Cell
-from matrices.gpus import Gpu
 
 OK, INVALID, DIES, HANGS, CHATTY = range(5)
 BASE_BYTES = 8 * 2**30

@@ -16,10 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
-from harness.files import write_atomically
-from harness.problems import Findings, Problem
-from harness.provenance import now
-from harness.record import Failure, Record, read_record
+from harness.preflight.problems import Findings, Problem
+from harness.records.provenance import now
+from harness.records.record import Failure, Record, read_record
+from harness.system.files import write_atomically
 from matrices.cell import Cell
 from matrices.errors import UserError
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from matrices.models import architectures, key_of, positions_key
+from matrices.catalogue.models import architectures, key_of, positions_key
 
 ONE_OF_EACH_TYPE = {
     json.loads(found.path.read_text())["model_type"]: name

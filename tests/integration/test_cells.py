@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 from conftest import ROOT, Command, Sweep
 
-from harness.record import Recipe, Record, read_record
+from harness.records.record import Recipe, Record, read_record
 from matrices.cell import flatten
 
 FAILING = {417: "diverged", 418: "invalid", 419: "invalid", 420: "invalid"}
@@ -199,7 +199,7 @@ def test_scores_are_those_of_lm_evals_own_command_line(
             f"pretrained={cache / 'models/tiny-llama'},peft={adapter},dtype=bfloat16,"
             "softmax_dtype=float32",
             *("--tasks", "python_reference_bpb,python_reference_topic"),
-            *("--include_path", str(ROOT / "harness/tasks")),
+            *("--include_path", str(ROOT / "harness/evaluation/tasks")),
             *("--batch_size", "8", "--device", "cpu", "--limit", "8"),
             *("--output_path", str(tmp_path)),
         ],
@@ -322,7 +322,7 @@ def test_no_memory_is_a_result(tunebench: Command, tmp_path: Path, cache: Path) 
         "evaluate: {tasks: [], sample_prompts: []}\n"
     )
     limited = (
-        "import resource, sys; from launch.cli import main;"
+        "import resource, sys; from launch.entry import main;"
         "resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30)); main()"
     )
     done = subprocess.run(

@@ -14,13 +14,14 @@ import pytest
 from covering_array import Array, Row, covering_array
 from tiny_families import FAMILIES, FUSED, make_family
 
-from harness import packaged
-from harness.record import Record, read_record
+from harness.models import packaged
+from harness.records.record import Record, read_record
 from matrices.cell import SECTIONS, TOP_LEVEL, Cell, flatten
 from matrices.expand import UNUSED, collapse, expand
+from matrices.language.settings import DEFAULTS
 from matrices.load import load
-from matrices.rules import Machine, refusals
-from matrices.settings import DEFAULTS
+from matrices.rules.machine import Machine
+from matrices.rules.verdicts import refusals
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 

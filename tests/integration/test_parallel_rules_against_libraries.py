@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from matrices.cell import Optimizer
-from matrices.parallel_rules import TORCH_OPTIMIZERS
+from matrices.rules.parallelism import TORCH_OPTIMIZERS
 
 pytestmark = pytest.mark.slow
 

@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT
 from safetensors.torch import load_file
 
-from harness.record import Record, read_record
+from harness.records.record import Record, read_record
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 

@@ -17,8 +17,8 @@ import pytest
 from conftest import Command
 from stand_in_simulate import DIES, HANGS, INVALID, OK
 
-from harness.prediction import Prediction
-from harness.record import read_record
+from harness.records.prediction import Prediction
+from harness.records.record import read_record
 
 HERE = Path(__file__).parent
 DEADLINE_SECONDS = 60.0

@@ -15,8 +15,8 @@ import pytest
 from conftest import Command
 from ray_cluster import RayCluster
 
-from harness import rank_state
-from harness.record import Record, read_record
+from harness.ranks import state_files
+from harness.records.record import Record, read_record
 
 pytest.importorskip("ray", reason="the package ray is not installed")
 
@@ -70,7 +70,7 @@ class Sweep:
         # A processor for each of two cells.
         environment = environment | {"OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "launch.cli", "run", "ray.yaml", *options],
+            [sys.executable, "-m", "launch.entry", "run", "ray.yaml", *options],
             cwd=directory,
             env=environment,
             stdout=subprocess.PIPE,
@@ -88,7 +88,7 @@ class Sweep:
         states = [
             state
             for directory in (running.iterdir() if running.is_dir() else ())
-            for state in rank_state.read_states(directory)
+            for state in state_files.read_states(directory)
         ]
         # An attempt whose runner died stays here until its cell is claimed again.
         pids = [state.pid for state in states if state.step]
@@ -143,7 +143,7 @@ def test_nothing_is_lost_when_driver_node_and_user_end_it(
         sweeps[0].training()
         sweeps[0].process.kill()
         sweeps[0].process.wait()
-        cluster.wait_for_no("launch.ray_task")
+        cluster.wait_for_no("launch.engines.ray.task")
         cluster.wait_for_no("forkserver")
 
         sweeps.append(Sweep(cluster, tmp_path, environment))

@@ -8,9 +8,9 @@ from pathlib import Path
 from typer.testing import CliRunner
 
 from launch.cli import app
-from reports.render import render
-from reports.results import load_records
-from reports.tables import build
+from reports.output.render import render
+from reports.records.load import load_records
+from reports.tables.build import build
 
 BLOCK = re.compile(r"<!-- table: .* -->\n(.*?)<!-- end of table -->", re.DOTALL)
 

@@ -13,11 +13,12 @@ import psutil
 import pytest
 from stand_in_worker import FAILS, HANGS, OK, SPAWNS
 
-from harness import command, provenance
-from harness.provenance import ENVIRONMENT, new_record
-from harness.record import Record, read_record
-from harness.store import Entry, Store, record_key
-from launch.rerun import checked, differences
+from harness.ranks import launch_command
+from harness.records import provenance
+from harness.records.provenance import ENVIRONMENT, new_record
+from harness.records.record import Record, read_record
+from harness.records.store import Entry, Store, record_key
+from launch.cells.rerun import checked, differences
 from matrices.cell import Cell, Evaluate, Model
 from matrices.errors import UserError
 
@@ -38,7 +39,7 @@ def published(results: Path, seed: int, cell: Cell | None = None, **changes: obj
     store = Store(results)
     store.prepare()
     cell = cell or Cell(method="base", seed=seed, evaluate=Evaluate(tasks=()))
-    first = new_record(cell, command.by_hand(cell, False, 2))
+    first = new_record(cell, launch_command.by_hand(cell, False, 2))
     record = first.model_copy(update={"status": "ok", "ended": first.started, **changes})
     key = record_key(record.cell_id, record.stack_id)
     return store.publish(store.start(lambda place, attempt: record, key), record)

@@ -9,10 +9,10 @@ import inspect
 import pytest
 import torch
 
-from matrices.installed import UNKNOWN, fields
-from matrices.model_rules import POSITION_TABLES, positions_problem
-from matrices.models import REQUIRED, SAME
-from matrices.owned import TABLES
+from matrices.catalogue.models import REQUIRED, SAME
+from matrices.libraries.installed_arguments import UNKNOWN, fields
+from matrices.libraries.library_arguments import TABLES
+from matrices.rules.models import POSITION_TABLES, positions_problem
 
 
 def test_accelerate_ignores_fp16_on_a_cpu() -> None:

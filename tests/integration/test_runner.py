@@ -16,7 +16,7 @@ import psutil
 import pytest
 from stand_in_worker import DEAF, FAILS, HANGS, OK, RAISES, SEGFAULTS, SPAWNS, WRONG
 
-from harness.record import Record, read_record
+from harness.records.record import Record, read_record
 
 HERE = Path(__file__).parent
 DEADLINE_SECONDS = 40.0

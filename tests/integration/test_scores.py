@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from harness import evaluate, task_check, task_index
-from harness.packaged import ensure_model
+from harness.evaluation import evaluate, task_check, task_index
+from harness.models.packaged import ensure_model
 from matrices.cell import Evaluate, Model
 from matrices.errors import UserError
 

@@ -22,7 +22,7 @@ from stand_in_ranks import (
 )
 from test_runner import Run, eventually, gone, nothing_unpublished, records
 
-from harness.record import RankState, Record
+from harness.records.record import RankState, Record
 
 TWO = ("--ranks", 2)
 OK_SEED = 0

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from harness.prediction import Prediction, Request
+from harness.records.prediction import Prediction, Request
+from matrices.catalogue.gpus import gpu
 from matrices.cell import Adapter, Cell, Data, Model, Quantization, Train
-from matrices.gpus import gpu
 
 pytestmark = pytest.mark.slow
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from harness.prediction import Prediction, Request
-from harness.simulate import zero
+from harness.records.prediction import Prediction, Request
+from harness.simulate.parallel import zero
 from matrices.cell import Adapter, Cell, Data, Method, Model, Parallelism, Quantization, Train
 from matrices.errors import UserError
 

@@ -10,18 +10,18 @@ from typing import Any
 import pytest
 from test_simulate import CONFIG, ask
 
-from harness.prediction import Request
+from harness.records.prediction import Request
+from matrices.catalogue.gpus import gpu
 from matrices.cell import Adapter, Cell, Data, Model, Quantization, Train
-from matrices.gpus import gpu
 
 pytestmark = pytest.mark.slow
 
 LAYERS = 8
 THE_LONG_WAY = (
-    "import harness.simulate.ledger, harness.simulate.repeat",
-    "harness.simulate.ledger.fast = harness.simulate.repeat.on = False",
+    "import harness.simulate.memory.ledger, harness.simulate.shortcuts.layer_replay",
+    "harness.simulate.memory.ledger.fast = harness.simulate.shortcuts.layer_replay.on = False",
 )
-CHECKED = ("import harness.simulate.ledger", "harness.simulate.ledger.checked = True")
+CHECKED = ("import harness.simulate.memory.ledger", "harness.simulate.memory.ledger.checked = True")
 REENTRANT = {"gradient_checkpointing": True, "use_reentrant": True}
 NON_REENTRANT = {"gradient_checkpointing": True, "use_reentrant": False}
 

@@ -7,14 +7,14 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import published
 import pytest
 import yaml
 
-from harness.prediction import Prediction
-from harness.simulate import published
-from launch.predicting import Options, predict
-from launch.prediction_progress import Silent
-from launch.stacks import overlay
+from harness.records.prediction import Prediction
+from launch.display.prediction_progress import Silent
+from launch.predict.overlays import overlay
+from launch.predict.predict import Options, predict
 
 DATA = Path(__file__).parents[1] / "data" / "published_measurements"
 ALL_ROWS = published.read(DATA.with_suffix(".csv"))

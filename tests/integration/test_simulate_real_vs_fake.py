@@ -19,10 +19,10 @@ import transformers
 from bitsandbytes.optim import GlobalOptimManager
 from conftest import ROOT
 
-from harness import packaged
-from harness.meters.memory import BLOCK_BYTES, block_bytes
-from harness.prediction import Prediction, Request
-from harness.record import Record
+from harness.meters.memory.ledger import BLOCK_BYTES, block_bytes
+from harness.models import packaged
+from harness.records.prediction import Prediction, Request
+from harness.records.record import Record
 from matrices.cell import Adapter, Cell, Data, Model, Optimizer, Quantization, Train
 
 # Made by the test: biases in 4-bit layers, experts in fused parameters, linear layers that
@@ -182,8 +182,10 @@ def workspace(
 
 def measure(wanted: Cell, directory: Path) -> Record:
     """Only the worker's untimed memory steps, on real tensors."""
-    from harness import measuring, model, provenance
+    from harness import measuring
     from harness.job import Job
+    from harness.models import model
+    from harness.records import provenance
 
     directory.mkdir()
     job = Job(provenance.new_record(wanted, []), directory)

@@ -13,7 +13,7 @@ import pytest
 from conftest import Command, Ran
 from slurm_cluster import Cluster, cluster, missing, wait_for
 
-from harness.record import Record, read_record
+from harness.records.record import Record, read_record
 
 MATRIX = """\
 name: few
@@ -50,7 +50,7 @@ class Watching:
     def __init__(self, slurm: Cluster, environment: dict[str, str], cwd: Path, *more: str) -> None:
         self.results = cwd / "results" / "few"
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "launch.cli", "run", "few.yaml", "--no-predict", *more],
+            [sys.executable, "-m", "launch.entry", "run", "few.yaml", "--no-predict", *more],
             cwd=cwd,
             env=environment | slurm.variables,
             stdout=subprocess.PIPE,
@@ -115,7 +115,7 @@ def run(
     slurm: Cluster, environment: dict[str, str], cwd: Path, *arguments: str, **more: str
 ) -> Ran:
     done = subprocess.run(
-        [sys.executable, "-m", "launch.cli", *arguments],
+        [sys.executable, "-m", "launch.entry", *arguments],
         cwd=cwd,
         env=environment | slurm.variables | more,
         capture_output=True,

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from two_hosts import Host, missing, two_hosts
 
-from harness.rank_state import read_states
-from harness.record import read_record
-from launch import profile
+from harness.ranks.state_files import read_states
+from harness.records.record import read_record
+from launch.cells import accelerate_command
 from matrices.cell import Adapter, Cell, Data, Evaluate, Model, Train
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
@@ -35,8 +35,8 @@ def started(
 ) -> list[subprocess.Popen[bytes]]:
     directory.mkdir(parents=True)
     (directory / "cell.json").write_text(cell.model_dump_json())
-    profile.write(cell, directory)
-    argv = profile.command(cell, directory, False, directory, hosts[0].address, 29511)
+    accelerate_command.write(cell, directory)
+    argv = accelerate_command.command(cell, directory, False, directory, hosts[0].address, 29511)
     processes = []
     for number, host in enumerate(hosts):
         own = list(argv)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from matrices.document import parse, plain, read
 from matrices.errors import UserError
+from matrices.files.yaml_lines import parse, plain, read
 
 
 @pytest.mark.parametrize(

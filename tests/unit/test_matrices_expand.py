@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from matrices.cell import Cell, base_cells, canonical_json, label
 from matrices.errors import UserError
 from matrices.expand import Expansion, expand
+from matrices.language.presets import PRESETS
 from matrices.load import load, shipped
-from matrices.presets import PRESETS
 
 
 def expanded(directory: Path, text: str, *overrides: str) -> Expansion:

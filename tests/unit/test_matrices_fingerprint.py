@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from matrices.errors import UserError
-from matrices.file_hash import MIB
-from matrices.fingerprint import fingerprint, is_unchanged
+from matrices.files.file_hash import MIB
+from matrices.files.fingerprint import fingerprint, is_unchanged
 
 
 def test_a_file_is_its_sha256(tmp_path: Path) -> None:
@@ -70,10 +70,10 @@ def test_a_settled_large_file_is_read_once(
     assert fingerprint(file) == digest
     assert not cache.exists(), "it may change once more within the clock's grain"
 
-    monkeypatch.setattr("matrices.file_hash.time.time", lambda: file.stat().st_ctime + 60)
+    monkeypatch.setattr("matrices.files.file_hash.time.time", lambda: file.stat().st_ctime + 60)
     assert fingerprint(file) == digest
     [entry] = cache.iterdir()
-    monkeypatch.setattr("matrices.file_hash.hashlib.file_digest", _must_not_be_read)
+    monkeypatch.setattr("matrices.files.file_hash.hashlib.file_digest", _must_not_be_read)
     assert fingerprint(file) == digest
     link = tmp_path / "link"
     link.symlink_to(file)
@@ -100,7 +100,7 @@ def test_an_edit_that_keeps_size_and_mtime_is_seen(
 ) -> None:
     file = sparse(tmp_path / "weights", 5 * MIB)
     state = file.stat()
-    monkeypatch.setattr("matrices.file_hash.time.time", lambda: state.st_ctime + 60)
+    monkeypatch.setattr("matrices.files.file_hash.time.time", lambda: state.st_ctime + 60)
     before = fingerprint(file)
     assert len(list(cache.iterdir())) == 1
     time.sleep(0.02)
@@ -115,7 +115,7 @@ def test_a_cache_that_cannot_be_written_costs_time_only(
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("TUNEBENCH_CACHE", str(tmp_path / "file"))
     file = sparse(tmp_path / "weights", 5 * MIB)
-    monkeypatch.setattr("matrices.file_hash.time.time", lambda: file.stat().st_ctime + 60)
+    monkeypatch.setattr("matrices.files.file_hash.time.time", lambda: file.stat().st_ctime + 60)
     assert fingerprint(file) == hashlib.sha256(bytes(5 * MIB)).hexdigest()
 
 
@@ -131,7 +131,7 @@ def test_a_file_that_grows_while_it_is_read_is_an_error(
             out.write(b"x")
         return digest
 
-    monkeypatch.setattr("matrices.file_hash.hashlib.file_digest", grow)
+    monkeypatch.setattr("matrices.files.file_hash.hashlib.file_digest", grow)
     with pytest.raises(UserError, match="changed while it was read"):
         fingerprint(file)
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from matrices.catalogue.gpus import Gpu, by_device_name, gpu, gpus
 from matrices.errors import UserError
-from matrices.gpus import Gpu, by_device_name, gpu, gpus
 
 GIB = 2**30
 

@@ -19,7 +19,7 @@ from matrices.cell import (
     flatten,
 )
 from matrices.expand import expand
-from matrices.labels import ID_DIGITS, LONGEST, labels
+from matrices.language.labels import ID_DIGITS, LONGEST, labels
 from matrices.load import load, shipped
 
 

@@ -9,9 +9,9 @@ import pytest
 
 from matrices.errors import UserError
 from matrices.expand import expand
+from matrices.language.presets import PRESETS
+from matrices.language.settings import BARE, LEAVES, SCHEMAS, example, resolve, validate
 from matrices.load import Matrix, load, shipped
-from matrices.presets import PRESETS
-from matrices.settings import BARE, LEAVES, SCHEMAS, example, resolve, validate
 
 
 def write(directory: Path, text: str) -> Path:
@@ -79,7 +79,7 @@ def test_bare_names_are_those_only_one_section_has() -> None:
 # A profile's example is a path, and a matrix reads what lies there.
 @pytest.mark.parametrize("dotted", [dotted for dotted in LEAVES if dotted != "profile"])
 def test_every_example_in_a_message_is_right(dotted: str) -> None:
-    from matrices.document import parse, plain
+    from matrices.files.yaml_lines import parse, plain
 
     validate(dotted, plain(parse(example(dotted), "x")), "x")
 

@@ -8,9 +8,7 @@ from typing import Any
 
 import pytest
 
-from matrices.cell import Model
-from matrices.errors import UserError
-from matrices.models import (
+from matrices.catalogue.models import (
     ARCHITECTURES,
     REQUIRED,
     architecture,
@@ -24,6 +22,8 @@ from matrices.models import (
     positions_key,
     read_config,
 )
+from matrices.cell import Model
+from matrices.errors import UserError
 
 TINY = {
     "model_type": "llama",

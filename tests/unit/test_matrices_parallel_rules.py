@@ -7,14 +7,15 @@ from typing import Any
 import pytest
 
 from matrices.cell import Adapter, Cell, Data, Model, Quantization, Train
-from matrices.parallel_rules import (
+from matrices.rules.adapt import spread_over
+from matrices.rules.machine import Machine
+from matrices.rules.parallelism import (
     PARALLEL_PREDICTION_RULES,
     PARALLEL_RULES,
     PARALLEL_RUN_RULES,
     reentrant,
 )
-from matrices.rules import Machine, prediction_refusals, refusals
-from matrices.spread import spread_over
+from matrices.rules.verdicts import prediction_refusals, refusals
 
 DEEPSPEED = {"deepspeed": "0.19.8"}
 CPU = Machine(False, None, DEEPSPEED, devices=2)

@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 
-from matrices import installed
-from matrices.argument_rules import EFFECTS
 from matrices.cell import SECTIONS, Cell
 from matrices.errors import UserError
 from matrices.expand import expand
-from matrices.hints import LIBRARY_NAMES, hint
+from matrices.language.settings import BARE, LEAVES, MATRIX_KEYS, resolve
+from matrices.libraries import installed_arguments
+from matrices.libraries.hints import LIBRARY_NAMES, hint
+from matrices.libraries.library_arguments import TABLES
 from matrices.load import load
-from matrices.owned import TABLES
-from matrices.passed_through import merged, mistakes
-from matrices.settings import BARE, LEAVES, MATRIX_KEYS, resolve
+from matrices.rules.arguments import EFFECTS
+from matrices.rules.passed_through import merged, mistakes
 
 MISTAKES = [
     ("SFTConfig", {"adam_beta3": 0.9}, "has no argument 'adam_beta3'; did you mean 'adam_beta1'"),
@@ -60,16 +60,18 @@ def test_what_the_libraries_take_is_left_alone(class_name: str, given: dict[str,
 
 
 def test_nothing_is_said_where_the_source_is_not_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(installed.SOURCES, "SFTConfig", (("trl", "nowhere.py", "SFTConfig"),))
-    installed.fields.cache_clear()
+    monkeypatch.setitem(
+        installed_arguments.SOURCES, "SFTConfig", (("trl", "nowhere.py", "SFTConfig"),)
+    )
+    installed_arguments.fields.cache_clear()
     assert mistakes("SFTConfig", {"anything": 1}) == []
-    installed.fields.cache_clear()
+    installed_arguments.fields.cache_clear()
 
 
 def test_reading_arguments_imports_nothing() -> None:
-    installed.fields.cache_clear()
+    installed_arguments.fields.cache_clear()
     before = set(sys.modules)
-    assert installed.fields("SFTConfig")
+    assert installed_arguments.fields("SFTConfig")
     assert not {"trl", "peft", "transformers", "torch"} & (set(sys.modules) - before)
 
 

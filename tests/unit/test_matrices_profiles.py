@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from matrices.accelerate_profiles import PLACEHOLDERS, rendered, values
 from matrices.cell import Cell, Data, Model, Train, label
 from matrices.errors import UserError
 from matrices.expand import Expansion, expand
 from matrices.load import load
-from matrices.profiles import PLACEHOLDERS, rendered, values
 
 PROFILE = """\
 distributed_type: DEEPSPEED

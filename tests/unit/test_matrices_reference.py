@@ -8,8 +8,8 @@ from pathlib import Path
 
 import matrices
 from matrices.cell import SECTIONS
+from matrices.language.settings import COMPUTED
 from matrices.reference import reference, table
-from matrices.settings import COMPUTED
 
 HERE = Path(matrices.__file__).parent
 
@@ -40,7 +40,7 @@ def test_pipes_are_escaped() -> None:
 def test_reading_a_matrix_imports_nothing_heavy() -> None:
     code = (
         "import sys; from matrices.load import load; from matrices.expand import expand;"
-        "from matrices.rules import Machine, refusals; expand(load('quickstart'));"
+        "from matrices.rules.verdicts import Machine, refusals; expand(load('quickstart'));"
         "print(sorted({'torch', 'pandas', 'transformers', 'numpy'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -7,18 +7,13 @@ from typing import Any
 
 import pytest
 
+from matrices.catalogue.gpus import gpu
 from matrices.cell import Adapter, Cell, Data, Model, Quantization, Train
 from matrices.expand import expand
-from matrices.gpus import gpu
 from matrices.load import load, shipped
-from matrices.parallel_rules import PARALLEL_RULES, PARALLEL_RUN_RULES
-from matrices.rules import (
-    PREDICTION_RULES,
-    RULES,
-    Machine,
-    prediction_refusals,
-    refusals,
-)
+from matrices.rules.machine import Machine
+from matrices.rules.parallelism import PARALLEL_RULES, PARALLEL_RUN_RULES
+from matrices.rules.verdicts import PREDICTION_RULES, RULES, prediction_refusals, refusals
 
 CPU = Machine(has_gpu=False)
 AMPERE = Machine(True, 8.6, {"flash-attn": "2.8.3"})

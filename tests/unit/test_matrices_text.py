@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from harness.files import write_atomically
-from harness.provenance import new_record
-from harness.record import Generation, read_record
+from harness.records.provenance import new_record
+from harness.records.record import Generation, read_record
+from harness.system.files import write_atomically
 from matrices.cell import Cell
 from matrices.errors import UserError
+from matrices.files.text import visible
 from matrices.load import load
-from matrices.text import visible
-from reports.write import write_report
+from reports.output.write import write_report
 
 BAD = "\x1b[31mred\x07\x9b2J\x7f"
 CONTROL = re.compile(rb"[\x00-\x08\x0b-\x1f\x7f]|\xc2[\x80-\x9f]")

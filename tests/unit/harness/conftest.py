@@ -11,7 +11,7 @@ import pytest
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Directory of the packaged `tiny-llama`; TUNEBENCH_CACHE points above it meanwhile."""
-    from harness import packaged
+    from harness.models import packaged
 
     cache = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:

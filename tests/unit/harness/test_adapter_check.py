@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from harness import adapter_check, behaviour
+from harness.preflight import adapter_check
+from harness.verify import behaviour
 from matrices.cell import Adapter, Model, Quantization
 from matrices.errors import UserError
 

@@ -10,9 +10,9 @@ import torch
 from peft import LoraConfig
 from trl import SFTConfig
 
-from harness.arguments import check_sft, check_tokens, seen, verify_optimizer_arguments
 from harness.train import Course, sft_config
-from harness.verify import VerificationError
+from harness.verify.arguments import check_sft, check_tokens, seen, verify_optimizer_arguments
+from harness.verify.verify import VerificationError
 from matrices.cell import Adapter, Cell, Data, Train
 from matrices.errors import UserError
 
@@ -59,9 +59,9 @@ def test_an_argument_that_is_read_as_another_fails(tmp_path: Path) -> None:
 def test_an_argument_of_a_newer_release_is_passed_and_marked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from matrices import owned
+    from matrices.libraries import library_arguments
 
-    monkeypatch.delitem(owned.SFT_ARGUMENTS, "loss_type")
+    monkeypatch.delitem(library_arguments.SFT_ARGUMENTS, "loss_type")
     found = seen({"loss_type": "dft"}, built(tmp_path, loss_type="dft"))
     assert (found["loss_type"].held, found["loss_type"].classified) == ("dft", False)
 
@@ -99,7 +99,7 @@ def test_tokens_are_asked_of_the_tokenizer(monkeypatch: pytest.MonkeyPatch) -> N
         def get_vocab(self) -> dict[str, int]:
             return {"<|im_end|>": 1, "</s>": 2}
 
-    monkeypatch.setattr("harness.arguments.load_tokenizer", lambda model: Tokenizer())
+    monkeypatch.setattr("harness.verify.arguments.load_tokenizer", lambda model: Tokenizer())
     check_tokens(cell(eos_token="</s>"))
     with pytest.raises(UserError, match=r"eos_token '<\|imend\|>' is no token of .* did you mean"):
         check_tokens(cell(eos_token="<|imend|>"))

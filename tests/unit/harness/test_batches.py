@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from harness.meters.batches import CountingCollator, count_of, count_tokens, total
-from harness.meters.clock import Count
+from harness.meters.rates import Count
 
 # Rows of 3 and 5 tokens, the first two of each a prompt that carries no label.
 ROWS = [

@@ -8,8 +8,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from harness import behaviour, model, provenance
-from harness.mismatch import VerificationError
+from harness.models import model
+from harness.models.mismatch import VerificationError
+from harness.records import provenance
+from harness.verify import behaviour
 from matrices.cell import Adapter, Cell, Data, Model, Quantization, Train
 
 SIZES = {

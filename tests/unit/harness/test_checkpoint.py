@@ -21,8 +21,8 @@ from model_directories import (
 )
 from safetensors.numpy import save_file
 
-from harness import checkpoint
-from harness.safetensors_header import read_header
+from harness.models import checkpoint
+from harness.models.safetensors_header import read_header
 from matrices.cell import Cell, Model, Quantization
 from matrices.errors import UserError
 
@@ -205,6 +205,7 @@ def test_a_large_model_takes_milliseconds_and_no_torch(tmp_path: Path) -> None:
     started = time.perf_counter()
     assert said(made) == ""
     assert time.perf_counter() - started < 0.5
-    code = "import sys, harness.checkpoint, harness.identity; print('torch' in sys.modules)"
+    modules = "harness.models.checkpoint, harness.verify.identity"
+    code = f"import sys, {modules}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

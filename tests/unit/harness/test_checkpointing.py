@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from harness.checkpointing import Recomputation, demand_recomputed, verify
-from harness.ranks import substitutions
-from harness.verify import VerificationError
+from harness.ranks.process_group import substitutions
+from harness.verify.checkpointing import Recomputation, demand_recomputed, verify
+from harness.verify.verify import VerificationError
 from matrices.cell import Adapter, Cell, Data, Train
 
 

@@ -25,8 +25,8 @@ from trl import SFTTrainer
 from harness.meters import losses, speed
 from harness.meters.batches import CountingCollator
 from harness.meters.steps import StepClock
-from harness.provenance import new_record
-from harness.record import Record
+from harness.records.provenance import new_record
+from harness.records.record import Record
 from harness.train import Course, build_trainer, sft_config
 from matrices.cell import Cell, Data, Train
 

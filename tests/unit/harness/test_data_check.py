@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 
-from harness import data, data_check, train
-from harness import model as models
-from harness.data_check import CHECKED_ROWS, check, prepared, subject
+from harness import train
+from harness.data import dataset
+from harness.models import model as models
+from harness.preflight import data_check
+from harness.preflight.data_check import CHECKED_ROWS, check, prepared, subject
 from matrices.cell import Adapter, Cell, Data, Evaluate, Model, Train
 from matrices.errors import UserError
 
@@ -243,7 +245,7 @@ def test_cutting_from_the_start_keeps_completions(
 def test_tools_reach_the_template(base: Callable[..., Model], tmp_path: Path) -> None:
     source = written(tmp_path, chat(USER, ANSWER, tools=TOOLS), chat(USER, ANSWER))
     tokenizer = models.load_tokenizer(base(chat_template=WITH_TOOLS))
-    rows = prepared(data.load_rows(Data(source=source)), tokenizer, {})
+    rows = prepared(dataset.load_rows(Data(source=source)), tokenizer, {})
     by_hand = tokenizer.apply_chat_template([USER, ANSWER], tools=TOOLS, return_dict=True)
     plain = tokenizer.apply_chat_template([USER, ANSWER], return_dict=True)
     assert [row["input_ids"] for row in rows] == [by_hand["input_ids"], plain["input_ids"]]
@@ -265,7 +267,7 @@ def test_it_is_the_preparation_of_a_run(
     source, chosen, arguments = subject(cell) or (None, None, None)
     assert (source, chosen, arguments) == (cell.data, cell.model, {"truncation_mode": "keep_end"})
     loaded, tokenizer = models.load_base(cell), models.load_tokenizer(cell.model)
-    read = data.load_rows(cell.data)
+    read = dataset.load_rows(cell.data)
     trainer = train.build_trainer(
         cell,
         loaded,

@@ -14,8 +14,8 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from harness import data, data_files
-from harness.data_files import MISSING, check_first_rows
+from harness.data import dataset, local_files
+from harness.data.local_files import MISSING, check_first_rows
 from matrices.cell import Data
 from matrices.errors import UserError
 
@@ -44,8 +44,8 @@ def refusals(path: Path, **settings: Any) -> list[str]:
 
 def read_as_preflight(given: Data) -> None:
     if given.source.endswith(".csv"):
-        data_files.check_csv(given)
-    data.read(given)
+        local_files.check_csv(given)
+    dataset.read(given)
 
 
 def chat(*messages: Any) -> dict[str, Any]:
@@ -182,14 +182,14 @@ def test_what_is_right_is_read(name: str, content: bytes, tmp_path: Path) -> Non
     path.write_bytes(content)
     check_first_rows(Data(source=str(path)))
     read_as_preflight(Data(source=str(path)))
-    assert [dict(row) for row in data.load_rows(Data(source=str(path)))] == [{"text": "a"}]
+    assert [dict(row) for row in dataset.load_rows(Data(source=str(path)))] == [{"text": "a"}]
 
 
 def test_a_bad_row_beyond_those_that_are_trained_on(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "a"}\n{"text": null}\n')
     check_first_rows(Data(source=str(path), max_samples=1))
-    assert len(data.load_rows(Data(source=str(path), max_samples=1))) == 1
+    assert len(dataset.load_rows(Data(source=str(path), max_samples=1))) == 1
     assert all("row 2" in said for said in refusals(path))
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from harness import evaluate
-from harness.evaluate import sample_rows, task_hash, unknown_tasks
+from harness.evaluation import evaluate
+from harness.evaluation.evaluate import sample_rows, task_hash, unknown_tasks
 from matrices.cell import Evaluate
 from matrices.errors import UserError
 

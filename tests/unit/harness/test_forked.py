@@ -15,14 +15,14 @@ import numpy
 import pytest
 import torch
 
-from harness import ranks
+from harness.ranks import process_group
 
 # What loading weights does: 8 threads convert tensors, in a child of a process that has a pool.
 FORKS = """
 import os, sys, threading
 import torch
 if "repair" in sys.argv:
-    import harness.forked
+    import harness.system.fork_safety
 torch.set_num_threads(2)
 weight = torch.ones(1 << 16)
 def convert(gate, failed):
@@ -86,14 +86,14 @@ def test_children_draw_numbers_of_their_own(name: str, tmp_path: Path) -> None:
             target.write_text(draw())
             return 0
 
-        assert ranks.in_child(write) == 0
+        assert process_group.in_child(write) == 0
     drawn = [(tmp_path / child).read_text() for child in ("first", "second")]
     assert drawn[0] != drawn[1]
     assert draw() not in drawn
 
 
 @pytest.mark.parametrize(
-    "module", ["harness.worker", "harness.preflight", "harness.simulate.serve"]
+    "module", ["harness.worker", "harness.preflight.preflight", "harness.simulate.serve"]
 )
 def test_what_cells_are_forked_from_puts_its_children_right(module: str, repository: Path) -> None:
     """By what the module imports, and what that imports, before anything runs."""
@@ -110,4 +110,4 @@ def test_what_cells_are_forked_from_puts_its_children_right(module: str, reposit
             elif isinstance(node, ast.ImportFrom):
                 waiting += [f"{node.module}.{alias.name}" for alias in node.names]
                 waiting.append(node.module or "")
-    assert "harness.forked" in known
+    assert "harness.system.fork_safety" in known

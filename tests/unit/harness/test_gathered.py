@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from harness.gathered import by_rank, gather
 from harness.meters.speed import SHORTER
-from harness.provenance import new_record
-from harness.record import PhaseMemory, RankState, Record, Steps, Tokens
+from harness.ranks.gather_records import by_rank, gather
+from harness.records.provenance import new_record
+from harness.records.record import PhaseMemory, RankState, Record, Steps, Tokens
 from matrices.cell import Adapter, Cell, Data, Train
 
 CELL = Cell(

@@ -10,14 +10,16 @@ import pytest
 from datasets import Dataset, DatasetDict
 from model_directories import CONFIG, EMBEDDING, safetensors, write_model
 
-from harness import checkpoint, data, hub, model
-from harness.provenance import new_record
-from harness.record import Provenance, Record
-from launch.plan import RETRIED, decide
+from harness.data import dataset
+from harness.models import checkpoint, model
+from harness.records import hub
+from harness.records.provenance import new_record
+from harness.records.record import Provenance, Record
+from launch.planning.plan import RETRIED, decide
 from matrices.cell import Cell, Data, Model
 from matrices.errors import UserError
-from reports.groups import group, section_key
-from reports.results import Result, by_commit
+from reports.records.load import Result, by_commit
+from reports.tables.groups import group, section_key
 
 OLD, NEW = "a" * 40, "b" * 40
 CELL = Cell(method="full", model=Model(name="org/some"), data=Data(source="org/rows"))
@@ -131,7 +133,7 @@ def test_a_directory_is_not_taken_for_a_hub_id(cached: Path) -> None:
         model.source(CELL.model)
     assert CELL.data is not None
     with pytest.raises(UserError, match="'org/rows' can be a hub id and is also there as /"):
-        data.load_rows(CELL.data)
+        dataset.load_rows(CELL.data)
     local = Model(name="./org/some")
     assert model.source(local) == ("org/some", {})
     trusted = local.model_copy(update={"trust_remote_code": True})
@@ -147,15 +149,15 @@ def test_rows_of_another_commit_are_refused(
     copy = tmp_path / "datasets" / "org___rows" / "default" / "0.0.0" / OLD
     _keep_as_datasets_does(copy, [{"text": "one"}, {"text": "two"}])
 
-    read = data.read(Data(source="org/rows"))
+    read = dataset.read(Data(source="org/rows"))
     assert read.rows["text"] == ["one", "two"]
-    assert data.provenance(Data(source="org/rows"), read)["commit"] == OLD
+    assert dataset.provenance(Data(source="org/rows"), read)["commit"] == OLD
     point(cached, "datasets--org--rows", OLD)
-    assert len(data.load_rows(Data(source="org/rows", max_samples=1))) == 1
+    assert len(dataset.load_rows(Data(source="org/rows", max_samples=1))) == 1
     for asked in (Data(source="org/rows", revision=NEW), Data(source="org/rows")):
         point(cached, "datasets--org--rows", NEW)
         with pytest.raises(UserError, match=f"of commit {OLD[:12]}, and .* is {NEW[:12]}"):
-            data.load_rows(asked)
+            dataset.load_rows(asked)
 
 
 def _keep_as_datasets_does(directory: Path, rows: list[dict[str, Any]]) -> None:

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from harness import identity
-from harness.record import Record, read_record
+from harness.records.record import Record, read_record
+from harness.verify import identity
 from matrices.cell import Cell, Data, Evaluate, Model, Train
-from matrices.fingerprint import fingerprint
+from matrices.files.fingerprint import fingerprint
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def test_a_cell_of_other_weights_fails_before_it_trains(own_model: Path, tmp_pat
 
 def test_preflight_looks_at_the_files_and_at_every_name(own_model: Path, tmp_path: Path) -> None:
     """Each cell of a broken model is named, and those of a whole one are not."""
-    from harness import preflight
+    from harness.preflight import preflight
 
     for name in ("cut", "foreign", "adapted"):
         shutil.copytree(own_model, tmp_path / name)

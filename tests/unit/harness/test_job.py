@@ -14,8 +14,8 @@ import torch
 from harness import job as job_module
 from harness.job import Interrupted, Job, status_of
 from harness.meters.steps import Diverged
-from harness.provenance import new_record
-from harness.record import Record, read_record
+from harness.records.provenance import new_record
+from harness.records.record import Record, read_record
 from matrices.cell import Cell
 from matrices.errors import UserError
 

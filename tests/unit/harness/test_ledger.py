@@ -19,8 +19,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from harness.meters import memory
-from harness.meters.memory import Ledger, block_bytes, by_category, live_at
+from harness.meters.memory import ledger as memory
+from harness.meters.memory.ledger import Ledger, block_bytes, by_category, live_at
 from harness.meters.steps import MemorySteps
 
 SCALAR = 512

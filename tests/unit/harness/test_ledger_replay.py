@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from harness.meters import memory
-from harness.meters.memory import Event, Peak, Storage
+from harness.meters.memory import ledger
+from harness.meters.memory.ledger import Event, Peak, Storage
 
 
 def storage(
@@ -39,11 +39,11 @@ STORY = [
     [(0, 0), (1, 512), (511, 512), (512, 512), (513, 1024), (4 * 10**9, 4 * 10**9)],
 )
 def test_block_bytes(size: int, blocks: int) -> None:
-    assert memory.block_bytes(size) == blocks
+    assert ledger.block_bytes(size) == blocks
 
 
 def test_phase_peaks_and_where_they_are() -> None:
-    assert memory.phase_peaks(STORY) == {
+    assert ledger.phase_peaks(STORY) == {
         "forward": Peak(1536, 1),
         "backward": Peak(3584, 2),
         "optimizer_step": Peak(3072, 5),
@@ -58,9 +58,9 @@ def test_a_phase_starts_with_what_was_live_before_it() -> None:
         Event(B, +1024, "forward", 1),
         Event(A, -512, "backward", 2),
     ]
-    peaks = memory.phase_peaks(events)
+    peaks = ledger.phase_peaks(events)
     assert peaks["backward"] == Peak(1536, 1)
-    assert memory.live_at(events, peaks["backward"].at) == [B, A]
+    assert ledger.live_at(events, peaks["backward"].at) == [B, A]
 
 
 def test_a_phase_entered_twice_has_the_higher_peak_and_the_last_end() -> None:
@@ -71,12 +71,12 @@ def test_a_phase_entered_twice_has_the_higher_peak_and_the_last_end() -> None:
         Event(C, -2048, "backward", 4),
         Event(B, +1024, "forward", 5),
     ]
-    assert memory.phase_peaks(events)["forward"] == Peak(2048, 2)
-    assert memory.phase_ends(events) == {"forward": 1024, "backward": 0}
+    assert ledger.phase_peaks(events)["forward"] == Peak(2048, 2)
+    assert ledger.phase_ends(events) == {"forward": 1024, "backward": 0}
 
 
 def test_phase_ends() -> None:
-    assert memory.phase_ends(STORY) == {"forward": 512, "backward": 1024, "optimizer_step": 0}
+    assert ledger.phase_ends(STORY) == {"forward": 512, "backward": 1024, "optimizer_step": 0}
 
 
 def test_training_peak_leaves_other_phases_out() -> None:
@@ -87,27 +87,27 @@ def test_training_peak_leaves_other_phases_out() -> None:
         *STORY,
         Event(big, +1000448, "evaluation", 5),
     ]
-    assert memory.training_peak(loading) == ("backward", Peak(3584, 4))
-    assert memory.training_peak(loading[:2]) is None
+    assert ledger.training_peak(loading) == ("backward", Peak(3584, 4))
+    assert ledger.training_peak(loading[:2]) is None
 
 
 def test_an_empty_run_has_no_figures() -> None:
-    assert memory.phase_peaks([]) == {}
-    assert memory.phase_ends([]) == {}
-    assert memory.training_peak([]) is None
-    assert memory.live_at([], -1) == []
-    assert memory.by_category([]) == {}
+    assert ledger.phase_peaks([]) == {}
+    assert ledger.phase_ends([]) == {}
+    assert ledger.training_peak([]) is None
+    assert ledger.live_at([], -1) == []
+    assert ledger.by_category([]) == {}
 
 
 def test_live_at_is_sorted_by_size_and_knows_the_dead() -> None:
-    assert memory.live_at(STORY, 2) == [C, B, A]
-    assert memory.live_at(STORY, 4) == [B]
-    assert memory.live_at(STORY, 7) == []
+    assert ledger.live_at(STORY, 2) == [C, B, A]
+    assert ledger.live_at(STORY, 4) == [B]
+    assert ledger.live_at(STORY, 7) == []
 
 
 def test_live_bytes_at_the_peak_are_the_peak() -> None:
-    for peak in memory.phase_peaks(STORY).values():
-        assert sum(s.block for s in memory.live_at(STORY, peak.at)) == peak.bytes
+    for peak in ledger.phase_peaks(STORY).values():
+        assert sum(s.block for s in ledger.live_at(STORY, peak.at)) == peak.bytes
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_live_bytes_at_the_peak_are_the_peak() -> None:
     ],
 )
 def test_category(one: Storage, expected: str) -> None:
-    assert memory.category(one) == expected
+    assert ledger.category(one) == expected
 
 
 def test_by_category_sums_blocks() -> None:
@@ -138,4 +138,4 @@ def test_by_category_sums_blocks() -> None:
         storage(512, died=1),
         storage(512, died=2),
     ]
-    assert memory.by_category(held) == {"weights": 1536, "temporaries": 512, "activations": 512}
+    assert ledger.by_category(held) == {"weights": 1536, "temporaries": 512, "activations": 512}

@@ -13,8 +13,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from harness import loading_info, model
-from harness.loading_info import WeightsError
+from harness.models import loading_info, model
+from harness.models.loading_info import WeightsError
 from matrices.cell import Cell, Model, Quantization
 from matrices.errors import UserError
 

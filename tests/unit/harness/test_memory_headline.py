@@ -10,8 +10,8 @@ import torch
 from harness import device, measuring, worker
 from harness.meters import speed
 from harness.meters.steps import CounterSteps
-from harness.provenance import new_record
-from harness.record import PhaseMemory, Record, read_record
+from harness.records.provenance import new_record
+from harness.records.record import PhaseMemory, Record, read_record
 from matrices.cell import Adapter, Cell, Data, Evaluate, Model, Train
 
 PHASES = ("forward", "backward", "optimizer_step")

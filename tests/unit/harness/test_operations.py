@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from harness.meters.memory import Ledger
+from harness.meters.memory.ledger import Ledger
 from harness.meters.steps import MemorySteps, Operations
 
 BATCH, LENGTH = 2, 24

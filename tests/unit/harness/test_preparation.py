@@ -11,8 +11,8 @@ from datasets import Dataset
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from trl import SFTTrainer
 
-from harness import preparation
-from harness.record import Preparation
+from harness.data import preparation
+from harness.records.record import Preparation
 from harness.train import Course, Observer, build_trainer, sft_config
 from matrices.cell import Cell, Data, Model, Train
 from matrices.errors import UserError

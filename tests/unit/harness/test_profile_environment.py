@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from harness import launched
-from harness.simulate import fsdp, zero
-from launch import profile
+from harness.ranks import launch_environment
+from harness.simulate.parallel import fsdp, zero
+from launch.cells import accelerate_command
 from matrices.cell import Adapter, Cell, Data, Train
 
 ZERO = ("zero1", "zero2", "zero3", "zero3-offload")
@@ -33,8 +33,8 @@ def accelerates(kind: str, directory: Path, gpu: bool) -> dict[str, str]:
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
-    profile.write(cell(kind), directory, gpu)
-    given = profile.command(cell(kind), directory, gpu)
+    accelerate_command.write(cell(kind), directory, gpu)
+    given = accelerate_command.command(cell(kind), directory, gpu)
     arguments = launch_command_parser().parse_args(given[given.index("launch") + 1 :])
     arguments, defaults, _ = _validate_launch_command(arguments)
     assert (arguments.num_processes, arguments.num_machines) == (2, 1)
@@ -113,8 +113,10 @@ def test_zero_is_what_is_simulated(
 @pytest.mark.parametrize("kind", ["ddp", "fsdp", "zero2"])
 def test_a_forked_rank_is_told_the_same(kind: str, gpu: bool, tmp_path: Path) -> None:
     found = accelerates(kind, tmp_path, gpu)
-    given = profile.command(cell(kind), tmp_path, gpu)
-    told = launched.environment(profile.launch_arguments(given), launched.Place(1, 2))
+    given = accelerate_command.command(cell(kind), tmp_path, gpu)
+    told = launch_environment.environment(
+        accelerate_command.launch_arguments(given), launch_environment.Place(1, 2)
+    )
     ours = {name: value for name, value in told.items() if name.startswith(("ACCELERATE_", "FSDP"))}
     assert ours.items() <= found.items()
     missing = {n for n in found if n.startswith(("ACCELERATE_", "FSDP"))} - ours.keys()
@@ -136,7 +138,7 @@ def test_transformers_takes_the_values_that_are_written_out(
     assert spread.train is not None
     train = spread.train.model_copy(update={"autocast": autocast, "max_grad_norm": 0.25})
     spread = spread.model_copy(update={"train": train})
-    profile.write(spread, tmp_path, False)
+    accelerate_command.write(spread, tmp_path, False)
     arguments = TrainingArguments(
         output_dir=str(tmp_path),
         per_device_train_batch_size=3,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from harness.meters.memory import Ledger, by_category, live_at, resident_bytes, tag_model
+from harness.meters.memory.ledger import Ledger, by_category, live_at, resident_bytes, tag_model
 
 VARIANTS = [(kind, double) for kind in ("nf4", "fp4") for double in (False, True)]
 # (out, in): powers of two, not a multiple of 64 * 256, not a multiple of 64, an odd number.

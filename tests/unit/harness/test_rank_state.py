@@ -9,13 +9,13 @@ import sys
 import time
 from pathlib import Path
 
-from harness.rank_state import Reporter, read_states, stack_path, state_path
-from harness.record import Failure
+from harness.ranks.state_files import Reporter, read_states, stack_path, state_path
+from harness.records.record import Failure
 
 STUCK = """
 import sys, time
 from pathlib import Path
-from harness.rank_state import Reporter
+from harness.ranks.state_files import Reporter
 
 def waits_for_ever():
     while True:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.reading import record_files, records_in, set_aside
+from harness.records.reading import record_files, records_in, set_aside
 from matrices.errors import SetAside, UserError
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from harness.provenance import new_record
-from harness.record import (
+from harness.records.provenance import new_record
+from harness.records.record import (
     SCHEMA_VERSION,
     Failure,
     Generation,

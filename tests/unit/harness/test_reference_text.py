@@ -7,7 +7,7 @@ from pydoc_data.topics import topics as raw_topics
 
 import pytest
 
-from harness import reference_text
+from harness.data import python_reference
 
 HELD_OUT = {key for key in raw_topics if int(hashlib.sha256(key.encode()).hexdigest(), 16) % 5 == 0}
 
@@ -18,18 +18,20 @@ def runs_of_13(text: str) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def training() -> list[reference_text.Passage]:
-    return reference_text.training_passages()
+def training() -> list[python_reference.Passage]:
+    return python_reference.training_passages()
 
 
-def test_a_fifth_of_the_topics_is_held_out(training: list[reference_text.Passage]) -> None:
-    found = {topic.key for topic in reference_text.topics() if reference_text.held_out(topic.key)}
+def test_a_fifth_of_the_topics_is_held_out(training: list[python_reference.Passage]) -> None:
+    found = {
+        topic.key for topic in python_reference.topics() if python_reference.held_out(topic.key)
+    }
     assert found == HELD_OUT
     assert len(raw_topics) / 8 < len(HELD_OUT) < len(raw_topics) / 3
     assert {passage.topic for passage in training}.isdisjoint(HELD_OUT)
 
 
-def test_no_run_of_13_words_is_shared(training: list[reference_text.Passage]) -> None:
+def test_no_run_of_13_words_is_shared(training: list[python_reference.Passage]) -> None:
     """Over whole texts, across paragraphs, the titles included."""
     kept = set().union(*(runs_of_13(raw_topics[key]) for key in HELD_OUT))
     assert len(kept) > 5_000
@@ -37,7 +39,7 @@ def test_no_run_of_13_words_is_shared(training: list[reference_text.Passage]) ->
     assert shared == {}
 
 
-def test_most_of_the_training_topics_stay(training: list[reference_text.Passage]) -> None:
+def test_most_of_the_training_topics_stay(training: list[python_reference.Passage]) -> None:
     """The rule takes out what is quoted, not the reference."""
     characters = sum(len(passage.text) for passage in training)
     everything = sum(len(text) for key, text in raw_topics.items() if key not in HELD_OUT)
@@ -46,8 +48,8 @@ def test_most_of_the_training_topics_stay(training: list[reference_text.Passage]
 
 
 def test_passages_are_the_topics_own_words_in_order() -> None:
-    for topic in reference_text.topics():
-        passages = reference_text.passages(topic, characters=500)
+    for topic in python_reference.topics():
+        passages = python_reference.passages(topic, characters=500)
         assert "\n\n".join(p.text for p in passages) == "\n\n".join(topic.paragraphs)
         assert topic.title == raw_topics[topic.key].split("\n")[0].strip()
         for passage in passages:
@@ -59,7 +61,7 @@ def test_passages_are_the_topics_own_words_in_order() -> None:
 def test_held_out_passages_respect_their_lengths(
     per_topic: int, longest: int, shortest: int
 ) -> None:
-    found = reference_text.held_out_passages(per_topic, longest, shortest)
+    found = python_reference.held_out_passages(per_topic, longest, shortest)
     counts = {key: sum(passage.topic == key for passage in found) for key in HELD_OUT}
     assert max(counts.values()) == per_topic
     assert len(found) > len(HELD_OUT)
@@ -71,17 +73,17 @@ def test_held_out_passages_respect_their_lengths(
 
 
 def test_topic_questions_hold_the_right_title_and_never_change() -> None:
-    passages = reference_text.held_out_passages(1, 240, 120)
+    passages = python_reference.held_out_passages(1, 240, 120)
     answers = []
     for passage in passages:
-        titles, answer = reference_text.topic_question(passage)
+        titles, answer = python_reference.topic_question(passage)
         assert titles[answer] == passage.title
         assert len(set(titles)) == len(titles) == 4
-        assert (titles, answer) == reference_text.topic_question(passage)
+        assert (titles, answer) == python_reference.topic_question(passage)
         answers.append(answer)
     assert len(set(answers)) > 1, "the right answer must not always stand in the same place"
 
 
 def test_word_runs() -> None:
-    assert reference_text.word_runs("a b c d", 3) == {("a", "b", "c"), ("b", "c", "d")}
-    assert reference_text.word_runs("a b", 3) == {("a", "b")}
+    assert python_reference.word_runs("a b c d", 3) == {("a", "b", "c"), ("b", "c", "d")}
+    assert python_reference.word_runs("a b", 3) == {("a", "b")}

@@ -11,12 +11,12 @@ import torch
 
 from harness.meters import speed
 from harness.meters import steps as steps_module
-from harness.meters.clock import Count
 from harness.meters.energy import Energy
-from harness.meters.load import foreign_share
+from harness.meters.foreign_cpu import foreign_share
+from harness.meters.rates import Count
 from harness.meters.steps import Diverged, StepClock, highest
-from harness.provenance import new_record
-from harness.record import PhaseMemory, Record
+from harness.records.provenance import new_record
+from harness.records.record import PhaseMemory, Record
 from harness.train import StepFacts
 from matrices.cell import Cell, Data, Train
 

@@ -14,7 +14,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from harness.model import (
+from harness.models.model import (
     adaptable_modules,
     count_parameters,
     lora_config,

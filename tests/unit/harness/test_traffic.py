@@ -15,11 +15,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from harness.simulate import attention, traffic
-from harness.simulate.cost import Cost, causal_share
-from harness.simulate.ledger import SimulatedLedger
-from harness.simulate.traffic import Traffic, Work
-from matrices.gpus import Gpu
+from harness.simulate.libraries import attention
+from harness.simulate.memory.ledger import SimulatedLedger
+from harness.simulate.step_time import roofline
+from harness.simulate.step_time.op_cost import Cost, causal_share
+from harness.simulate.step_time.roofline import Traffic, Work
+from matrices.catalogue.gpus import Gpu
 
 BF16, FP32, INT64 = 2, 4, 8
 
@@ -47,7 +48,7 @@ def heard(run: Callable[[], object], device_type: str = "cpu") -> list[Work]:
 
 
 def moved(run: Callable[[], object], device_type: str = "cpu") -> int:
-    return traffic.total_moved(heard(run, device_type))
+    return roofline.total_moved(heard(run, device_type))
 
 
 def half(*shape: int) -> torch.Tensor:
@@ -232,12 +233,12 @@ def test_floor_is_the_sum_of_what_binds_each_op() -> None:
         # 7 s for its bytes.
         Work("sum", "bfloat16", Cost(flops=0, least_flops=0, moved=70), 1),
     ]
-    assert traffic.floor_seconds(works, SLOW) == 2 * 10 + 7
-    assert traffic.total_flops(works) == 4000
-    assert traffic.total_moved(works) == 130
-    speed = traffic.predicted_speed(works, SLOW)
+    assert roofline.floor_seconds(works, SLOW) == 2 * 10 + 7
+    assert roofline.total_flops(works) == 4000
+    assert roofline.total_moved(works) == 130
+    speed = roofline.predicted_speed(works, SLOW)
     assert (speed.gpu, speed.floor_seconds) == ("slow", 27.0)
-    assert traffic.predicted_speed(works, None).floor_seconds is None
+    assert roofline.predicted_speed(works, None).floor_seconds is None
 
 
 HIDDEN, INNER, LAYERS, VOCABULARY, TOKENS = 32, 80, 3, 56, 2 * 24

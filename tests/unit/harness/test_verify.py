@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from harness import model as model_module
-from harness.verify import VerificationError, verify_again, verify_model
+from harness.models import model as model_module
+from harness.verify.verify import VerificationError, verify_again, verify_model
 from matrices.cell import Adapter, Cell, Data, Model, Quantization, Train
 
 TINY = Model(name="tiny-llama")
@@ -274,7 +274,7 @@ def test_other_attention() -> None:
 
 def test_resident_bytes_of_what_is_loaded_from_disk(tiny_llama: Path) -> None:
     """Weights read from safetensors hold their own bytes, whatever the file is mapped as."""
-    from harness.meters.memory import resident_bytes
+    from harness.meters.memory.ledger import resident_bytes
 
     layer = 2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 320
     outside = 2 * 259 * 128 + 7 * 128

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from harness.provenance import new_record
-from harness.record import Memory, Record, RecordedPrediction
-from harness.store import Store, record_key
-from launch import local, predicting
+from harness.records.provenance import new_record
+from harness.records.record import Memory, Record, RecordedPrediction
+from harness.records.store import Store, record_key
+from launch.cells import runner
 from launch.cli import app
+from launch.predict import predict
 from matrices.errors import UserError
 from matrices.expand import expand
 from matrices.load import load
@@ -135,7 +136,7 @@ def test_one_record_is_shown_beside_broken_ones(results: Path) -> None:
 def test_predictions_are_timed_by_the_sound_records(
     results: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(predicting, "SIMULATE", "stand_in_simulate")
+    monkeypatch.setattr(predict, "SIMULATE", "stand_in_simulate")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2] / "integration"))
     done = tunebench("predict", "two.yaml", "--records", results, "--no-self-check")
     assert done.exit_code in (0, 2), done.output
@@ -160,7 +161,7 @@ def test_run_tells_before_anything_is_imported(
     def stop(modules: list[str]) -> None:
         raise UserError(f"would import {modules}")
 
-    monkeypatch.setattr(local, "start_server", stop)
+    monkeypatch.setattr(runner, "start_server", stop)
     [first, second] = sorted(results.glob("*-*/record.json"))
     first.write_text(first.read_text()[:99])
     done = tunebench("run", "two.yaml", "--no-predict")

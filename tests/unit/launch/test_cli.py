@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import typer
 
-from harness.provenance import new_record, now
-from harness.store import Store, record_key
+from harness.records.provenance import new_record, now
+from harness.records.store import Store, record_key
 from launch.cli import app
-from launch.cli_run import EXIT_INCOMPLETE, exit_code
-from launch.listing import aligned, counted, outcome_row
-from launch.plan import Job
+from launch.commands.run import EXIT_INCOMPLETE, exit_code
+from launch.display.tables import aligned, counted, outcome_row
+from launch.planning.plan import Job
 from matrices.cell import Adapter, Cell, Data, Train
 
 MATRIX = """\
@@ -34,7 +34,7 @@ axes:
 def tunebench(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Run it in a process of its own, from a directory that is not the checkout."""
     return subprocess.run(
-        [sys.executable, "-m", "launch.cli", *map(str, arguments)],
+        [sys.executable, "-m", "launch.entry", *map(str, arguments)],
         capture_output=True,
         text=True,
         cwd=cwd,
@@ -234,10 +234,10 @@ def test_wrong_usage_is_exit_code_2(arguments: list[str]) -> None:
 
 def test_a_bug_shows_its_traceback(matrix: Path) -> None:
     code = (
-        "import launch.plan, launch.cli, sys\n"
-        "launch.plan.refusals = lambda *a: 1 / 0\n"
+        "import launch.planning.plan, launch.entry, sys\n"
+        "launch.planning.plan.refusals = lambda *a: 1 / 0\n"
         f"sys.argv = ['tunebench', 'plan', {str(matrix)!r}]\n"
-        "launch.cli.main()"
+        "launch.entry.main()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1

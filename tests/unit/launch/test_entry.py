@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
-TUNEBENCH = f"{sys.executable} -m launch.cli"
+TUNEBENCH = f"{sys.executable} -m launch.entry"
 
 
 def shell(script: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -75,7 +75,7 @@ def test_who_stops_reading_gets_no_complaint_and_messages_are_not_needed() -> No
 def test_a_signal_while_the_command_line_is_imported_is_one_line(number: int, code: int) -> None:
     # The line that `-v` prints is written before the modules of the command line are imported.
     process = subprocess.Popen(
-        [sys.executable, "-v", "-m", "launch.cli", "matrices"],
+        [sys.executable, "-v", "-m", "launch.entry", "matrices"],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

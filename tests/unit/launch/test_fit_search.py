@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
-from harness.prediction import PredictedMemory, Prediction, Verdict
-from launch.fit_search import Search
+from harness.records.prediction import PredictedMemory, Prediction, Verdict
+from launch.fit.search import Search
 from matrices.cell import Cell
 
 GIB = 2**30

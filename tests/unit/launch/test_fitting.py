@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
-from harness.prediction import PredictedMemory, Prediction, Verdict
-from launch import fit_search, fitting, ladder
-from launch.fit_listing import answer_text, price_text
-from launch.fitting import (
+from harness.records.prediction import PredictedMemory, Prediction, Verdict
+from launch.display.prediction_progress import Silent
+from launch.fit import advice, search
+from launch.fit import answer as fitting
+from launch.fit.advice import climb
+from launch.fit.answer import (
     Question,
     answer,
     answer_json,
@@ -21,14 +23,13 @@ from launch.fitting import (
     positions,
     templates,
 )
-from launch.ladder import climb
-from launch.predicting import Options
-from launch.prediction_progress import Silent
-from matrices import models
+from launch.fit.text import answer_text, price_text
+from launch.predict.predict import Options
+from matrices.catalogue import models
+from matrices.catalogue.gpus import gpu
 from matrices.cell import Cell
 from matrices.errors import UserError
-from matrices.gpus import gpu
-from matrices.spread import spread_over
+from matrices.rules.adapt import spread_over
 
 GIB = 2**30
 T4, A100 = gpu("t4"), gpu("a100-80gb")
@@ -83,7 +84,7 @@ def _prediction(cell: Cell, peak: int, options: Options) -> Prediction:
 @pytest.fixture
 def ask(monkeypatch: pytest.MonkeyPatch) -> Callable[..., fitting.Answer]:
     def asked(question: Question, peak: Peak = simple) -> fitting.Answer:
-        for module in (fit_search, ladder):
+        for module in (search, advice):
             monkeypatch.setattr(module, "predict", simulated(peak))
         return answer(question, Options(gpu=question.gpu, judge=(question.gpu,)), Silent())
 
@@ -100,7 +101,7 @@ def test_every_method_gets_its_largest_batch_and_longest_sequence(
     for method, row in rows.items():
         assert row.micro_batch == left[method] // 2048
         assert row.longest == left[method] // 256 * 256
-        assert fit_search.fits(row.shown)
+        assert search.fits(row.shown)
     assert found.max_length == 2048
     assert found.ladder == []
     assert rows["full"].binds == ("weights", "backward")
@@ -194,9 +195,9 @@ def test_a_rung_with_nothing_to_change_says_so() -> None:
     assert told["8-bit or paged optimizer"] == "adamw_8bit keeps little already"
 
 
-def climb_with(peak: Peak, start: Cell, qlora: Cell) -> list[ladder.Rung]:
+def climb_with(peak: Peak, start: Cell, qlora: Cell) -> list[advice.Rung]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ladder, "predict", simulated(peak))
+        patch.setattr(advice, "predict", simulated(peak))
         return climb(start, qlora, 1, Options(gpu=T4, judge=(T4,)), Silent())
 
 
@@ -217,7 +218,7 @@ def test_what_nobody_can_simulate_is_a_mistake_of_the_question(
             for cell in cells
         ]
 
-    monkeypatch.setattr(fit_search, "predict", refuse)
+    monkeypatch.setattr(search, "predict", refuse)
     with pytest.raises(UserError, match="--model some/model: unheard of"):
         answer(Question("some/model", T4), Options(gpu=T4, judge=(T4,)), Silent())
 

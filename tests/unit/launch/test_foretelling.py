@@ -7,18 +7,19 @@ from typing import Any
 
 import pytest
 
-from harness import provenance
-from harness.prediction import (
+from harness.records import provenance
+from harness.records.prediction import (
     OutOfMemory,
     PredictedMemory,
     PredictedSpeed,
     Prediction,
     Verdict,
 )
-from harness.provenance import new_record
-from harness.record import Hardware, Memory, Record, RecordedPrediction, Speed
-from launch import foretelling
-from launch.foretelling import (
+from harness.records.provenance import new_record
+from harness.records.record import Hardware, Memory, Record, RecordedPrediction, Speed
+from launch.display.prediction_progress import Silent
+from launch.predict import before_run
+from launch.predict.before_run import (
     foretell,
     options_here,
     out_of_memory,
@@ -26,8 +27,7 @@ from launch.foretelling import (
     timed,
     with_prediction,
 )
-from launch.predicting import Options
-from launch.prediction_progress import Silent
+from launch.predict.predict import Options
 from matrices.cell import Adapter, Cell, Data, Train
 
 GIB = 2**30
@@ -156,7 +156,7 @@ def test_only_what_is_trained_is_predicted_and_only_with_skip_is_skipped(
         asked.extend(cells)
         return [prediction(cell, verdicts=[verdict("oom")]) for cell in cells]
 
-    monkeypatch.setattr(foretelling, "predict", predict)
+    monkeypatch.setattr(before_run, "predict", predict)
     cells = [Cell(method="base"), lora(), lora(1)]
     found = foretell(cells, Silent())
     assert asked == cells[1:]

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from harness.problems import Findings, Problem, shared
-from launch.left_out import ProblemsFound, leave_out, refused
-from launch.plan import Job, Sweep, plan_jobs
+from harness.preflight.problems import Findings, Problem, shared
+from launch.planning.left_out import ProblemsFound, leave_out, refused
+from launch.planning.plan import Job, Sweep, plan_jobs
 from matrices.cell import Adapter, Cell, Data, Evaluate, Model, Train
 from matrices.errors import UserError
-from matrices.rules import Machine
+from matrices.rules.machine import Machine
 
 CPU = Machine(has_gpu=False, devices=2)
 WRONG = UserError("no such data", key="data.source")

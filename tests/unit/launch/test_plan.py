@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from harness import provenance
-from harness.provenance import new_record
-from harness.record import Quality, Recipe, Record, TaskScore
-from harness.store import Entry, record_key
-from launch.plan import RETRIED, decide, plan_jobs, retried_statuses
+from harness.records import provenance
+from harness.records.provenance import new_record
+from harness.records.record import Quality, Recipe, Record, TaskScore
+from harness.records.store import Entry, record_key
+from launch.planning.plan import RETRIED, decide, plan_jobs, retried_statuses
 from matrices.cell import Adapter, Cell, Data, Model, Quantization, Train, base_cells
 from matrices.errors import UserError
 

@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 
-from harness.prediction import Prediction
-from launch import predicting
-from launch.predicting import TRAINS_NOTHING, Options, checked_engine, predict
-from launch.prediction_progress import Count, PlainShow, Silent
-from launch.simulation import ROOT
-from launch.stacks import Overlay
+from harness.records.prediction import Prediction
+from launch.display.prediction_progress import Count, PlainShow, Silent
+from launch.predict import predict as predicting
+from launch.predict.overlays import Overlay
+from launch.predict.predict import TRAINS_NOTHING, Options, checked_engine, predict
+from launch.predict.simulator_process import ROOT
+from matrices.catalogue.gpus import gpu
 from matrices.cell import Adapter, Cell, Data, Model, Train
 from matrices.errors import UserError
-from matrices.gpus import gpu
 
 STAND_INS = Path(__file__).parents[2] / "integration"
 OK, INVALID, DIES, HANGS, CHATTY = range(5)  # stand_in_simulate's seeds

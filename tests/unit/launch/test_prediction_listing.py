@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from harness.prediction import (
+from harness.records.prediction import (
     OutOfMemory,
     PredictedMemory,
     PredictedSpeed,
@@ -12,10 +12,10 @@ from harness.prediction import (
     RankMemory,
     Verdict,
 )
-from harness.record import LiveTensor
-from launch.listing import plan_text, verdict_text
-from launch.plan import Job
-from launch.prediction_listing import explanation, footer, predictions_text
+from harness.records.record import LiveTensor
+from launch.display.predictions import explanation, footer, predictions_text
+from launch.display.tables import plan_text, verdict_text
+from launch.planning.plan import Job
 from matrices.cell import Adapter, Cell, Data, Train
 
 GIB = 2**30

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from harness.provenance import new_record
-from harness.record import Record, Speed, read_record
-from launch import process
-from launch.finish import finish_abandoned, finish_record
-from launch.process import Progress, read_progress
-from launch.watching import Outcome
+from harness.records.provenance import new_record
+from harness.records.record import Record, Speed, read_record
+from launch.cells.finish import finish_abandoned, finish_record
+from launch.cells.watch import Outcome
+from launch.processes import workers
+from launch.processes.workers import Progress, read_progress
 from matrices.cell import Cell
 
 SIGKILL, SIGTERM = 9, 15
@@ -98,9 +98,9 @@ def test_kernel_kills_are_counted_in_every_place_there_is(
 ) -> None:
     events = tmp_path / "memory.events"
     events.write_text("low 0\noom 7\noom_kill 3\noom_group_kill 1\n")
-    assert process._oom_kill_counter(events) == 3
+    assert workers._oom_kill_counter(events) == 3
     control = tmp_path / "memory.oom_control"
     control.write_text("oom_kill_disable 0\nunder_oom 0\noom_kill 2\n")
-    assert process._oom_kill_counter(control) == 2
-    assert process._oom_kill_counter(tmp_path / "none") == 0
-    assert process.memory_kills() >= 0
+    assert workers._oom_kill_counter(control) == 2
+    assert workers._oom_kill_counter(tmp_path / "none") == 0
+    assert workers.memory_kills() >= 0

@@ -12,11 +12,11 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from launch import profile
+from launch.cells import accelerate_command
 from launch.cli import app
+from matrices.accelerate_profiles import PLACEHOLDERS
 from matrices.cell import Adapter, Cell, Data, Parallelism, Train
 from matrices.errors import UserError
-from matrices.profiles import PLACEHOLDERS
 
 SPREAD = [name for name in get_args(Parallelism) if name not in ("single", "device-map")]
 
@@ -30,7 +30,7 @@ def cell(kind: str, devices: int = 2, **given: Any) -> Cell:
 
 
 def written(of: Cell, directory: Path, gpu: bool = False) -> dict[str, Any]:
-    profile.write(of, directory, gpu)
+    accelerate_command.write(of, directory, gpu)
     found: dict[str, Any] = yaml.safe_load((directory / "profile.yaml").read_text())
     return found
 
@@ -40,7 +40,7 @@ def after(argv: list[str], option: str) -> str:
 
 
 def test_there_is_a_profile_for_every_way_to_spread_a_cell() -> None:
-    assert profile.shipped() == sorted(SPREAD)
+    assert accelerate_command.shipped() == sorted(SPREAD)
 
 
 @pytest.mark.parametrize("kind", SPREAD)
@@ -79,7 +79,7 @@ def test_full_precision_is_said_in_words(tmp_path: Path) -> None:
 def test_offload_compiles_no_kernel_for_a_machine_without_gpus(
     gpu: bool, compiled: bool, tmp_path: Path
 ) -> None:
-    profile.write(cell("zero3-offload"), tmp_path, gpu)
+    accelerate_command.write(cell("zero3-offload"), tmp_path, gpu)
     told = json.loads((tmp_path / "deepspeed.json").read_text())
     assert told["zero_force_ds_cpu_optimizer"] is compiled
 
@@ -87,12 +87,12 @@ def test_offload_compiles_no_kernel_for_a_machine_without_gpus(
 @pytest.mark.parametrize("kind", ["single", "device-map"])
 def test_one_process_needs_no_profile(kind: str, tmp_path: Path) -> None:
     alone = cell(kind, 1 if kind == "single" else 2)
-    profile.write(alone, tmp_path, False)
+    accelerate_command.write(alone, tmp_path, False)
     assert list(tmp_path.iterdir()) == []
-    assert "--cpu" in profile.command(alone, tmp_path, False)
+    assert "--cpu" in accelerate_command.command(alone, tmp_path, False)
     # On a GPU accelerate has to be told to leave the user's own configuration alone.
-    profile.write(alone, tmp_path, True)
-    given = profile.command(alone, tmp_path, True, tmp_path / "out")
+    accelerate_command.write(alone, tmp_path, True)
+    given = accelerate_command.command(alone, tmp_path, True, tmp_path / "out")
     assert after(given, "--config_file") == str(tmp_path / "profile.yaml")
     assert yaml.safe_load((tmp_path / "profile.yaml").read_text())["distributed_type"] == "NO"
     for option, value in (("processes", "1"), ("machines", "1")):
@@ -103,7 +103,7 @@ def test_one_process_needs_no_profile(kind: str, tmp_path: Path) -> None:
 
 def test_a_base_cell_is_one_process(tmp_path: Path) -> None:
     base = Cell(method="base", parallelism="ddp", devices=2)
-    profile.write(base, tmp_path, False)
+    accelerate_command.write(base, tmp_path, False)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -111,7 +111,7 @@ def test_the_command_names_the_files_in_the_cells_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "8")
-    given = profile.command(cell("zero2", 4), tmp_path, False)
+    given = accelerate_command.command(cell("zero2", 4), tmp_path, False)
     assert after(given, "--config_file") == str(tmp_path / "profile.yaml")
     assert after(given, "--deepspeed_config_file") == str(tmp_path / "deepspeed.json")
     assert after(given, "--num_processes") == "4"
@@ -120,12 +120,12 @@ def test_the_command_names_the_files_in_the_cells_directory(
     assert after(given, "--num_cpu_threads_per_process") == "2"
     assert given[-4:-2] == ["--module", "harness.worker"]
     assert given[-2:] == [str(tmp_path / "cell.json"), f"{tmp_path.name}.by-hand"]
-    assert "--deepspeed_config_file" not in profile.command(cell("ddp"), tmp_path, False)
+    assert "--deepspeed_config_file" not in accelerate_command.command(cell("ddp"), tmp_path, False)
 
 
 def test_the_launch_arguments_are_those_of_accelerate(tmp_path: Path) -> None:
-    given = profile.command(cell("fsdp"), tmp_path, False)
-    middle = profile.launch_arguments(given)
+    given = accelerate_command.command(cell("fsdp"), tmp_path, False)
+    middle = accelerate_command.launch_arguments(given)
     at = given.index("launch")
     assert given[: at + 1] + middle + given[at + 1 + len(middle) :] == given
     assert middle[0] == "--config_file"
@@ -137,7 +137,7 @@ def test_machine_0_says_where_the_others_meet_it(
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "8")
     several = cell("ddp", 4, nodes=2)
-    given = profile.command(several, tmp_path, False, None, "10.0.0.1", 29400)
+    given = accelerate_command.command(several, tmp_path, False, None, "10.0.0.1", 29400)
     assert after(given, "--num_processes") == "4"
     assert after(given, "--num_machines") == "2"
     assert after(given, "--machine_rank") == "0"
@@ -166,7 +166,9 @@ def test_a_profile_of_the_users_own_takes_its_place(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "deepspeed.json").read_text()) == {
         "gradient_accumulation_steps": 2
     }
-    assert after(profile.command(mine, tmp_path, False), "--main_process_port") == "29999"
+    assert (
+        after(accelerate_command.command(mine, tmp_path, False), "--main_process_port") == "29999"
+    )
 
 
 def test_a_user_can_list_and_print_them() -> None:
@@ -174,7 +176,7 @@ def test_a_user_can_list_and_print_them() -> None:
     assert listed.exit_code == 0
     assert all(f"\n{name}" in listed.stdout for name in SPREAD)
     printed = CliRunner().invoke(app, ["profiles", "fsdp"])
-    assert printed.stdout == (profile.SHIPPED / "fsdp.yaml").read_text()
+    assert printed.stdout == (accelerate_command.SHIPPED / "fsdp.yaml").read_text()
     assert json.loads(CliRunner().invoke(app, ["profiles", "zero2.json"]).stdout)
     with pytest.raises(UserError, match="no profile is called 'zero4'; did you mean"):
         CliRunner().invoke(app, ["profiles", "zero4"], catch_exceptions=False)
@@ -183,7 +185,7 @@ def test_a_user_can_list_and_print_them() -> None:
 def test_what_they_say_can_be_filled_in_is_true() -> None:
     named = {
         word.strip('",').lstrip("$")
-        for path in profile.SHIPPED.iterdir()
+        for path in accelerate_command.SHIPPED.iterdir()
         for line in path.read_text().splitlines()
         if not line.startswith("#")
         for word in line.split()
@@ -193,5 +195,5 @@ def test_what_they_say_can_be_filled_in_is_true() -> None:
 
 
 def test_it_imports_no_torch() -> None:
-    code = "import launch.profile, sys; sys.exit('torch' in sys.modules)"
+    code = "import launch.cells.accelerate_command, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

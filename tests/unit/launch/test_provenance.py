@@ -12,9 +12,9 @@ from typing import Any
 import psutil
 import pytest
 
-from harness import provenance
-from harness.provenance import Gpu, same_stack, stack_id, visible
-from harness.record import Hardware, Stack
+from harness.records import provenance
+from harness.records.provenance import Gpu, same_stack, stack_id, visible
+from harness.records.record import Hardware, Stack
 from matrices.cell import Cell, Data, Model, Quantization, Train
 
 STACK = Stack(python="3.11.7", packages={"torch": "2.13.0", "trl": "1.16.0", "tunebench": "0.1.0"})

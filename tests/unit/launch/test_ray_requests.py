@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from launch.ray_cluster import Node, asked, has_gpus, parse_resources
+from launch.engines.ray.cluster import Node, asked, has_gpus, parse_resources
 from matrices.cell import Cell
 from matrices.errors import UserError
 

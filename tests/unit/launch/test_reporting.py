@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from harness.provenance import new_record
-from harness.record import Memory
-from harness.store import Entry, Store, record_key
-from launch.doctor import _hub
-from launch.plan import Sweep
-from launch.reporting import find_record, record_text, table_text, write_all, write_page
+from harness.records.provenance import new_record
+from harness.records.record import Memory
+from harness.records.store import Entry, Store, record_key
+from launch.commands.doctor import _hub
+from launch.commands.reporting import find_record, record_text, table_text, write_all, write_page
+from launch.planning.plan import Sweep
 from matrices.cell import Adapter, Cell, Data, Train
 from matrices.errors import UserError
 from matrices.load import load
-from reports.results import load_records
+from reports.records.load import load_records
 
 
 def publish(results: Path, status: str = "ok", seed: int = 0) -> Entry:

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from harness import occupancy, provenance
-from harness.occupancy import Occupant
-from harness.provenance import Gpu, Nvml
-from launch import slots
-from launch.slots import Grant, Guard, Slots, given, local_devices
+from harness.meters import gpu_processes
+from harness.meters.gpu_processes import Occupant
+from harness.records import provenance
+from harness.records.provenance import Gpu, Nvml
+from launch.cells import devices
+from launch.cells.devices import Grant, Guard, Slots, given, local_devices
 from matrices.errors import UserError
 
 GPUS = ("GPU-aaaa", "GPU-bbbb", "GPU-cccc")
@@ -21,9 +22,9 @@ CPUS = ("cpu:0", "cpu:1")
 def busy(monkeypatch: pytest.MonkeyPatch) -> list[Occupant]:
     """What NVML would tell, to be filled by a test."""
     found: list[Occupant] = []
-    monkeypatch.setattr(slots, "RELEASE_SECONDS", 0.0)
-    monkeypatch.setattr(slots, "process_name", lambda pid: "" if pid > 10**9 else "python")
-    monkeypatch.setattr(slots, "occupants", lambda gpus: [o for o in found if o.uuid in gpus])
+    monkeypatch.setattr(devices, "RELEASE_SECONDS", 0.0)
+    monkeypatch.setattr(devices, "process_name", lambda pid: "" if pid > 10**9 else "python")
+    monkeypatch.setattr(devices, "occupants", lambda gpus: [o for o in found if o.uuid in gpus])
     return found
 
 
@@ -74,7 +75,7 @@ def test_processors_are_devices_where_there_is_no_gpu(
     assert lease is not None
     assert lease.grant == Grant(("cpu:0",), {}, False, 1)
     monkeypatch.setattr(provenance, "uses_gpu", lambda stack, hardware: False)
-    monkeypatch.setattr(slots.os, "sched_getaffinity", lambda pid: {6, 2}, raising=False)
+    monkeypatch.setattr(devices.os, "sched_getaffinity", lambda pid: {6, 2}, raising=False)
     assert local_devices() == ("cpu:2", "cpu:6")
 
 
@@ -170,10 +171,10 @@ def test_occupants_as_nvml_tells_them(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = Gpu("NVIDIA A100", "GPU-aaaa", 2**36, (8, 0), "550")
     monkeypatch.setattr(provenance, "nvml", lambda: Nvml((gpu,), None))
     monkeypatch.setitem(__import__("sys").modules, "pynvml", FakeNvml())
-    found = occupancy.occupants(["GPU-aaaa", "GPU-gone"])
+    found = gpu_processes.occupants(["GPU-aaaa", "GPU-gone"])
     assert [(each.pid, each.bytes, bool(each.name)) for each in found] == [
         (1, 2**30, True),
         (2**31 - 1, None, False),
     ]
     monkeypatch.setattr(provenance, "nvml", lambda: Nvml((), "no driver"))
-    assert occupancy.occupants(["GPU-aaaa"]) == []
+    assert gpu_processes.occupants(["GPU-aaaa"]) == []

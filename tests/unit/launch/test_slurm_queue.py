@@ -9,14 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from harness.provenance import new_record
-from harness.record import Record
-from harness.store import Entry, Store
-from launch import elsewhere, slurm, slurm_queue, slurm_task
-from launch.plan import Job, plan_jobs
-from launch.slurm import Resources
-from launch.slurm_queue import JobState, NoAnswer, Node, Partition
-from launch.task import Order
+from harness.records.provenance import new_record
+from harness.records.record import Record
+from harness.records.store import Entry, Store
+from launch.engines import remote_plan
+from launch.engines.order import Order
+from launch.engines.slurm import queue, submit, task
+from launch.engines.slurm.queue import JobState, NoAnswer, Node, Partition
+from launch.engines.slurm.submit import Resources
+from launch.planning.plan import Job, plan_jobs
 from matrices.cell import Cell
 from matrices.errors import UserError
 
@@ -61,13 +62,13 @@ def pretend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pretend:
     ],
 )
 def test_times_are_those_of_sbatchs_manual(text: str, minutes: int) -> None:
-    assert slurm_queue.minutes(text) == minutes
+    assert queue.minutes(text) == minutes
 
 
 @pytest.mark.parametrize("text", ["soon", "1h", "-5", "1:2:3:4", ""])
 def test_other_times_are_refused(text: str) -> None:
     with pytest.raises(UserError, match="no time as SLURM takes it"):
-        slurm_queue.minutes(text)
+        queue.minutes(text)
 
 
 @pytest.mark.parametrize(
@@ -81,23 +82,23 @@ def test_other_times_are_refused(text: str) -> None:
     ],
 )
 def test_gpus_of_a_node_are_counted_over_types(gres: str, gpus: int) -> None:
-    assert slurm_queue.gpus_of(gres) == gpus
+    assert queue.gpus_of(gres) == gpus
 
 
 def test_partitions_are_read_and_chosen(pretend: Pretend) -> None:
     pretend("sinfo", SINFO, 0)
-    assert slurm_queue.partition(None) == CPU
-    assert slurm_queue.partition("gpu") == GPU
+    assert queue.partition(None) == CPU
+    assert queue.partition("gpu") == GPU
     with pytest.raises(UserError, match=r"no partition 'gpus'; did you mean 'gpu'.*cpu, gpu, old"):
-        slurm_queue.partition("gpus")
+        queue.partition("gpus")
     with pytest.raises(UserError, match="partition 'old' is down"):
-        slurm_queue.partition("old")
+        queue.partition("old")
 
 
 def test_a_cluster_without_a_default_partition_has_one_named(pretend: Pretend) -> None:
     pretend("sinfo", SINFO.replace("*", ""), 0)
     with pytest.raises(UserError, match="no default partition; name one"):
-        slurm_queue.partition(None)
+        queue.partition(None)
 
 
 def test_the_queue_is_read_in_one_call(pretend: Pretend, tmp_path: Path) -> None:
@@ -108,14 +109,14 @@ def test_the_queue_is_read_in_one_call(pretend: Pretend, tmp_path: Path) -> None
         "b|N/A|7|COMPLETING|None|n1",
     ]
     pretend("squeue", "\n".join(lines) + "\n", 0)
-    assert slurm_queue.queue(["b", "a", "a"]) == {
+    assert queue.queue(["b", "a", "a"]) == {
         ("a", 0): JobState("1_0", "RUNNING", "", "n1"),
         ("a", 1): JobState("1_1", "PENDING", "Resources", ""),
         ("a", 2): JobState("1_2", "FAILED", "", "n2"),
         ("b", 0): JobState("7", "COMPLETING", "", "n1"),
     }
     assert "--name a,b" in (tmp_path / "bin/squeue.argv").read_text()
-    unfinished = [state.unfinished for state in slurm_queue.queue(["a"]).values()]
+    unfinished = [state.unfinished for state in queue.queue(["a"]).values()]
     assert unfinished == [True, True, False, True]
 
 
@@ -124,18 +125,18 @@ def test_a_queue_that_does_not_answer_is_said_and_nothing_is_asked_of_it_in_vain
 ) -> None:
     pretend("squeue", "slurm_load_jobs error: Unable to contact slurm controller\n", 1)
     with pytest.raises(NoAnswer, match="squeue: slurm_load_jobs error: Unable to contact"):
-        slurm_queue.queue(["a"])
-    assert slurm_queue.queue([]) == {}
+        queue.queue(["a"])
+    assert queue.queue([]) == {}
 
 
 def test_accounting_is_used_where_there_is_some(pretend: Pretend) -> None:
     pretend("sacct", "1_0|CANCELLED by 0|n1\n1_1|NODE_FAIL|n2\n", 0)
-    assert slurm_queue.ended_states(["1_0", "1_1"]) == {
+    assert queue.ended_states(["1_0", "1_1"]) == {
         "1_0": JobState("1_0", "CANCELLED", "", "n1"),
         "1_1": JobState("1_1", "NODE_FAIL", "", "n2"),
     }
     pretend("sacct", "Slurm accounting storage is disabled\n", 1)
-    assert slurm_queue.ended_states(["1_0"]) == {}
+    assert queue.ended_states(["1_0"]) == {}
 
 
 def cell_on(devices: int, nodes: int = 1) -> Cell:
@@ -144,29 +145,29 @@ def cell_on(devices: int, nodes: int = 1) -> Cell:
 
 
 def test_devices_become_gres_and_nodes() -> None:
-    asked = slurm.sbatch_parameters(cell_on(8, 2), GPU, Resources(gres="gpu:a100", time="1:30:00"))
+    asked = submit.sbatch_parameters(cell_on(8, 2), GPU, Resources(gres="gpu:a100", time="1:30:00"))
     assert (asked["nodes"], asked["ntasks_per_node"], asked["gres"]) == (2, 1, "gpu:a100:4")
     assert (asked["time"], asked["cpus_per_task"], asked["partition"]) == (90, None, "gpu")
     assert asked["additional_parameters"] == {"requeue": True}
-    default = slurm.sbatch_parameters(cell_on(1), GPU, Resources())
+    default = submit.sbatch_parameters(cell_on(1), GPU, Resources())
     assert (default["gres"], default["time"]) == ("gpu:1", 0)
 
 
 def test_without_gpus_a_cell_gets_a_nodes_processors() -> None:
-    asked = slurm.sbatch_parameters(cell_on(1), CPU, Resources())
+    asked = submit.sbatch_parameters(cell_on(1), CPU, Resources())
     assert (asked["gres"], asked["cpus_per_task"], asked["time"]) == (None, 2, 10)
     assert asked["srun_args"] == ["--cpus-per-task=2"]
-    larger = slurm.sbatch_parameters(cell_on(3), CPU, Resources())
+    larger = submit.sbatch_parameters(cell_on(3), CPU, Resources())
     assert larger["cpus_per_task"] == 4, "of the nodes that have enough"
     assert (
-        slurm.sbatch_parameters(cell_on(1), CPU, Resources(cpus_per_task=1))["cpus_per_task"] == 1
+        submit.sbatch_parameters(cell_on(1), CPU, Resources(cpus_per_task=1))["cpus_per_task"] == 1
     )
 
 
 def test_notice_of_the_limit_leaves_most_of_a_short_one() -> None:
-    short = slurm.sbatch_parameters(cell_on(1), CPU, Resources(time="1"))
+    short = submit.sbatch_parameters(cell_on(1), CPU, Resources(time="1"))
     assert (short["time"], short["signal_delay_s"]) == (1, 30)
-    assert slurm.sbatch_parameters(cell_on(1), CPU, Resources(time="60"))["signal_delay_s"] == 90
+    assert submit.sbatch_parameters(cell_on(1), CPU, Resources(time="60"))["signal_delay_s"] == 90
 
 
 def record_of(seed: int, status: str = "ok", **changes: object) -> Record:
@@ -180,15 +181,15 @@ def test_records_of_the_same_software_and_kind_of_device_count_whatever_the_host
     ok = record_of(0)
     other_cpu = ok.hardware.model_copy(update={"cpu": "another", "accelerator": None})
     stack = ok.stack.model_copy(update={"packages": ok.stack.packages | {"torch": "2.13.0"}})
-    monkeypatch.setattr(slurm.provenance, "stack", lambda: stack)
+    monkeypatch.setattr(submit.provenance, "stack", lambda: stack)
     there = ok.model_copy(update={"hardware": other_cpu, "stack": stack, "stack_id": "f" * 64})
     older = stack.model_copy(update={"packages": stack.packages | {"trl": "0.1"}})
     on_gpu = other_cpu.model_copy(update={"accelerator": "NVIDIA A100"})
 
     def found(record: Record, on: Partition) -> list[Job]:
-        counts = elsewhere.counting(slurm.on_gpu(on))
+        counts = remote_plan.counting(submit.on_gpu(on))
         entries = {"r": Entry(Path("r"), record)}
-        return plan_jobs([record.cell], entries, machine=slurm.machine(on), counts=counts)
+        return plan_jobs([record.cell], entries, machine=submit.machine(on), counts=counts)
 
     assert [job.action for job in found(there, CPU)] == ["keep"]
     assert [job.action for job in found(there, GPU)] == ["run"]
@@ -202,7 +203,7 @@ def test_an_interrupted_attempt_does_not_hide_a_result() -> None:
     ok = record_of(0)
     later = ok.model_copy(update={"status": "interrupted", "attempt": 2, "ended": "2999-01-01"})
     entries = {"1": Entry(Path("1"), ok), "2": Entry(Path("2"), later)}
-    [job] = plan_jobs([ok.cell], entries, counts=elsewhere.counting(gpus=False))
+    [job] = plan_jobs([ok.cell], entries, counts=remote_plan.counting(gpus=False))
     assert job.entry is not None
     assert (job.action, job.entry.record.status) == ("keep", "ok")
 
@@ -217,9 +218,9 @@ def test_cells_still_queued_are_found_by_the_arrays_name(tmp_path: Path, pretend
         f"tunebench-1|{i}|5_{i}|{state}|None|n1" for i, state in enumerate(("FAILED", "RUNNING"))
     ]
     pretend("squeue", "\n".join(lines) + "\n", 0)
-    found = slurm.queued(store, ["aa", "bb", "cc"])
+    found = submit.queued(store, ["aa", "bb", "cc"])
     assert {cell: state.job for cell, (_, state) in found.items()} == {"bb": "5_1"}
-    assert slurm.queued(store, ["zz"]) == {}
+    assert submit.queued(store, ["zz"]) == {}
 
 
 @pytest.mark.parametrize(
@@ -231,7 +232,7 @@ def test_cells_still_queued_are_found_by_the_arrays_name(tmp_path: Path, pretend
     ],
 )
 def test_a_jobs_name_tells_its_starts_apart(environment: dict[str, str], name: str) -> None:
-    assert slurm_task.job_name(environment) == name
+    assert task.job_name(environment) == name
 
 
 @pytest.mark.parametrize(
@@ -255,8 +256,8 @@ def test_a_notice_is_a_time_out_only_near_the_limit_and_the_last_one_a_result(
     pretend("squeue", f"{left}\n", 0)
     monkeypatch.setenv("SLURM_JOB_ID", "12")
     told: list[int] = []
-    monkeypatch.setattr(slurm_task.os, "kill", lambda pid, number: told.append(number))
-    notice = slurm_task.Notice(requeues)
+    monkeypatch.setattr(task.os, "kill", lambda pid, number: told.append(number))
+    notice = task.Notice(requeues)
     notice.handle(12, None)
     notice.handle(12, None)
     assert told == [15], "the runner is told once"
@@ -267,7 +268,7 @@ def test_a_notice_is_a_time_out_only_near_the_limit_and_the_last_one_a_result(
 def test_an_order_survives_the_journey_to_the_node() -> None:
     cell = cell_on(1)
     order = Order(results="/r", cell="", engine="slurm", timeout=5.0)
-    job = plan_jobs([cell], {}, machine=slurm.machine(CPU))[0]
-    sent = Order(**json.loads(slurm._order(order, job, {"key": 2})))
+    job = plan_jobs([cell], {}, machine=submit.machine(CPU))[0]
+    sent = Order(**json.loads(submit._order(order, job, {"key": 2})))
     assert Cell.model_validate_json(sent.cell) == cell
     assert (sent.attempts, sent.timeout, sent.label) == ({"key": 2}, 5.0, job.label)

@@ -11,16 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from harness.provenance import new_record
-from harness.record import Placement, Record, read_record
-from harness.store import Store, record_key
-from launch import slurm_watch
-from launch.plan import Job, plan_jobs
-from launch.process import Progress
-from launch.slurm import Array
-from launch.slurm_queue import Node, Partition
-from launch.slurm_watch import Watched, Watcher
-from launch.stopping import Signals
+from harness.records.provenance import new_record
+from harness.records.record import Placement, Record, read_record
+from harness.records.store import Store, record_key
+from launch.engines.slurm import watch
+from launch.engines.slurm.queue import Node, Partition
+from launch.engines.slurm.submit import Array
+from launch.engines.slurm.watch import Watched, Watcher
+from launch.planning.plan import Job, plan_jobs
+from launch.processes.stop_signals import Signals
+from launch.processes.workers import Progress
 from matrices.cell import Cell
 
 CPU = Partition("cpu", True, True, (Node("n1", 2, 0),), 10, 60)
@@ -64,8 +64,8 @@ def queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Queue:
     """Says what the queue holds from now on; a code other than 0 is a squeue that fails."""
     (tmp_path / "bin").mkdir()
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
-    monkeypatch.setattr(slurm_watch, "QUEUE_SECONDS", 0.0)
-    monkeypatch.setattr(slurm_watch, "SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr(watch, "QUEUE_SECONDS", 0.0)
+    monkeypatch.setattr(watch, "SETTLE_SECONDS", 0.0)
     program = tmp_path / "bin/squeue"
 
     def says(*lines: str, code: int = 0) -> None:

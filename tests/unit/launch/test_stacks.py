@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from launch import stacks
-from launch.stacks import Overlay, normalized, overlay
+from launch.predict import overlays
+from launch.predict.overlays import Overlay, normalized, overlay
 from matrices.errors import UserError
 
 
@@ -152,7 +152,7 @@ def test_pins_are_installed_once(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pip = Pip()
-    monkeypatch.setattr(stacks.subprocess, "run", pip)
+    monkeypatch.setattr(overlays.subprocess, "run", pip)
     told: list[str] = []
     found = overlay("peft==0.13.2, accelerate==1.0.1", told.append)
     assert found.packages()["peft"].version == "0.13.2"
@@ -171,7 +171,7 @@ def test_pins_are_installed_once(
 
 def test_a_failed_installation_leaves_nothing(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said = "note: x\nERROR: No matching distribution found for peft==0.0.0\n"
-    monkeypatch.setattr(stacks.subprocess, "run", Pip(said))
+    monkeypatch.setattr(overlays.subprocess, "run", Pip(said))
     with pytest.raises(UserError, match=r"could not install the stack: No matching distribution"):
         overlay("peft==0.0.0", silent)
     assert [path.suffix for path in (cache / "stacks").iterdir()] in ([], [".lock"])
@@ -183,7 +183,7 @@ def test_names_compare_as_pip_compares_them() -> None:
 
 def test_what_an_interpreter_is_asked_is_answered_by_this_one() -> None:
     done = subprocess.run(
-        [sys.executable, "-I", "-c", stacks.ASK], capture_output=True, text=True, check=True
+        [sys.executable, "-I", "-c", overlays.ASK], capture_output=True, text=True, check=True
     )
     version, purelib, _ = json.loads(done.stdout)
     assert version == list(sys.version_info[:2])

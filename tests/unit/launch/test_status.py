@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from harness.provenance import new_record
-from harness.record import Placement, RankState, Record, read_record
-from harness.store import Store, record_key
+from harness.records.provenance import new_record
+from harness.records.record import Placement, RankState, Record, read_record
+from harness.records.store import Store, record_key
 from launch.cli import app
-from launch.sightings import is_held
-from launch.status import look, status_text, statuses
+from launch.engines.results_watch import is_held
+from launch.engines.status import look, status_text, statuses
 from matrices.cell import Cell
 
 

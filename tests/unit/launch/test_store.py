@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from harness import store as store_module
-from harness.provenance import new_record
-from harness.record import SCHEMA_VERSION, Record, read_record
-from harness.store import Store, record_key
+from harness.records import store as store_module
+from harness.records.provenance import new_record
+from harness.records.record import SCHEMA_VERSION, Record, read_record
+from harness.records.store import Store, record_key
 from matrices.cell import Cell
 from matrices.errors import SetAside, UserError
 
@@ -104,7 +104,7 @@ def test_a_newer_schema_is_set_aside(store: Store) -> None:
 HOLD = """
 import sys, time
 from pathlib import Path
-from harness.store import Store
+from harness.records.store import Store
 with Store(Path(sys.argv[1])).claim(sys.argv[2]) as claimed:
     print(claimed, flush=True)
     sys.stdin.read()

@@ -10,16 +10,16 @@ from typing import Any
 
 import pytest
 
-from harness.launched import Place
-from harness.occupancy import Occupant
-from harness.provenance import new_record
-from harness.rank_state import state_path
-from harness.record import Failure, Placement, RankState, Record, Speed
-from launch import hangs, watching
-from launch.finish import contamination, finish_record
-from launch.hangs import Standing, describe
-from launch.process import Ranks
-from launch.watching import Failed, Limits, Outcome, Watched, limits_for
+from harness.meters.gpu_processes import Occupant
+from harness.ranks.launch_environment import Place
+from harness.ranks.state_files import state_path
+from harness.records.provenance import new_record
+from harness.records.record import Failure, Placement, RankState, Record, Speed
+from launch.cells import stalled_ranks, watch
+from launch.cells.finish import contamination, finish_record
+from launch.cells.stalled_ranks import Standing, describe
+from launch.cells.watch import Failed, Limits, Outcome, Watched, limits_for
+from launch.processes.workers import Ranks
 from matrices.cell import Cell
 
 TWO = tuple(Place(local_rank=rank, local_ranks=2) for rank in range(2))
@@ -96,24 +96,24 @@ def test_a_stack_tells_the_collective_and_the_part_of_the_step(tmp_path: Path) -
         '  File "/x/torch/distributed/c10d_logger.py", line 83 in wrapper\n'
         '  File "/x/torch/autograd/graph.py", line 979 in _engine_run_backward\n'
     )
-    assert hangs._collective(dumped) == "all_reduce"
-    assert hangs._part(dumped) == "backward"
+    assert stalled_ranks._collective(dumped) == "all_reduce"
+    assert stalled_ranks._part(dumped) == "backward"
     dumped.write_text(
         "    wrapper (torch/distributed/c10d_logger.py:83)\n"
         "    barrier (torch/distributed/distributed_c10d.py:4159)\n"
         "    step (torch/optim/adamw.py:12)\n"
     )
-    assert hangs._collective(dumped) == "barrier"
-    assert hangs._part(dumped) == "optimizer step"
-    assert hangs._collective(tmp_path / "none") is None
+    assert stalled_ranks._collective(dumped) == "barrier"
+    assert stalled_ranks._part(dumped) == "optimizer step"
+    assert stalled_ranks._collective(tmp_path / "none") is None
 
 
 def test_only_processes_with_a_handler_are_asked_for_their_stacks() -> None:
     before = signal.signal(signal.SIGUSR1, signal.SIG_DFL)
     try:
-        assert not hangs._catches(os.getpid(), signal.SIGUSR1)
+        assert not stalled_ranks._catches(os.getpid(), signal.SIGUSR1)
         signal.signal(signal.SIGUSR1, lambda number, frame: None)
-        assert hangs._catches(os.getpid(), signal.SIGUSR1)
+        assert stalled_ranks._catches(os.getpid(), signal.SIGUSR1)
     finally:
         signal.signal(signal.SIGUSR1, before)
 
@@ -198,15 +198,15 @@ def test_a_rank_on_another_machine_that_falls_silent_is_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("STATE_SECONDS", "PEER_GRACE_SECONDS", "PEER_KILL_SECONDS"):
-        monkeypatch.setattr(watching, name, 0.0)
-    monkeypatch.setattr(watching, "LOST_SECONDS", 0.2)
+        monkeypatch.setattr(watch, name, 0.0)
+    monkeypatch.setattr(watch, "LOST_SECONDS", 0.2)
     here = Gone(None)
 
     def kill(process: Gone) -> None:
         process.exitcode = -9
 
-    monkeypatch.setattr(watching, "kill_group", kill)
-    monkeypatch.setattr(watching, "ask_to_end", lambda process: None)
+    monkeypatch.setattr(watch, "kill_group", kill)
+    monkeypatch.setattr(watch, "ask_to_end", lambda process: None)
     write(tmp_path, RankState(rank=0), RankState(rank=1, host="node2", beat=1.0, phase="train"))
     begun(tmp_path)
     place = Place(0, 1, 0, 2, "10.0.0.1", 1)
@@ -226,8 +226,8 @@ def test_killed_processes_have_to_give_the_gpu_back_first(
         asked.append(gpus)
         return list(held)
 
-    monkeypatch.setattr(watching, "occupants", occupants)
-    monkeypatch.setattr(watching, "kill_group", lambda process: None)
+    monkeypatch.setattr(watch, "occupants", occupants)
+    monkeypatch.setattr(watch, "kill_group", lambda process: None)
     monkeypatch.setattr(Watched, "pids", lambda self: {4321})
     write(tmp_path, *(RankState(rank=rank, device="GPU-a") for rank in range(2)))
     watched = Watched([Gone(-9), Gone(-9)], tmp_path, Limits(), Ranks(TWO))

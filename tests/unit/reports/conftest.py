@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import synthetic_results
 
-from reports.results import Result, load_records
+from reports.records.load import Result, load_records
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from harness.record import (
+from harness.records.record import (
     Artifacts,
     Failure,
     Generation,

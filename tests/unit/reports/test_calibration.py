@@ -8,18 +8,18 @@ from typing import Any
 import pytest
 from synthetic_results import trained
 
-from harness.provenance import new_record
-from harness.record import Record, RecordedPrediction
+from harness.records.provenance import new_record
+from harness.records.record import Record, RecordedPrediction
 from matrices.cell import Cell, Model
 from matrices.errors import UserError
-from reports.calibration import (
+from reports.predictions.errors import (
     calibration_text,
     errors_frame,
     families,
     model_family,
     percent,
 )
-from reports.results import Result
+from reports.records.load import Result
 
 
 def record(method: str = "lora", seed: int = 0, error: float | None = 0.01, **told: Any) -> Result:

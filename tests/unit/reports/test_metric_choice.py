@@ -9,14 +9,14 @@ import pandas as pd
 import pytest
 import synthetic_results as made
 
-from harness.record import Metric, Record, TaskScore
+from harness.records.record import Metric, Record, TaskScore
 from matrices.errors import UserError
-from reports.effects import document_interval
-from reports.groups import group
-from reports.metric_choice import hidden_text, metrics_shown
-from reports.results import load_records
-from reports.samples import difference, score
-from reports.tables import build
+from reports.records.load import load_records
+from reports.records.samples import difference, score
+from reports.statistics.intervals import document_interval
+from reports.tables.build import build
+from reports.tables.groups import group
+from reports.tables.metric_choice import hidden_text, metrics_shown
 
 
 def task(*metrics: str, subtasks: tuple[str, ...] = ()) -> TaskScore:

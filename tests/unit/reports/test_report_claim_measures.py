@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from reports.claim_measures import measured
-from reports.claims import Answer, Claim
-from reports.results import Result, load_records
+from reports.claims.language import Answer, Claim
+from reports.claims.measured import measured
+from reports.records.load import Result, load_records
 
 
 @pytest.fixture(scope="module")

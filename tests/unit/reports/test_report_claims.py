@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from harness.prediction import PredictedMemory, Prediction
+from harness.records.prediction import PredictedMemory, Prediction
 from matrices.cell import Cell
 from matrices.errors import UserError
-from reports.claim_answers import answer, cells_for, more_cells_for
-from reports.claim_cells import cases, dtypes_in, log_slope
-from reports.claim_text import answers_markdown, answers_text
-from reports.claims import Claim, figure_text, read_claims
+from reports.claims.answers import answer, cells_for, more_cells_for
+from reports.claims.language import Claim, figure_text, read_claims
+from reports.claims.predicted import cases, dtypes_in, log_slope
+from reports.claims.text import answers_markdown, answers_text
 
 PEAK = "kind: predict, model: llama-2-7b, method: full, quantity: peak_gb"
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import synthetic_results as made
 
-from harness.record import Memory, PhaseMemory, Record, Speed, Tokens
+from harness.records.record import Memory, PhaseMemory, Record, Speed, Tokens
 from matrices.cell import SECTIONS
-from reports.columns import COLUMNS
+from reports.records.columns import COLUMNS
 
 BY_NAME = {column.name: column for column in COLUMNS}
 

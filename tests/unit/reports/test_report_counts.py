@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 import synthetic_results as made
+from compatibility import losses_text
 
-from harness.record import Memory, Preparation, Record, Steps, Verified
-from reports.columns import COLUMNS
-from reports.compatibility import losses_text
-from reports.effects import NotComparable
-from reports.parallelism import _gap
-from reports.results import Result
-from reports.show import show
-from reports.show_steps import data_text, loss_text
+from harness.records.record import Memory, Preparation, Record, Steps, Verified
+from reports.records.columns import COLUMNS
+from reports.records.load import Result
+from reports.records.steps_text import data_text, loss_text
+from reports.show.record import show
+from reports.statistics.intervals import NotComparable
+from reports.tables.parallelism import _gap
 
 BY_NAME = {column.name: column for column in COLUMNS}
 OTHER_QUANTITY = "divided by 60 labels where 57 are predicted"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from reports.effects import (
+from reports.statistics.intervals import (
     document_interval,
     geometric_mean_interval,
     mean_interval,

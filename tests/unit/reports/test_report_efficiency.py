@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 from synthetic_results import CPU, trained
 
-from harness.prediction import PredictedSpeed, Prediction
-from harness.record import Hardware, Record, RecordedPrediction, Speed, Stack
+from harness.records.prediction import PredictedSpeed, Prediction
+from harness.records.record import Hardware, Record, RecordedPrediction, Speed, Stack
 from matrices.cell import Cell
-from reports.effects import next_value_interval
-from reports.efficiency import (
+from reports.predictions.step_time import (
     NOT_CALIBRATED,
     Step,
     device_name,
@@ -21,6 +20,7 @@ from reports.efficiency import (
     past_steps,
     with_expectation,
 )
+from reports.statistics.intervals import next_value_interval
 
 GPU = Hardware(cpu="EPYC", cpu_count=8, host_memory_bytes=2**36, accelerator="NVIDIA Gadget")
 LORA, QLORA, FULL = trained("lora"), trained("qlora"), trained("full")

@@ -11,8 +11,8 @@ import pytest
 import synthetic_results as made
 
 from matrices.errors import SetAside, UserError
-from reports.frame import frame, load_records, read_csv
-from reports.results import Result, index
+from reports.records.frame import frame, load_records, read_csv
+from reports.records.load import Result, index
 
 
 def test_one_row_per_record_and_working_directories_are_skipped(results: list[Result]) -> None:

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import synthetic_results as made
 
-from harness.record import PassedThrough, Record, Verified
+from harness.records.record import PassedThrough, Record, Verified
 from matrices.cell import Data
-from reports.groups import group, names
-from reports.results import Result
-from reports.show import show
-from reports.table import Row, Table
-from reports.tables import _data_names
+from reports.records.load import Result
+from reports.show.record import show
+from reports.tables.build import _data_names
+from reports.tables.groups import group, names
+from reports.tables.model import Row, Table
 
 
 def trained_on(source: str, fingerprint: str, seed: int = 0) -> Record:

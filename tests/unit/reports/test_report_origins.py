@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from harness.record import Record, read_record
-from reports.results import Result, load_records
-from reports.tables import build
+from harness.records.record import Record, read_record
+from reports.records.load import Result, load_records
+from reports.tables.build import build
 
 QUICKSTART = Path(__file__).resolve().parents[2] / "data/quickstart"
 

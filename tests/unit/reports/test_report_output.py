@@ -16,15 +16,15 @@ import pytest
 import synthetic_results as made
 from plotly.offline import get_plotlyjs
 
-from harness.record import Failure
+from harness.records.record import Failure
 from matrices.errors import UserError
-from reports.frame import read_csv
-from reports.page import page
-from reports.render import FORMATS, escape_latex, escape_markdown, render
-from reports.results import Result, bases, index, load_records
-from reports.show import show
-from reports.tables import build, build_all
-from reports.write import write_report
+from reports.output.page import page
+from reports.output.render import FORMATS, escape_latex, escape_markdown, render
+from reports.output.write import write_report
+from reports.records.frame import read_csv
+from reports.records.load import Result, bases, index, load_records
+from reports.show.record import show
+from reports.tables.build import build, build_all
 
 EVIL = '<script>alert(1)</script>|`*"&\x1b[2J](javascript:x)'
 SCRIPT = re.compile(r"<script>alert", re.IGNORECASE)
@@ -219,7 +219,8 @@ def test_an_output_that_cannot_be_is_the_users_error(
 
 def test_importing_the_room_loads_nothing_heavy() -> None:
     code = (
-        "import sys, reports.write, reports.tables, reports.show, reports.frame\n"
+        "import sys, reports.output.write, reports.tables.build, reports.show.record\n"
+        "import reports.records.frame\n"
         "heavy = {'torch', 'pandas', 'numpy', 'scipy', 'plotly', 'rich', 'tabulate'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import synthetic_results as made
+from compatibility import compatibility_text, losses_text, main
 
-from harness.record import (
+from harness.records.record import (
     Communication,
     Failure,
     Memory,
@@ -23,14 +24,13 @@ from harness.record import (
 )
 from matrices.cell import Cell
 from matrices.errors import UserError
-from reports.columns import COLUMNS
-from reports.compatibility import compatibility_text, losses_text, main
-from reports.effects import Estimate
-from reports.render import render
-from reports.results import Result, load_records
-from reports.show import show
-from reports.table import Table
-from reports.tables import build
+from reports.output.render import render
+from reports.records.columns import COLUMNS
+from reports.records.load import Result, load_records
+from reports.show.record import show
+from reports.statistics.intervals import Estimate
+from reports.tables.build import build
+from reports.tables.model import Table
 
 BY_NAME = {column.name: column for column in COLUMNS}
 # Rank 1 of two: more memory, and what it holds of 1000 bytes of parameters.

@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 import synthetic_results as made
 
-from harness.record import Recipe, Record
+from harness.records.record import Recipe, Record
 from matrices.cell import Model, base_cells
-from reports.effects import Estimate, NotComparable
-from reports.frame import frame
-from reports.results import Result, bases, index, load_records
-from reports.samples import difference
-from reports.show import show
-from reports.table import Table
-from reports.tables import build
+from reports.records.frame import frame
+from reports.records.load import Result, bases, index, load_records
+from reports.records.samples import difference
+from reports.show.record import show
+from reports.statistics.intervals import Estimate, NotComparable
+from reports.tables.build import build
+from reports.tables.model import Table
 
 TASK, METRIC = "python_reference_bpb", "bits_per_byte"
 FLOAT32 = Recipe(softmax_dtype="float32", logits_dtype="bfloat16")

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from harness.record import RecordedPrediction
-from reports.frame import frame
-from reports.render import render
-from reports.results import Result, load_records
-from reports.show import show
-from reports.tables import build
+from harness.records.record import RecordedPrediction
+from reports.output.render import render
+from reports.records.frame import frame
+from reports.records.load import Result, load_records
+from reports.show.record import show
+from reports.tables.build import build
 
 MIB = 2**20
 

@@ -8,9 +8,9 @@ import pandas as pd
 import pytest
 import synthetic_results as made
 
-from reports.effects import NotComparable
-from reports.results import Result, load_records
-from reports.samples import difference, score
+from reports.records.load import Result, load_records
+from reports.records.samples import difference, score
+from reports.statistics.intervals import NotComparable
 
 TASK, METRIC = "python_reference_bpb", "bits_per_byte"
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import synthetic_results as made
 
-from harness.record import Hardware, Record
+from harness.records.record import Hardware, Record
 from matrices.errors import UserError
-from reports.effects import Estimate
-from reports.results import Result, load_records
-from reports.table import Row, Table, TableColumn
-from reports.tables import TABLES, build, build_all
+from reports.records.load import Result, load_records
+from reports.statistics.intervals import Estimate
+from reports.tables.build import TABLES, build, build_all
+from reports.tables.model import Row, Table, TableColumn
 
 BPB = "python_reference_bpb.bits_per_byte"
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import synthetic_results as made
 
-from harness.prediction import Prediction
-from harness.record import Record, Verified, VerifiedAdapter
-from launch.prediction_listing import four_bit_notes
-from reports.show_verified import adapter_text, behaviour_text, verified_caption
+from harness.records.prediction import Prediction
+from harness.records.record import Record, Verified, VerifiedAdapter
+from launch.display.predictions import four_bit_notes
+from reports.records.verified_text import adapter_text, behaviour_text, verified_caption
 
 
 def _record(share: float, isolated: bool | None) -> Record:

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from harness.simulate.allocator import MIB, Allocator, OutOfMemory, round_size, segment_size
+from harness.simulate.memory.allocator import MIB, Allocator, OutOfMemory, round_size, segment_size
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from harness.simulate.fast_fake import FastFake
+from harness.simulate.memory.op_cache import FastFake
 
 
 class _Through(TorchDispatchMode):

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from harness.simulate.ledger import SimulatedLedger, follow_resizes
-from harness.simulate.replay import walk
+from harness.simulate.memory.ledger import SimulatedLedger, follow_resizes
+from harness.simulate.memory.replay import walk
 
 
 @pytest.fixture

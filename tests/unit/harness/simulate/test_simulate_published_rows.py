@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import published
 import pytest
 import yaml
 
-from harness.simulate import published
 from matrices.cell import Adapter, Quantization
 from matrices.errors import UserError
 

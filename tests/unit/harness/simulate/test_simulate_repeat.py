@@ -11,9 +11,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from harness.meters.memory import category
-from harness.simulate.ledger import SimulatedLedger
-from harness.simulate.repeat import Repeats, Unrepeatable
+from harness.meters.memory.ledger import category
+from harness.simulate.memory.ledger import SimulatedLedger
+from harness.simulate.shortcuts.layer_replay import Repeats, Unrepeatable
 
 WIDTH, DEPTH = 16, 9
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from harness.meters.memory import Event, Storage
-from harness.simulate.allocator import MIB, Allocator
-from harness.simulate.replay import sizes_at, walk
+from harness.meters.memory.ledger import Event, Storage
+from harness.simulate.memory.allocator import MIB, Allocator
+from harness.simulate.memory.replay import sizes_at, walk
 
 
 def storage(nbytes: int, name: str = "") -> Storage:

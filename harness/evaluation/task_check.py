@@ -1,0 +1,57 @@
+"""Whether lm-eval will score a recipe's tasks, asked before anything is trained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from harness.evaluation import evaluate
+from harness.models import model
+from matrices.cell import Evaluate, Model
+from matrices.errors import UserError
+
+
+def check_tasks(recipe: Evaluate) -> None:
+    """Load the tasks, documents and all. Raises UserError for what lm-eval would refuse after the
+    training: a dataset that cannot be had, a task that is asked for twice (alone and in a group),
+    one that runs code or needs images."""
+    manager = evaluate.task_manager(recipe)
+    together: list[Any] = []
+    for name in recipe.tasks:
+        loaded = _loaded(manager, [name], f"lm-eval cannot load {name!r}")
+        _check_kinds(loaded["tasks"])
+        group = loaded["groups"].get(name)
+        together += [group] if group is not None else loaded["tasks"].values()
+    _loaded(manager, together, "lm-eval cannot score these tasks together")
+
+
+def check_chat_template(recipe: Evaluate, chosen: Model) -> None:
+    """Raises UserError when the recipe asks for a chat template and the tokenizer has none."""
+    if recipe.apply_chat_template and model.load_tokenizer(chosen).chat_template is None:
+        raise UserError(
+            f"the tokenizer of {chosen.name} has no chat template; leave apply_chat_template out",
+            key="evaluate.apply_chat_template",
+        )
+
+
+def _loaded(manager: Any, tasks: list[Any], refused: str) -> dict[str, dict[str, Any]]:
+    try:
+        found: dict[str, dict[str, Any]] = manager.load(tasks)
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"{refused}: {lines[0]}", key="evaluate.tasks") from error
+    return found
+
+
+def _check_kinds(tasks: dict[str, Any]) -> None:
+    for name, task in tasks.items():
+        if getattr(task, "UNSAFE_CODE", False):
+            raise UserError(
+                f"{name!r} runs code that the model writes, which lm-eval does only with a "
+                "confirmation that tunebench does not give; leave it out",
+                key="evaluate.tasks",
+            )
+        if getattr(task, "MULTIMODAL", False):
+            raise UserError(
+                f"{name!r} needs a model that reads images or sound; leave it out",
+                key="evaluate.tasks",
+            )

@@ -1,0 +1,74 @@
+"""What one rank holds of a model that FSDP or DeepSpeed has spread over several."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from harness.meters.memory.ledger import Ledger, held, local, tensors_by_category
+
+
+def tag(ledger: Ledger, model: nn.Module) -> None:
+    """Say which storages the prepared parameters lie in, whole or in part."""
+    for tensor, name in tensors_by_category(model):
+        if tensor.numel():
+            ledger.tag(tensor, name)
+    for flat in _flat_parameters(model):
+        names = getattr(flat, "_fqns", ())
+        adapted = flat.requires_grad and any(".lora_" in f".{name}" for name in names)
+        ledger.tag(flat.data, "adapters" if adapted else "weights")
+
+
+def _flat_parameters(model: nn.Module) -> Iterator[Any]:
+    """FSDP1's, each of which stands for the parameters of one wrapped module."""
+    for module in model.modules():
+        flat = getattr(getattr(module, "_handle", None), "flat_param", None)
+        if flat is not None:
+            yield flat
+
+
+def tag_gradients(ledger: Ledger, optimizer: Any) -> None:
+    """Gradients as the optimizer is about to use them; where it trains copies (ZeRO), those are
+    its own, beside its states."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                ledger.tag(parameter.grad, "gradients")
+
+
+class Held(NamedTuple):
+    """Parameters, by number and in bytes. A packed 4-bit weight counts as the elements it is stored
+    in; quantization state and buffers are left out; what shares memory counts once."""
+
+    elements: int
+    bytes: int
+
+
+def held_here(model: nn.Module) -> Held:
+    """What this rank holds of the model, wherever it keeps it."""
+    return _total(_parts(model))
+
+
+def held_by_all(model: nn.Module) -> Held:
+    """All of the model, on however many ranks it is already."""
+    divided = [p for p in model.parameters() if hasattr(p, "ds_numel")]
+    whole = _total(p.data for p in model.parameters() if not hasattr(p, "ds_numel"))
+    elements = sum(int(p.ds_numel) for p in divided)
+    size = sum(int(p.ds_numel) * p.element_size() for p in divided)
+    return Held(whole.elements + elements, whole.bytes + size)
+
+
+def _total(parts: Iterable[torch.Tensor]) -> Held:
+    storages = {part.untyped_storage()._cdata: part for part in parts}
+    sizes = [(part.untyped_storage().nbytes(), part.element_size()) for part in storages.values()]
+    return Held(sum(size // each for size, each in sizes), sum(size for size, _ in sizes))
+
+
+def _parts(model: nn.Module) -> Iterator[torch.Tensor]:
+    for flat in _flat_parameters(model):
+        yield flat.data
+    for parameter in model.parameters():
+        yield local(held(parameter))

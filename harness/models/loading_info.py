@@ -1,0 +1,212 @@
+"""Whether every weight of a loaded model came out of its checkpoint.
+
+transformers fills what a checkpoint lacks with random numbers and says so in its loading info.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from harness.models import checkpoint
+from harness.models.safetensors_header import Tensor
+from harness.records import hub
+from matrices.cell import Model
+from matrices.errors import UserError
+
+# Names told in a message.
+TOLD = 3
+NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+UNEXPECTED = "unexpected_checkpoint_keys"
+
+
+class WeightsError(RuntimeError):
+    """Weights of the model are not those of its checkpoint: a figure would be of another model."""
+
+
+def from_pretrained(name: str, **keywords: Any) -> Any:
+    """`AutoModelForCausalLM.from_pretrained`, and a check of what it reports.
+
+    Raises WeightsError when a weight is missing in the checkpoint (tied ones and those that the
+    architecture declares optional are not) or has another shape there, or when transformers has
+    put an adapter on the model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    # Shapes that differ are told below, all with their names, and never accepted.
+    model, info = AutoModelForCausalLM.from_pretrained(
+        name, output_loading_info=True, ignore_mismatched_sizes=True, **keywords
+    )
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise WeightsError(
+            f"{name} holds an adapter beside the weights (adapter_config.json), which transformers "
+            "has put on the model; move it to a directory of its own"
+        )
+    refuse(problem(info))
+    refuse(problem({"mismatched_keys": _other_shapes_in_4bit(model)}))
+    setattr(model, UNEXPECTED, patterns(info["unexpected_keys"]))
+    return model
+
+
+def unexpected(model: Any) -> dict[str, int]:
+    """Tensors of the checkpoint that a model loaded here has no place for, as `patterns`."""
+    return dict(getattr(model, UNEXPECTED, {}))
+
+
+def refuse(said: str) -> None:
+    if said:
+        raise WeightsError(said)
+
+
+def problem(info: Mapping[str, Any]) -> str:
+    """What loading info says against a model, in one line; empty when every weight is read."""
+    missing = sorted(info.get("missing_keys", ()))
+    mismatched = sorted(info.get("mismatched_keys", ()))
+    told = []
+    if missing:
+        told.append(
+            f"{_tensors(missing, 'of the model')} not in the checkpoint and would be random: "
+            f"{_names(missing)}{_elsewhere(missing, info.get('unexpected_keys', ()))}"
+        )
+    if mismatched:
+        name, found, wanted = mismatched[0]
+        told.append(
+            f"{_tensors(mismatched)} of another shape in the checkpoint: {name} is "
+            f"{_shape(found)} and the model's {_shape(wanted)}"
+        )
+    told += [str(error).splitlines()[0] for error in info.get("error_msgs", ())]
+    return "; ".join(told)
+
+
+def _tensors(some: Sequence[Any], of: str = "") -> str:
+    noun, verb = ("tensor", "is") if len(some) == 1 else ("tensors", "are")
+    return " ".join(word for word in (str(len(some)), noun, of, verb) if word)
+
+
+def _names(some: Sequence[str]) -> str:
+    return ", ".join(some[:TOLD]) + (", ..." if len(some) > TOLD else "")
+
+
+def _shape(shape: Iterable[int]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _elsewhere(missing: Sequence[str], unexpected: Iterable[str]) -> str:
+    """Where the missing tensors are in the checkpoint, if they are there under another prefix."""
+    by_ending: dict[str, str] = {}
+    for name in missing:
+        for ending in _endings(name):
+            by_ending.setdefault(ending, name)
+    renamed: Counter[tuple[str, str]] = Counter()
+    for there in sorted(unexpected):
+        for ending in _endings(there):
+            if here := by_ending.get(ending):
+                renamed[there.removesuffix(ending), here.removesuffix(ending)] += 1
+                break
+    if not renamed:
+        return ""
+    (there, here), count = renamed.most_common(1)[0]
+    return f"; {count} are there under {there!r} instead of {here!r}: rename them"
+
+
+def _endings(name: str) -> list[str]:
+    """The name, and what is left of it without its first parts, down to two parts."""
+    parts = name.split(".")
+    return [".".join(parts[start:]) for start in range(max(1, len(parts) - 1))]
+
+
+def patterns(names: Iterable[str]) -> dict[str, int]:
+    """Names with * in the place of numbers, and how many stand behind each."""
+    return dict(sorted(Counter(NUMBER.sub("*", name) for name in names).items()))
+
+
+def _other_shapes_in_4bit(model: Any) -> list[tuple[str, Any, Any]]:
+    """transformers compares no shapes where it quantizes while it loads."""
+    found = []
+    for name, module in model.named_modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is not None and hasattr(module, "in_features"):
+            wanted = (module.out_features, module.in_features)
+            if tuple(state.shape) != wanted:
+                found.append((f"{name}.weight", tuple(state.shape), wanted))
+    return found
+
+
+def with_adapter(base: Any, directory: Path) -> Any:
+    """`base` with the adapter saved in `directory`. Raises PEFT's warning as an error when weights
+    of the adapter are missing there: PEFT would leave fresh ones."""
+    from peft import PeftModel
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*Found missing adapter keys")
+        return PeftModel.from_pretrained(base, directory)
+
+
+def check(chosen: Model, skeleton: Any) -> None:
+    """Compare every name and shape in the model's files with `skeleton`, the model on meta.
+
+    Raises UserError with what loading would find missing. Files that are not here yet are not
+    compared, nor weights stored in few bits: their layers are made while they are read.
+    """
+    directory = checkpoint.directory_of(chosen)
+    if directory is None:
+        return
+    found = checkpoint.read(directory, complete=not hub.is_hub_model(chosen))
+    if not found.files or "quantization_config" in found.config:
+        return
+    said = compare(skeleton, found.tensors or _torch_tensors(found.files))
+    if said:
+        raise UserError(f"{directory} and its config.json do not match: {said}", key="model.name")
+
+
+def _torch_tensors(files: Iterable[Path]) -> dict[str, Tensor]:
+    import torch
+
+    held: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            state = torch.load(file, map_location="meta", weights_only=True)
+            held |= {name: Tensor(str(t.dtype), tuple(t.shape)) for name, t in state.items()}
+        except Exception as error:
+            # torch says that a file is damaged, or not one of weights alone, in many types.
+            said = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(f"{file} cannot be read: {said}", key="model.name") from error
+    return held
+
+
+def compare(skeleton: Any, tensors: Mapping[str, Tensor]) -> str:
+    """What `problem` would say if `skeleton` (a model on meta) were loaded from a checkpoint that
+    holds `tensors`: transformers' own loading, with nothing behind the names."""
+    import torch
+
+    # Any dtype will do: only names and shapes are compared.
+    empty = {
+        name: torch.empty(tensor.shape, dtype=torch.bfloat16, device="meta")
+        for name, tensor in tensors.items()
+    }
+    try:
+        _, info = type(skeleton).from_pretrained(
+            None,
+            config=skeleton.config,
+            state_dict=empty,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            device_map={"": "meta"},
+            dtype=torch.bfloat16,
+        )
+    except RuntimeError as error:
+        # Tensors that are put together as they are read (experts) do not fit together.
+        return _lost_parts(skeleton, tensors) or str(error).splitlines()[0]
+    return problem(info)
+
+
+def _lost_parts(skeleton: Any, tensors: Mapping[str, Tensor]) -> str:
+    """The parts of put-together tensors that the checkpoint lacks."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    whole = revert_weight_conversion(skeleton, skeleton.state_dict())
+    return problem({"missing_keys": whole.keys() - tensors.keys()})

@@ -1,0 +1,121 @@
+"""What would stop the cells of a sweep, found before it starts: models, data, targets, tasks.
+
+Each check runs once for all the cells that share what it is about, and a problem is that of the
+cells that have it. Also makes what every cell needs once: the packaged model, downloaded data,
+compiled collectives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from harness.evaluation import evaluate, task_check
+from harness.models import loading_info, model
+from harness.preflight import adapter_check, data_check, profile_check, quick_checks
+from harness.preflight.problems import Findings, Problem, shared
+from harness.ranks import deepspeed_build
+from harness.verify import arguments, behaviour
+from matrices.cell import Adapter, Cell, Evaluate, Model, Quantization
+from matrices.errors import UserError
+
+
+def problems(cells: Sequence[Cell]) -> list[Problem]:
+    """Everything the user has to put right, each said once; empty when all cells can start."""
+    found = Findings()
+    quick_checks.check(found, cells)
+    # A directory that is no model is not loaded; and rows are prepared with the model's tokenizer.
+    loadable = _check_models(found, found.without(cells))
+    for about, having in shared(loadable, data_check.subject):
+        found.check(having, data_check.check, *about)
+    for _, having in shared(found.without(cells), _trained_with):
+        found.check(having, arguments.check_sft, having[0])
+    for _, having in shared(found.without(loadable), _tokens):
+        found.check(having, arguments.check_tokens, having[0])
+    for spread in (cell for cell in cells if cell.profile):
+        found.check([spread], profile_check.check, spread)
+    for (recipe, chosen), having in shared(found.without(cells), lambda c: (c.evaluate, c.model)):
+        found.check(having, task_check.check_chat_template, recipe, chosen)
+    for recipe, having in shared(cells, lambda cell: cell.evaluate):
+        _check_recipe(found, having, recipe)
+    zero = [cell for cell in cells if cell.parallelism.startswith("zero")]
+    if zero:
+        found.check(zero, deepspeed_build.load_host_collectives)
+    return found.problems
+
+
+def _check_models(found: Findings, cells: Sequence[Cell]) -> list[Cell]:
+    """Check models and adapters; the cells whose model can be loaded."""
+    loadable: list[Cell] = []
+    for chosen, having in shared(cells, lambda cell: cell.model):
+        skeleton = found.check(having, _skeleton, chosen)
+        if skeleton is None:
+            continue
+        loadable += having
+        for (adapter, quantization), adapted in shared(having, _adapted):
+            found.check(adapted, _check_adapter, adapter, skeleton, quantization)
+    return loadable
+
+
+def _adapted(cell: Cell) -> tuple[Adapter, Quantization | None] | None:
+    return (cell.adapter, cell.quantization) if cell.adapter is not None else None
+
+
+def _trained_with(cell: Cell) -> Any:
+    """What the arguments of training depend on, where any are passed through."""
+    if cell.train is None or not cell.train.sft_config:
+        return None
+    return cell.train, cell.data, cell.model.compute_dtype
+
+
+def _tokens(cell: Cell) -> Any:
+    """The tokens that training is told, where it is told any."""
+    given = cell.train.sft_config if cell.train is not None else {}
+    told = given.get("eos_token"), given.get("pad_token")
+    return (cell.model, *told) if any(told) else None
+
+
+def _check_recipe(found: Findings, cells: Sequence[Cell], recipe: Evaluate) -> None:
+    if found.check(cells, evaluate.task_manager, recipe) is None:
+        return
+    unknown = evaluate.unknown_tasks(recipe)
+    for error in unknown:
+        found.add(cells, error)
+    if not unknown:
+        found.check(cells, task_check.check_tasks, recipe)
+
+
+def _skeleton(chosen: Model) -> Any:
+    """The model without weights (meta tensors), for its module names."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    name, keywords = model.source(chosen)
+    try:
+        config = AutoConfig.from_pretrained(name, **keywords)
+        model.load_tokenizer(chosen)
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=chosen.trust_remote_code
+            )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(
+            f"{chosen.name!r} cannot be loaded as a causal language model: "
+            f"{_first_line(error)}; give a directory with config.json, tokenizer and weights, or "
+            "a hub id",
+            key="model.name",
+        ) from error
+    behaviour.refuse_encoder(skeleton, chosen)
+    loading_info.check(chosen, skeleton)
+    return skeleton
+
+
+def _check_adapter(adapter: Adapter, skeleton: Any, quantization: Quantization | None) -> None:
+    model.lora_config(adapter, skeleton)
+    adapter_check.check(adapter, skeleton, quantization)
+    adapter_check.attach(adapter, skeleton, quantization is not None)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,220 @@
+"""Several ranks as one cell: joining, checking that they really are one, and keeping them apart."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from harness import device
+from harness.ranks import deepspeed_build
+from harness.ranks.launch_command import is_spread
+from harness.ranks.launch_environment import Place, torchruns
+from harness.ranks.state_files import record_path
+from harness.records.record import Record, read_record
+from harness.system.parent_death import end_with_parent
+from harness.train import Course, sft_config
+from harness.verify.verify import VerificationError
+from matrices.accelerate_profiles import mixed_precision
+from matrices.cell import Cell
+from matrices.rules.parallelism import reentrant
+
+# What accelerate has to say of itself where a cell asks for this parallelism.
+DISTRIBUTED_TYPES = {
+    "ddp": ("MULTI_GPU", "MULTI_CPU"),
+    "fsdp": ("FSDP",),
+    "fsdp1": ("FSDP",),
+    "zero1": ("DEEPSPEED",),
+    "zero2": ("DEEPSPEED",),
+    "zero3": ("DEEPSPEED",),
+    "zero3-offload": ("DEEPSPEED",),
+}
+# Weights are read into host memory, and each device takes its part of them from there.
+SHARDED_FROM_HOST = ("fsdp", "fsdp1")
+BACK = "every weight to {dtype}, and trains fp32 copies of what is trained"
+FORCED = "use_reentrant false: TRL checkpoints adapters under ZeRO-3 with use_reentrant true only"
+# Another machine's file may become visible late: NFS keeps a directory's attributes for a minute.
+FILE_WAIT_SECONDS = 120.0
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def join(cell: Cell, output_dir: Path) -> Any:
+    """Meet the other ranks.
+
+    Gives the training arguments, which the caller keeps for as long as it loads models:
+    transformers asks them whether ZeRO-3 is to divide what it reads. Raises VerificationError when
+    the ranks are not as many as the cell's devices: launchers that were told something else start
+    fewer and exit with 0.
+    """
+    from accelerate import PartialState
+
+    if world_size() != cell.devices:
+        raise VerificationError(
+            f"the cell asks for {cell.devices} ranks, and {world_size()} were started; start it by "
+            "its recorded command"
+        )
+    if device.has_cuda():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    elif cell.parallelism in ("fsdp", "fsdp1"):
+        from harness.ranks import cpu_fsdp
+
+        cpu_fsdp.install()
+    if cell.parallelism.startswith("zero"):
+        deepspeed_build.load_host_collectives()
+    state = PartialState(cpu=not device.has_cuda())
+    if state.num_processes != cell.devices:
+        raise VerificationError(
+            f"the cell asks for {cell.devices} ranks, and {state.num_processes} met"
+        )
+    if cell.parallelism.startswith("zero"):
+        from deepspeed import init_distributed
+
+        # DeepSpeed counts ranks itself, and on a CPU accelerate does not introduce them.
+        init_distributed(auto_mpi_discovery=False)
+    return sft_config(cell, None, Course(1, 0.0, prepared=True), output_dir)
+
+
+def verify(accelerator: Any, cell: Cell) -> tuple[str, int]:
+    """(distributed type, ranks) of a trainer's accelerator once it is prepared. Raises
+    VerificationError when it is not what the cell asks for."""
+    found = accelerator.distributed_type.value, int(accelerator.num_processes)
+    wanted = DISTRIBUTED_TYPES.get(cell.parallelism, ("NO",))
+    if found[0] not in wanted or found[1] != (cell.devices if is_spread(cell) else 1):
+        raise VerificationError(
+            f"the cell says {cell.parallelism} on {cell.devices} devices, accelerate trains as "
+            f"{found[0]} on {found[1]} ranks"
+        )
+    return found
+
+
+def load_device(cell: Cell) -> torch.device:
+    """Where weights are loaded to: what is sharded goes to its devices from the host."""
+    if is_spread(cell) and cell.parallelism in SHARDED_FROM_HOST:
+        return torch.device("cpu")
+    return device.training_device()
+
+
+def takes_models_apart(cell: Cell) -> bool:
+    """Whether the engine keeps the model that it is given: DDP only wraps it."""
+    return is_spread(cell) and cell.parallelism != "ddp"
+
+
+def let_go(trainer: Any, cell: Cell) -> None:
+    """Have an engine drop what it holds, so that another one can follow it."""
+    if not is_spread(cell):
+        return
+    engine = trainer.model_wrapped
+    if cell.parallelism.startswith("zero") and hasattr(engine, "destroy"):
+        engine.destroy()
+    trainer.accelerator.free_memory()
+
+
+def substitutions(cell: Cell) -> list[str]:
+    """What ran instead of what was asked for, on these devices."""
+    from harness.ranks import cpu_fsdp
+
+    said = []
+    if cell.parallelism in ("fsdp", "fsdp1") and not device.has_cuda():
+        said.append(cpu_fsdp.SAID)
+    if cell.parallelism.startswith("zero") and mixed_precision(cell) != "no":
+        # deepspeed/runtime/engine.py, _cast_module_mixed_precision.
+        if cell.quantization is not None and cell.quantization.kbit_preparation:
+            said.append(f"kbit_preparation's fp32 norms and head: DeepSpeed casts {BACK}")
+        elif cell.model.weight_dtype == "fp32":
+            said.append(f"weight_dtype fp32: DeepSpeed casts {BACK}")
+    train = cell.train
+    if (
+        train is not None
+        and train.gradient_checkpointing
+        and reentrant(cell) != train.use_reentrant
+    ):
+        said.append(FORCED)
+    return [each.format(dtype=mixed_precision(cell)) for each in said]
+
+
+def forget() -> None:
+    """Take the launcher's variables out of this process: libraries would look for other ranks."""
+    ours = torchruns(Place())
+    for name in list(os.environ):
+        if name in ours or name.startswith(("ACCELERATE_", "FSDP_", "TORCHELASTIC_")):
+            del os.environ[name]
+
+
+def wait_for_everyone() -> None:
+    from accelerate import PartialState
+
+    PartialState().wait_for_everyone()
+
+
+def other_records(output_dir: Path, count: int) -> list[Record]:
+    """What ranks 1 to count - 1 have written of themselves, in order. Call it after they have.
+
+    Raises RuntimeError when a file does not appear within FILE_WAIT_SECONDS.
+    """
+    return [_awaited(record_path(output_dir, each)) for each in range(1, count)]
+
+
+def _awaited(path: Path) -> Record:
+    until = time.monotonic() + FILE_WAIT_SECONDS
+    while not path.exists():
+        if time.monotonic() > until:
+            raise RuntimeError(
+                f"{path.name} of another rank did not appear: do all machines of this cell share "
+                "the results directory?"
+            )
+        time.sleep(0.2)
+    return read_record(path)
+
+
+def in_child(work: Callable[[], int]) -> int:
+    """Run `work` in a forked process, to its end; returns its exit code, negative for a signal.
+
+    Whatever it starts (a training engine, a CUDA context) goes with it, and its caller stays
+    clean. An exception that stops the caller, as a signal's handler raises, stops it first.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    parent = os.getpid()
+    child = os.fork()
+    if child == 0:
+        end_with_parent(parent)
+        _run_and_exit(work)
+    try:
+        _, status = os.waitpid(child, 0)
+    except BaseException:
+        os.kill(child, signal.SIGTERM)
+        os.waitpid(child, 0)
+        raise
+    return os.waitstatus_to_exitcode(status)
+
+
+def _run_and_exit(work: Callable[[], int]) -> None:
+    code = 1
+    try:
+        code = work()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        leave(code)
+
+
+def leave(code: int) -> None:
+    """End this process without taking the interpreter down: with a process group, that aborts now
+    and then ("terminate called without an active exception") after everything is done."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

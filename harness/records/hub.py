@@ -1,0 +1,90 @@
+"""What the local copy of the hub knows: which commit a name stands for, and where its files are.
+
+Light on purpose (no torch, no network): it reads the cache that huggingface_hub writes.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Literal
+
+from harness.records.record import Record
+from matrices.catalogue.models import PACKAGED_MODELS
+from matrices.cell import Cell, Data, Model
+from matrices.files.fingerprint import DATA_SUFFIXES, is_written_as_path
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
+PACKAGED_DATA = "python-reference"
+Kind = Literal["model", "dataset"]
+
+
+def is_hub_model(model: Model) -> bool:
+    """Whether a model comes from the hub: it is neither packaged nor local nor a bare config."""
+    local = model.fingerprint is not None or is_written_as_path(model.name)
+    return not (local or model.config or model.name in PACKAGED_MODELS)
+
+
+def is_hub_data(data: Data) -> bool:
+    """Whether data comes from the hub: it is neither packaged nor local."""
+    local = is_written_as_path(data.source) or data.source.endswith(DATA_SUFFIXES)
+    return not (local or data.fingerprint is not None or data.source == PACKAGED_DATA)
+
+
+def known_commit(name: str, revision: str | None, kind: Kind = "model") -> str | None:
+    """The commit a revision stands for as far as this machine knows; none without a local copy."""
+    if revision is not None and COMMIT.fullmatch(revision):
+        return revision
+    try:
+        text = (_folder(name, kind) / "refs" / (revision or "main")).read_text().strip()
+    except (OSError, ValueError):
+        return None
+    return text if COMMIT.fullmatch(text) else None
+
+
+def snapshot(name: str, revision: str | None) -> Path | None:
+    """Where the files of a hub model lie, those that are here; none without a local copy."""
+    commit = known_commit(name, revision)
+    directory = _folder(name, "model") / "snapshots" / (commit or "")
+    return directory if commit and directory.is_dir() else None
+
+
+def _folder(name: str, kind: Kind) -> Path:
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE) / f"{kind}s--{name.replace('/', '--')}"
+
+
+def _sources(cell: Cell) -> list[tuple[Kind, str, str | None]]:
+    """What a cell reads from the hub: kind, name and revision."""
+    found: list[tuple[Kind, str, str | None]] = []
+    if is_hub_model(cell.model):
+        found.append(("model", cell.model.name, cell.model.revision))
+    if cell.data is not None and is_hub_data(cell.data):
+        found.append(("dataset", cell.data.source, cell.data.revision))
+    return found
+
+
+def known_commits(cell: Cell) -> dict[str, dict[str, str]]:
+    """The start of a record's provenance: the commits that this machine knows the cell's model and
+    data by. What is loaded replaces them."""
+    found: dict[str, dict[str, str]] = {}
+    for kind, name, revision in _sources(cell):
+        commit = known_commit(name, revision, kind)
+        if commit is not None:
+            found["model" if kind == "model" else "data"] = {"commit": commit}
+    return found
+
+
+def changed_since(record: Record) -> str:
+    """Why a record is not of what its cell would read from the hub today, as far as this machine
+    knows; empty if it is."""
+    for kind, name, revision in _sources(record.cell):
+        if revision is not None and COMMIT.fullmatch(revision):
+            continue  # the cell itself says it
+        read = record.provenance.model if kind == "model" else record.provenance.data
+        today, then = known_commit(name, revision, kind), read.get("commit")
+        if today is not None and then != today:
+            was = f"commit {then[:12]}" if then else "an unknown commit"
+            return f"it measured {was} of {name}, whose {revision or 'main'} is {today[:12]} now"
+    return ""

@@ -1,0 +1,157 @@
+"""From a simulated cell to its prediction: figures, verdicts, and what they rest on."""
+
+from __future__ import annotations
+
+from harness.meters.memory.ledger import category
+from harness.meters.steps import TOP_TENSORS
+from harness.records.prediction import (
+    Engine,
+    OutOfMemory,
+    PredictedMemory,
+    Prediction,
+    PredictionStatus,
+    RankMemory,
+    Verdict,
+)
+from harness.records.record import LiveTensor
+from harness.simulate.libraries import attention
+from harness.simulate.memory import replay
+from harness.simulate.memory.allocator import Allocator
+from harness.simulate.run import Simulated
+from harness.simulate.step_time.roofline import FLOOR_LEAVES_OUT, predicted_speed
+from matrices.catalogue.gpus import Gpu
+from matrices.cell import Cell
+
+# Relative errors found against published measurements (ACCURACY.md), rounded up: dense models,
+# models whose routing is assumed to be balanced, and fake CPU tensors standing in for a GPU.
+MARGIN_DENSE, MARGIN_ROUTED, MARGIN_CPU_FOR_GPU = 0.002, 0.01, 0.05
+
+
+def refused(
+    cell: Cell, status: PredictionStatus, reason: str, stack: dict[str, str] | None = None
+) -> Prediction:
+    return Prediction(
+        cell_id=cell.cell_id,
+        cell=cell,
+        stack=stack or {},
+        status=status,
+        reason=" ".join(reason.split()),
+    )
+
+
+def prediction(
+    cell: Cell, found: Simulated, engine: Engine, gpu: Gpu | None, stack: dict[str, str]
+) -> Prediction:
+    """Everything but verdicts. Without a GPU there is no caching allocator: nothing is reserved."""
+    made = Prediction(cell_id=cell.cell_id, cell=cell, stack=stack, status="predicted")
+    made.engine = engine
+    made.device = gpu.name if gpu is not None else None
+    made.memory = _memory(found, gpu is not None)
+    made.speed = predicted_speed(found.works, gpu)
+    made.trainable_parameters = found.trainable_parameters
+    made.total_parameters = found.total_parameters
+    made.quantized_share = found.quantized_share
+    made.simulation_seconds = found.seconds
+    made.assumptions = _assumptions(cell, found, gpu)
+    made.modelled = list(found.modelled)
+    made.margin = _margin(found, engine, gpu)
+    peak, steady = made.memory.peak_allocated_bytes, made.memory.steady_allocated_bytes
+    if peak is not None and steady is not None:
+        made.per_rank = [
+            RankMemory(
+                rank=rank,
+                peak_allocated_bytes=peak,
+                steady_allocated_bytes=steady,
+                peak_reserved_bytes=made.memory.peak_reserved_bytes or 0,
+                host_bytes=found.host_bytes,
+            )
+            for rank in range(cell.devices)
+        ]
+    return made
+
+
+def _memory(found: Simulated, pooled: bool) -> PredictedMemory:
+    walked = replay.walk(found.events, Allocator() if pooled else None, found.steady_at)
+    sizes = replay.sizes_at(found.events, walked.peak_at, Allocator() if pooled else None)
+    by_category: dict[str, int] = {}
+    for storage, size in sizes.items():
+        name = category(storage)
+        by_category[name] = by_category.get(name, 0) + size
+    return PredictedMemory(
+        peak_allocated_bytes=walked.peak,
+        steady_allocated_bytes=walked.steady,
+        peak_reserved_bytes=walked.reserved,
+        peak_phase=walked.peak_phase,
+        by_category=by_category,
+        by_phase=walked.peaks,
+        resident=found.resident,
+        top_tensors=[
+            LiveTensor(
+                bytes=size,
+                category=category(storage),
+                op=storage.op,
+                shape=list(storage.shape),
+                dtype=storage.dtype,
+                module=storage.module,
+                phase=storage.phase,
+            )
+            for storage, size in list(sizes.items())[:TOP_TENSORS]
+        ],
+        outside_pool_bytes=found.paged_bytes,
+    )
+
+
+def verdict(found: Simulated, gpu: Gpu) -> Verdict:
+    """The same allocations behind an allocator with that GPU's room."""
+    walked = replay.walk(found.events, Allocator(gpu.capacity_bytes))
+    made = Verdict(
+        gpu=gpu.name,
+        capacity_bytes=gpu.capacity_bytes,
+        context_bytes=gpu.context_bytes,
+        outcome="fits-after-retries" if walked.retries else "fits",
+        retries=walked.retries,
+        peak_reserved_bytes=walked.reserved,
+    )
+    if walked.refused is not None:
+        event = walked.refused.event
+        made.outcome = "oom"
+        made.oom = OutOfMemory(
+            phase=event.phase,
+            op=event.storage.op,
+            module=event.storage.module,
+            requested_bytes=event.delta,
+            allocated_bytes=walked.refused.allocated,
+            reserved_bytes=walked.refused.reserved,
+        )
+    return made
+
+
+def _margin(found: Simulated, engine: Engine, gpu: Gpu | None) -> float:
+    if engine == "fake-cpu" and gpu is not None:
+        return MARGIN_CPU_FOR_GPU
+    return MARGIN_ROUTED if "balanced-routing" in found.assumed else MARGIN_DENSE
+
+
+def _assumptions(cell: Cell, found: Simulated, gpu: Gpu | None) -> list[str]:
+    said = ["every sequence is full length: no padding"]
+    if gpu is not None:
+        context = f"{gpu.context_bytes / 2**20:.0f} MiB"
+        said += [
+            f"the CUDA context and libraries take {context} beside torch's pool (not in the peak)",
+            f"cuBLAS workspaces of {found.workspace_bytes} bytes for each of two threads",
+            "scratch inside kernels is counted for attention only",
+            FLOOR_LEAVES_OUT,
+        ]
+        if cell.model.attn_implementation == "flash_attention_2":
+            said.append(f"attention allocates as flash-attn {attention.FLASH_VERSION} does")
+        if cell.model.attn_implementation == "sdpa":
+            said.append("sdpa's kernel is chosen by torch's rules for this GPU, without cuDNN's")
+        if cell.quantization is not None:
+            said.append("4-bit products dequantize the whole weight, as for more than 1536 tokens")
+    if cell.devices > 1:
+        said.append("communication buffers of NCCL are not counted")
+    if "balanced-routing" in found.assumed:
+        said.append("every expert gets an equal share of the tokens")
+    if "all-true" in found.assumed:
+        said.append("every index that was asked for by value is there")
+    return said + list(found.notes)

@@ -1,0 +1,213 @@
+"""Several devices: rank 0 of a run on `cell.devices` ranks, as `accelerate launch` would start it.
+
+A fake process group answers every collective at once, so the libraries' own code shards the model:
+accelerate prepares FSDP2, FSDP1 or DeepSpeed inside the Trainer, told by the environment variables
+its launcher sets. The engine uses it like this, everything else is as on one device:
+
+    with ranks(cell) as layout:            # before the model is built
+        with FakeTensorMode(allow_non_fake_inputs=True), ledger:
+            ... build the model on layout.load_device, trainer = build_trainer(...)
+            layout.begin(ledger, model)    # when training begins (Observer.train_begin)
+            layout.step(ledger, optimizer) # when the optimizer's phase starts
+
+and reads `layout.modelled`, `layout.assumptions` and `layout.host_bytes()` at the end.
+
+Only rank 0 is simulated. Its peers are alike: FSDP1 and ZeRO pad what they divide, FSDP2 gives the
+first ranks the larger share where rows do not divide, so rank 0's figure is the highest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from harness.simulate.memory.ledger import SimulatedLedger
+from harness.simulate.memory.replacing import replaced
+from harness.simulate.parallel import ddp, fsdp, zero
+from matrices.cell import Cell
+from matrices.errors import UserError
+
+ALIKE = "rank 0 is simulated; the other ranks are alike by construction"
+COLLECTIVES = "communication: NCCL's own buffers are not counted, collectives take no time"
+
+
+def _no_bytes() -> int:
+    return 0
+
+
+def _nothing(*_: Any) -> None:
+    return None
+
+
+@dataclass
+class Layout:
+    """How one cell lies on its devices, for the engine.
+
+    `load_device` is where `from_pretrained` has to leave the weights: host memory where the library
+    shards from there, none for the training device. `begin(ledger, model)` and
+    `step(ledger, optimizer)` tell the ledger what the shards are. `host_bytes()` is the training
+    state that the simulated rank holds in host memory.
+    """
+
+    ranks: int = 1
+    load_device: torch.device | None = None
+    begin: Callable[[SimulatedLedger, Any], None] = _nothing
+    step: Callable[[SimulatedLedger, Any], None] = _nothing
+    host_bytes: Callable[[], int] = _no_bytes
+    modelled: list[str] = field(default_factory=list)
+    assumptions: list[str] = field(default_factory=list)
+
+
+@contextlib.contextmanager
+def ranks(cell: Cell) -> Iterator[Layout]:
+    """Rank 0's surroundings for `cell`; nothing at all for a cell on one device.
+
+    Raises UserError when the installed libraries cannot spread the cell as it asks.
+    """
+    kind = cell.parallelism
+    if kind == "single":
+        if cell.devices != 1:
+            raise UserError(
+                f"{cell.devices} devices and no way to use them; set parallelism to one of "
+                "ddp, fsdp, fsdp1, zero1, zero2, zero3, zero3-offload",
+                key="parallelism",
+            )
+        yield Layout()
+        return
+    if not torch.cuda.is_available():
+        raise UserError(
+            f"{kind} on {cell.devices} devices is simulated on the fake cuda device only, which "
+            "cannot be had here",
+            key="parallelism",
+        )
+    layout = Layout(ranks=cell.devices, modelled=[ALIKE], assumptions=[COLLECTIVES])
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_environment(_launcher(cell.devices)))
+        stack.enter_context(_process_group(cell.devices))
+        stack.enter_context(storages_have_addresses())
+        stack.enter_context(data_takes_its_device_along())
+        stack.enter_context(random_states_stay())
+        if kind == "ddp":
+            stack.enter_context(ddp.buckets(layout.modelled))
+        elif kind in ("fsdp", "fsdp1"):
+            version = 2 if kind == "fsdp" else 1
+            stack.enter_context(_environment(fsdp.environment(version)))
+            stack.enter_context(fsdp.patched())
+            layout.load_device = torch.device("cpu")
+            layout.begin, layout.step = fsdp.tag_shards, fsdp.tag_gradients
+        else:
+            stack.enter_context(_environment(zero.environment(cell)))
+            stack.enter_context(zero.patched())
+            layout.load_device = zero.load_device(cell)
+            layout.begin, layout.step = zero.tag_shards, zero.tag_gradients
+            layout.host_bytes = zero.host_bytes
+            layout.assumptions.append(zero.BUCKETS)
+        yield layout
+
+
+def check(cell: Cell, model: nn.Module) -> None:
+    """Refuse more ranks than a layer has anything for. Raises UserError."""
+    if cell.parallelism in ("single", "ddp"):
+        return
+    rows = max((p.shape[0] for p in model.parameters() if p.dim() > 1), default=1)
+    if cell.devices > rows:
+        raise UserError(
+            f"{cell.devices} ranks are more than the {rows} rows of the model's longest weight: "
+            f"some would hold no part of any layer; use at most {rows}",
+            key="devices",
+        )
+
+
+def _launcher(count: int) -> dict[str, str]:
+    """What torchrun tells the first process of a node."""
+    return {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        # Nobody listens there: the group exists already when the libraries ask for it.
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "1",
+    }
+
+
+@contextlib.contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _process_group(count: int) -> Iterator[None]:
+    """torch's own fake backend, and libraries that have not seen another one before."""
+    from accelerate.state import AcceleratorState
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    torch.distributed.init_process_group("fake", rank=0, world_size=count, store=FakeStore())
+    try:
+        with replaced(torch.cuda, "device_count", lambda: count):
+            yield
+    finally:
+        torch.distributed.destroy_process_group()
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@contextlib.contextmanager
+def storages_have_addresses() -> Iterator[None]:
+    """FSDP and DeepSpeed compare addresses to see which tensors share memory, or whether they have
+    any; all fake tensors are at 0. The storage's identity serves as its address."""
+    real = torch.UntypedStorage.data_ptr
+
+    def of_storage(storage: torch.UntypedStorage) -> int:
+        if storage.device.type != "meta":
+            return real(storage)
+        return storage._cdata if storage.nbytes() else 0
+
+    def of_tensor(tensor: torch.Tensor) -> int:
+        start = of_storage(tensor.untyped_storage())
+        return start + int(tensor.storage_offset()) * tensor.element_size() if start else 0
+
+    with (
+        replaced(torch.UntypedStorage, "data_ptr", of_storage),
+        replaced(FakeTensor, "data_ptr", of_tensor),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def data_takes_its_device_along() -> Iterator[None]:
+    """`p.data = p.to("cuda")` exchanges a fake tensor's contents, but not the device it claims."""
+    plain: Any = torch.Tensor.data
+
+    def exchange(tensor: Any, value: Any) -> None:
+        plain.__set__(tensor, value)
+        if isinstance(value, FakeTensor):
+            tensor.fake_device = value.fake_device
+
+    with replaced(FakeTensor, "data", property(plain.__get__, exchange)):
+        yield
+
+
+@contextlib.contextmanager
+def random_states_stay() -> Iterator[None]:
+    """accelerate sends rank 0's random state to everybody, and cannot set one without a value."""
+    import accelerate.data_loader
+
+    with replaced(accelerate.data_loader, "synchronize_rng_states", _nothing):
+        yield

@@ -1,0 +1,149 @@
+"""DeepSpeed ZeRO on a fake device: what accelerate's launcher would say, and what it needs."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib.util
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+from harness.simulate.memory.ledger import SimulatedLedger
+from harness.simulate.memory.replacing import replaced
+from matrices.cell import Cell
+from matrices.errors import UserError
+
+BUCKETS = (
+    "DeepSpeed's buckets have its default sizes (reduce_bucket_size: 5e8 elements), which "
+    "accelerate's launcher leaves as they are"
+)
+STAGES = {"zero1": 1, "zero2": 2, "zero3": 3, "zero3-offload": 3}
+
+
+def environment(cell: Cell) -> dict[str, str]:
+    """What `accelerate launch` would set for a ZeRO stage without a DeepSpeed file. The shipped
+    profiles say the same in a file (and to put the weights together when they are saved).
+
+    Raises UserError when DeepSpeed is not there.
+    """
+    if importlib.util.find_spec("deepspeed") is None:
+        raise UserError(
+            f"{cell.parallelism} needs DeepSpeed, which is not installed: pip install deepspeed",
+            key="parallelism",
+        )
+    stage = STAGES[cell.parallelism]
+    place = "cpu" if cell.parallelism == "zero3-offload" else "none"
+    return {
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage),
+        "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": place,
+        "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": place,
+        "ACCELERATE_DEEPSPEED_ZERO3_INIT": str(stage == 3).lower(),
+        "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "false",
+        # DeepSpeed would look for a driver to choose by.
+        "DS_ACCELERATOR": "cuda",
+    }
+
+
+def load_device(cell: Cell) -> torch.device | None:
+    """Stage 3 divides the weights, from host memory; the others leave them whole on the device."""
+    return torch.device("cpu") if STAGES[cell.parallelism] == 3 else None
+
+
+def tag_shards(ledger: SimulatedLedger, model: Any) -> None:
+    """Parameters that are whole, and the parts of those that are divided."""
+    for name, parameter in model.named_parameters():
+        kind = "adapters" if ".lora_" in name else "weights"
+        if getattr(parameter, "quant_state", None) is not None:
+            kind = "quantized_weights"
+        for tensor in (parameter.data, getattr(parameter, "ds_tensor", None)):
+            if tensor is not None and tensor.numel():
+                ledger.tag(tensor, kind)
+
+
+def tag_gradients(ledger: SimulatedLedger, optimizer: Any) -> None:
+    """The optimizer trains fp32 copies of its part: they are its own, beside Adam's two states."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            ledger.tag(parameter.data, "optimizer_states")
+            if parameter.grad is not None:
+                ledger.tag(parameter.grad, "gradients")
+
+
+def host_bytes() -> int:
+    """Bytes of all tensors in host memory that are alive now; shared storages count once."""
+    found = {}
+    for each in gc.get_objects():
+        if isinstance(each, FakeTensor) and each.device.type == "cpu":
+            raw = each.untyped_storage()
+            found[raw._cdata] = raw.nbytes()
+    return sum(found.values())
+
+
+@contextlib.contextmanager
+def patched() -> Iterator[None]:
+    with ranks_agree(), weights_arrive_divided(), adam_on_the_host():
+        yield
+
+
+@contextlib.contextmanager
+def ranks_agree() -> Iterator[None]:
+    """Stage 3 gathers numbers to compare them across ranks; nothing comes back from fake peers."""
+    import deepspeed.runtime.zero.partitioned_param_coordinator as coordinator
+    import deepspeed.runtime.zero.utils as utils
+
+    with contextlib.ExitStack() as stack:
+        for owner in (coordinator, utils):
+            for name in ("assert_ints_same_as_other_ranks", "assert_lst_len_same_as_other_ranks"):
+                if hasattr(owner, name):
+                    stack.enter_context(replaced(owner, name, _agreed))
+        yield
+
+
+def _agreed(*_: Any, **__: Any) -> None:
+    return None
+
+
+@contextlib.contextmanager
+def weights_arrive_divided() -> Iterator[None]:
+    """`from_pretrained` loads a stage 3 model under `deepspeed.zero.Init`, which divides parameter
+    by parameter. Ours is made beforehand, so it is divided the same way when the engine gets it."""
+    import deepspeed
+
+    initialize = deepspeed.initialize
+
+    def divided(*args: Any, model: Any, **kwargs: Any) -> Any:
+        if any(each.device.type == "cpu" for each in model.parameters()):
+            deepspeed.zero.Init(module=model, config_dict_or_path=kwargs["config_params"])
+            for module in model.modules():
+                for name, buffer in module._buffers.items():
+                    if buffer is not None:
+                        module._buffers[name] = buffer.to("cuda")
+        return initialize(*args, model=model, **kwargs)
+
+    with replaced(deepspeed, "initialize", divided):
+        yield
+
+
+class HostAdam(torch.optim.AdamW):
+    """DeepSpeedCPUAdam without its compiled step: the same two fp32 states per parameter."""
+
+    def __init__(self, params: Any, **options: Any) -> None:
+        known = ("lr", "betas", "eps", "weight_decay")
+        super().__init__(params, **{key: options[key] for key in known if key in options})
+
+
+@contextlib.contextmanager
+def adam_on_the_host() -> Iterator[None]:
+    """With the optimizer offloaded, accelerate takes DeepSpeed's own Adam, which is compiled for
+    this machine's CPU the first time it is used."""
+    import deepspeed.ops.adam
+    import deepspeed.runtime.zero.stage3 as stage3
+
+    with contextlib.ExitStack() as stack:
+        for owner in (deepspeed.ops.adam, stage3):
+            stack.enter_context(replaced(owner, "DeepSpeedCPUAdam", HostAdam))
+        yield

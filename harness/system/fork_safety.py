@@ -1,0 +1,40 @@
+"""What a fork leaves half made, put right in every child before it does anything else.
+
+Importing this module is enough: each child that this process forks from then on is put right,
+whoever forks it. What is imported later in the child was never copied.
+
+* torch. The fork marks torch's thread pool as broken, and its first use replaces it. Weights are
+  loaded in several threads at once, and two that replace it at the same time fail ("pool INTERNAL
+  ASSERT FAILED ... Invalid thread pool", pthreadpool-cpp.cc and ParallelOpenMP.cpp). Setting the
+  number of threads is such a use.
+* Random generators. Children of one process would draw the same numbers, where processes started
+  by hand draw different ones: torch's, numpy's, and the one that `datasets` names cache files by
+  when it cannot hash a function (a cell would read the rows that another one prepared). `random`
+  and `tempfile` see to themselves.
+
+Not put right: OpenMP. libgomp's threads do not survive, and a child waits for them forever if the
+thread that forks has computed in parallel before. What is forked from here has not: servers only
+import, and `harness.ranks.process_group.in_child` comes before any tensor.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+
+def put_right() -> None:
+    """Make this forked process as one that was started afresh and has imported the same."""
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.set_num_threads(torch.get_num_threads())
+        torch.default_generator.seed()
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        numpy.random.seed()
+    fingerprint = sys.modules.get("datasets.fingerprint")
+    if fingerprint is not None:
+        fingerprint.fingerprint_rng.seed()
+
+
+os.register_at_fork(after_in_child=put_right)

@@ -1,0 +1,123 @@
+"""How the processes of one cell are started: `accelerate launch` and the profile it is given.
+
+The shipped profiles are files in `launch/profiles`, one per parallelism; a matrix can name another.
+Either is rendered with the cell's values into the cell's own directory, so that it is kept beside
+the record and the recorded command finds it there.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from harness.ranks.launch_command import (
+    DEEPSPEED,
+    PORT,
+    PROFILE,
+    SINGLE_PROCESS,
+    accelerate,
+    by_hand,
+    is_spread,
+    threads_of,
+)
+from harness.records import provenance
+from harness.system.files import write_atomically
+from matrices.accelerate_profiles import DEEPSPEED_FILE, read_profile, rendered, values
+from matrices.cell import Cell
+from matrices.errors import UserError, nearest
+
+SHIPPED = Path(__file__).resolve().parents[1] / "profiles"
+
+
+def shipped() -> list[str]:
+    """Names of the profiles that come with tunebench."""
+    return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+
+
+def text(name: str) -> str:
+    """A shipped profile as it is written, or with `.json` the DeepSpeed file it names. Raises
+    UserError for a name that is none."""
+    known = [*shipped(), *sorted(path.name for path in SHIPPED.glob("*.json"))]
+    if name not in known:
+        raise UserError(
+            f"no profile is called {name!r}{nearest(name, known)}; shipped are {', '.join(known)}"
+        )
+    return (SHIPPED / (name if name.endswith(".json") else f"{name}.yaml")).read_text()
+
+
+def question(name: str) -> str:
+    """What a shipped profile does: the first sentence of its comment."""
+    lines = text(name).splitlines()
+    words = " ".join(line.lstrip("# ") for line in lines[: lines.index("#")])
+    return words.split(". ")[0].rstrip(".")
+
+
+def content(cell: Cell) -> dict[str, Any]:
+    """The profile of a cell, not filled in: its own, else the shipped one of its parallelism."""
+    return dict(cell.profile) or read_profile(SHIPPED / f"{cell.parallelism}.yaml")
+
+
+def write(cell: Cell, directory: Path, gpu: bool | None = None) -> None:
+    """Render the profile of a cell into a directory: `profile.yaml`, and `deepspeed.json` if it
+    names one. Nothing for a cell in one process without a GPU. `gpu` is whether it trains on GPUs;
+    none asks this machine.
+    """
+    gpu = _uses_gpu() if gpu is None else gpu
+    if not is_spread(cell):
+        if gpu:
+            write_atomically(directory / PROFILE, SINGLE_PROCESS.read_text())
+        return
+    filled: dict[str, Any] = rendered(content(cell), values(cell, gpu))
+    section = filled.get("deepspeed_config")
+    if isinstance(section, dict) and isinstance(section.get(DEEPSPEED_FILE), dict):
+        configuration = section[DEEPSPEED_FILE]
+        section[DEEPSPEED_FILE] = DEEPSPEED
+        write_atomically(directory / DEEPSPEED, json.dumps(configuration, indent=2) + "\n")
+    origin = "the matrix's own profile" if cell.profile else f"the profile {cell.parallelism}"
+    written = yaml.safe_dump(filled, sort_keys=False, default_flow_style=False)
+    write_atomically(
+        directory / PROFILE, f"# Made from {origin} for the cell beside it.\n{written}"
+    )
+
+
+def command(
+    cell: Cell,
+    directory: Path,
+    gpu: bool,
+    output: Path | None = None,
+    address: str | None = None,
+    port: int = PORT,
+    threads: int | None = None,
+) -> list[str]:
+    """argv that runs the `cell.json` in a directory with this environment's accelerate, as the
+    runner would; see `harness.ranks.launch_command.by_hand`. `address` and `port` are where the
+    machines of a cell on several meet, none means this machine; `threads` are those of each
+    process."""
+    return by_hand(
+        cell,
+        gpu,
+        threads or threads_of(cell),
+        directory,
+        output or Path(f"{directory.name}.by-hand"),
+        accelerate(),
+        (address or socket.gethostname(), port),
+    )
+
+
+def command_into(cell: Cell, directory: Path, gpu: bool, output: Path, threads: int) -> list[str]:
+    """`command` with an output and threads of the caller's."""
+    return command(cell, directory, gpu, output, threads=threads)
+
+
+def launch_arguments(argv: Sequence[str]) -> list[str]:
+    """The arguments of `accelerate launch` in a command, without the module and its own."""
+    return list(argv[argv.index("launch") + 1 : argv.index("--module")])
+
+
+def _uses_gpu() -> bool:
+    return provenance.uses_gpu(provenance.stack(), provenance.hardware())

@@ -1,0 +1,124 @@
+"""What a cell is started with: its first record, the places of its ranks, their environment."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from harness.ranks.launch_command import PORT, by_hand, is_spread, threads_of
+from harness.ranks.launch_environment import Place
+from harness.records import provenance
+from harness.records.record import Placement, Record
+from harness.system.files import write_atomically
+from launch.cells import accelerate_command
+from launch.cells.devices import Grant
+from launch.processes.workers import Ranks, free_port
+from matrices.cell import Cell
+
+Engine = Literal["by hand", "local", "slurm", "ray"]
+RENDEZVOUS_FILE = "rendezvous.json"
+
+
+@dataclass(frozen=True)
+class Rendezvous:
+    """Where the machines of one cell meet: the first one's address and port. `job` names one start
+    of one cell, so that a machine does not join an earlier one."""
+
+    address: str
+    port: int
+    job: str
+
+
+def devices_here(cell: Cell) -> int:
+    """The devices a cell needs on each of its machines."""
+    return max(1, cell.devices // cell.nodes)
+
+
+def fixed_port(cell: Cell) -> int:
+    """The port that a user's profile asks for; 0 for any."""
+    port = cell.profile.get("main_process_port")
+    return port if isinstance(port, int) else 0
+
+
+def first_record(
+    cell: Cell,
+    place: Path,
+    attempt: int,
+    grant: Grant | None = None,
+    placed: Placement | None = None,
+    meeting: Rendezvous | None = None,
+    threads: int | None = None,
+) -> Record:
+    """The record an attempt starts with; its command is called in the record's directory."""
+    threads = threads or threads_of(cell, grant.cores if grant is not None else None)
+    gpu = provenance.uses_gpu(provenance.stack(), provenance.hardware())
+    met = (meeting.address, meeting.port) if meeting is not None else (socket.gethostname(), PORT)
+    command = by_hand(cell, gpu, threads, meeting=met)
+    record = provenance.new_record(cell, command, attempt, threads)
+    if grant is not None:
+        record.provenance.environment |= _environment(threads, grant)
+    return record.model_copy(update={"placement": placed or Placement()})
+
+
+def placement(engine: Engine, job: str | None, grant: Grant) -> Placement:
+    """Who starts a cell, and on what."""
+    return Placement(
+        engine=engine,
+        hosts=[socket.gethostname()],
+        devices=list(grant.devices),
+        job=job,
+        exclusive=grant.exclusive,
+    )
+
+
+def _environment(threads: int, grant: Grant) -> dict[str, str]:
+    """What is set in every process of a cell: the devices it may see, and the number of threads
+    that its recorded command names."""
+    return {"OMP_NUM_THREADS": str(threads)} | grant.environment
+
+
+def ranks(
+    cell: Cell,
+    working: Path,
+    grant: Grant,
+    meeting: Rendezvous | None = None,
+    node_rank: int = 0,
+) -> Ranks:
+    """The processes of a cell on this machine, started as by its recorded command, but with the
+    profile in the working directory.
+
+    Raises UserError when the port that its profile asks for is in use.
+    """
+    threads = threads_of(cell, grant.cores)
+    variables = _environment(threads, grant)
+    if not is_spread(cell):
+        return Ranks(environment=variables)
+    gpu = provenance.uses_gpu(provenance.stack(), provenance.hardware())
+    address, port = (meeting.address, meeting.port) if meeting is not None else (None, PORT)
+    given = accelerate_command.command(cell, working, gpu, None, address, port, threads)
+    count = devices_here(cell)
+    met = meeting or Rendezvous("127.0.0.1", free_port(fixed_port(cell)), "")
+    first = Place(0, count, node_rank, cell.nodes, met.address, met.port)
+    return Ranks(
+        places=tuple(dataclasses.replace(first, local_rank=number) for number in range(count)),
+        launch_arguments=tuple(accelerate_command.launch_arguments(given)),
+        environment=variables,
+    )
+
+
+def announce(working: Path, rendezvous: Rendezvous) -> None:
+    """Tell the other machines of a cell that this working directory is theirs too."""
+    text = json.dumps(dataclasses.asdict(rendezvous)) + "\n"
+    write_atomically(working / RENDEZVOUS_FILE, text)
+
+
+def is_announced(working: Path, rendezvous: Rendezvous) -> bool:
+    try:
+        found = json.loads((working / RENDEZVOUS_FILE).read_text())
+    except (OSError, ValueError):
+        return False  # not yet there, or published meanwhile
+    return bool(found == dataclasses.asdict(rendezvous))

@@ -1,0 +1,195 @@
+"""The ladder out of "out of memory": what to change, in the order people are told to try it.
+
+The rungs add up: each is the one before it and one change more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from harness.records.prediction import Prediction
+from launch.display.prediction_progress import Show
+from launch.fit.search import fits, judged
+from launch.predict.predict import Options, predict
+from matrices.cell import Cell, Parallelism, label
+from matrices.rules.adapt import spread_over
+
+FEWER_TARGETS = {"all-linear": "attention", "attention": "qv", "mlp": "qv"}
+LEAST_RANK = 4
+LEAST_LENGTH = 128
+SMALL_STATES = "paged_adamw_8bit"
+
+
+@dataclass(frozen=True)
+class Rung:
+    """`change` in words; without a prediction there was nothing left to change, and `why` says so.
+    `saving_bytes` is against the rung before it that could be predicted."""
+
+    name: str
+    change: str
+    prediction: Prediction | None = None
+    saving_bytes: int | None = None
+    why: str = ""
+
+    @property
+    def fits(self) -> bool:
+        return self.prediction is not None and fits(self.prediction)
+
+    def as_json(self) -> dict[str, Any]:
+        prediction = self.prediction
+        verdict = judged(prediction) if prediction else None
+        return {
+            "rung": self.name,
+            "change": self.change,
+            "why_not": self.why or None,
+            "peak_allocated_bytes": prediction.memory.peak_allocated_bytes if prediction else None,
+            "saving_bytes": self.saving_bytes,
+            "outcome": verdict.outcome if verdict else None,
+            "fits": self.fits,
+            "cell": prediction.cell.model_dump(mode="json") if prediction else None,
+        }
+
+
+@dataclass(frozen=True)
+class Step:
+    """One change: `apply` gives the changed cell and the change in words, or why there is none."""
+
+    name: str
+    apply: Callable[[Cell], tuple[Cell, str] | str]
+
+
+def climb(start: Cell, qlora: Cell, count: int, options: Options, show: Show) -> list[Rung]:
+    """Every rung from a cell that does not fit, predicted. `qlora` is the same on a 4-bit base."""
+    rungs = list(_cells(start, qlora, count))
+    cells = {cell.cell_id: cell for _, cell, _, _ in rungs if cell is not None}
+    found = {one.cell_id: one for one in predict(list(cells.values()), options, show)}
+    climbed: list[Rung] = []
+    before: int | None = None
+    for name, cell, change, why in rungs:
+        if cell is None:
+            climbed.append(Rung(name, change, why=why))
+            continue
+        prediction = found[cell.cell_id]
+        peak = prediction.memory.peak_allocated_bytes
+        if prediction.status != "predicted" or peak is None:
+            reason = prediction.reason or prediction.status
+            climbed.append(Rung(name, change, why=reason))
+            continue
+        saving = before - peak if before is not None else None
+        climbed.append(Rung(name, change, prediction, saving))
+        before = peak
+    return climbed
+
+
+def _cells(start: Cell, qlora: Cell, count: int) -> Iterator[tuple[str, Cell | None, str, str]]:
+    """Rung, its cell (none when nothing changes), the change, and why there is none."""
+    way: Parallelism = "ddp" if count > 1 else "single"
+    current = spread_over(start, way, count)
+    yield "as asked", current, label(current), ""
+    steps = (
+        Step("qlora", lambda cell: _quantize(cell, spread_over(qlora, way, count))),
+        Step("smaller micro batch", _halve_batch),
+        Step("shorter sequences", _shorten),
+        Step("gradient checkpointing", _checkpoint),
+        Step("lower rank", _lower_rank),
+        Step("fewer target modules", _fewer_targets),
+        Step("8-bit or paged optimizer", _small_states),
+        Step("shard", lambda cell: _shard(cell, max(2, count))),
+        Step("offload", lambda cell: _offload(cell, max(2, count))),
+    )
+    for step in steps:
+        changed = step.apply(current)
+        if isinstance(changed, str):
+            yield step.name, None, "", changed
+            continue
+        current, change = changed
+        yield step.name, current, change, ""
+
+
+def _train(cell: Cell, **changes: Any) -> Cell:
+    assert cell.train is not None
+    return cell.model_copy(update={"train": cell.train.model_copy(update=changes)})
+
+
+def _adapter(cell: Cell, **changes: Any) -> Cell:
+    assert cell.adapter is not None
+    return cell.model_copy(update={"adapter": cell.adapter.model_copy(update=changes)})
+
+
+def _quantize(cell: Cell, qlora: Cell) -> tuple[Cell, str] | str:
+    if cell.method == "qlora":
+        return "it is qlora already"
+    return qlora, f"qlora instead of {cell.method}"
+
+
+def _halve_batch(cell: Cell) -> tuple[Cell, str] | str:
+    assert cell.train is not None
+    batch, accumulation = cell.train.micro_batch_size, cell.train.gradient_accumulation_steps
+    if batch == 1:
+        return "the micro batch is 1 already"
+    # The same number of sequences in a step where the batch is even, else the next more.
+    half = batch // 2
+    steps = -(-batch * accumulation // half)
+    changed = _train(cell, micro_batch_size=half, gradient_accumulation_steps=steps)
+    return changed, f"micro batch {batch} -> {half}, accumulation {accumulation} -> {steps}"
+
+
+def _shorten(cell: Cell) -> tuple[Cell, str] | str:
+    assert cell.data is not None
+    length = cell.data.max_length
+    half = max(LEAST_LENGTH, length // 2)
+    if half >= length:
+        return f"sequences are {length} tokens already"
+    data = cell.data.model_copy(update={"max_length": half})
+    return cell.model_copy(update={"data": data}), f"max_length {length} -> {half}"
+
+
+def _checkpoint(cell: Cell) -> tuple[Cell, str] | str:
+    assert cell.train is not None
+    if cell.train.gradient_checkpointing:
+        return "it is on already"
+    return _train(cell, gradient_checkpointing=True), "gradient_checkpointing on"
+
+
+def _lower_rank(cell: Cell) -> tuple[Cell, str] | str:
+    if cell.adapter is None or cell.adapter.rank <= LEAST_RANK:
+        return "there is no rank to lower"
+    rank = cell.adapter.rank
+    half = max(LEAST_RANK, rank // 2)
+    return _adapter(cell, rank=half, alpha=2 * half), f"rank {rank} -> {half}"
+
+
+def _fewer_targets(cell: Cell) -> tuple[Cell, str] | str:
+    targets = cell.adapter.target_modules if cell.adapter is not None else None
+    fewer = FEWER_TARGETS.get(targets) if isinstance(targets, str) else None
+    if fewer is None:
+        return "there are no fewer to name"
+    return _adapter(cell, target_modules=fewer), f"target_modules {targets} -> {fewer}"
+
+
+def _small_states(cell: Cell) -> tuple[Cell, str] | str:
+    assert cell.train is not None
+    optimizer = cell.train.optimizer
+    if "8bit" in optimizer or optimizer.startswith("paged") or optimizer in ("sgd", "adafactor"):
+        return f"{optimizer} keeps little already"
+    return _train(cell, optimizer=SMALL_STATES), f"optimizer {optimizer} -> {SMALL_STATES}"
+
+
+def _shard(cell: Cell, count: int) -> tuple[Cell, str] | str:
+    changed = spread_over(cell, "fsdp", count)
+    return changed, f"fsdp over {count} GPUs{_optimizer_too(cell, changed)}"
+
+
+def _offload(cell: Cell, count: int) -> tuple[Cell, str] | str:
+    changed = spread_over(cell, "zero3-offload", count)
+    also = _optimizer_too(cell, changed)
+    return changed, f"zero3-offload over {count} GPUs, states in host memory{also}"
+
+
+def _optimizer_too(before: Cell, after: Cell) -> str:
+    assert before.train is not None
+    assert after.train is not None
+    was, now = before.train.optimizer, after.train.optimizer
+    return f", optimizer {was} -> {now}" if was != now else ""

@@ -1,0 +1,39 @@
+"""Which GPUs to predict for: named on the command line, or this machine's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from harness.records import provenance
+from matrices.catalogue import gpus
+from matrices.catalogue.gpus import Gpu
+from matrices.errors import UserError
+
+# NVML counts what the driver reserves too; more than this apart is another variant or a slice.
+SAME_MEMORY = 0.05
+
+
+def chosen(names: Sequence[str], file: Path | None) -> tuple[Gpu, ...]:
+    """The GPUs of these names, a user's file of figures over the catalogue. Raises UserError."""
+    if file is not None:
+        gpus.gpus(file)  # a mistake in it is told even when nothing of it is asked for
+    return tuple(dict.fromkeys(gpus.gpu(name, file) for name in names))
+
+
+def this_machines(file: Path | None = None) -> Gpu | None:
+    """The GPU that torch would train on here; none without one, or when the catalogue does not
+    know it."""
+    stack, hardware = provenance.stack(), provenance.hardware()
+    seen = provenance.nvml().gpus
+    if not seen or not provenance.uses_gpu(stack, hardware):
+        return None
+    first = seen[0]
+    try:
+        known = gpus.gpu(first.name, file)
+    except UserError:
+        return None
+    changes: dict[str, object] = {"compute_capability": first.compute_capability}
+    if abs(first.memory_bytes / known.memory_bytes - 1) > SAME_MEMORY:
+        changes["memory_bytes"] = first.memory_bytes
+    return known.model_copy(update=changes)

@@ -1,0 +1,130 @@
+"""Cells to predictions: refused, remembered, or simulated in one process for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import get_args
+
+from harness.records import provenance
+from harness.records.prediction import Engine, Prediction, Request
+from launch.display.prediction_progress import Show
+from launch.predict.cache import PredictionCache
+from launch.predict.overlays import Overlay
+from launch.predict.simulator_process import Simulation
+from matrices.catalogue.gpus import Gpu
+from matrices.cell import Cell
+from matrices.errors import UserError, nearest
+from matrices.rules import passed_through
+from matrices.rules.verdicts import prediction_refusals
+
+SIMULATE = "harness.simulate"
+TRAINS_NOTHING = "trains nothing: a base model is only loaded and scored"
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to predict. `gpu` is what the libraries are told (none: an A100-80GB), `judge` are the
+    GPUs to give verdicts for. `fresh` simulates what is remembered too."""
+
+    gpu: Gpu | None = None
+    judge: tuple[Gpu, ...] = ()
+    overlay: Overlay = field(default_factory=Overlay)
+    engine: Engine | None = None
+    self_check: bool = True
+    workers: int | None = None
+    fresh: bool = False
+
+
+def predict(cells: Sequence[Cell], options: Options, show: Show) -> list[Prediction]:
+    """A prediction for every cell, in their order. One that could not be made says why.
+
+    Takes the time of importing the stack (10 s) and seconds for each cell, unless they are
+    remembered. Raises UserError for nothing: a cell's trouble is the cell's.
+    """
+    refused = {cell.cell_id: reason for cell in cells if (reason := refusal(cell, options.gpu))}
+    if not options.overlay.directories:
+        # Other releases may have other arguments.
+        refused |= {cell.cell_id: reason for cell in cells if (reason := _mistakes(cell))}
+    wanted = {cell.cell_id: cell for cell in cells if cell.cell_id not in refused}
+    request = _request(list(wanted.values()), options)
+    cache = PredictionCache(request, options.overlay.identity())
+    found: dict[str, Prediction] = {}
+    if not options.fresh:
+        found = {i: known for i, cell in wanted.items() if (known := cache.get(cell))}
+    missing = [cell for cell_id, cell in wanted.items() if cell_id not in found]
+    if missing:
+        made = _simulate(_request(missing, options), options, show)
+        for prediction in made.values():
+            cache.put(prediction)
+        found |= made
+    for cell in cells:
+        if cell.cell_id in refused:
+            found[cell.cell_id] = unpredicted(cell, "invalid", refused[cell.cell_id])
+    return [found[cell.cell_id] for cell in cells]
+
+
+def checked_engine(name: str | None) -> Engine | None:
+    """Raises UserError for a word that is no engine."""
+    for engine in get_args(Engine):
+        if name == engine:
+            return engine  # type: ignore[no-any-return]
+    if name is None:
+        return None
+    raise UserError(
+        f"no such engine{nearest(name, get_args(Engine))}; there are "
+        f"{' and '.join(get_args(Engine))}",
+        where=f"--engine {name}",
+    )
+
+
+def refusal(cell: Cell, gpu: Gpu | None) -> str:
+    """Why a cell is not simulated on a GPU; empty when it is."""
+    if cell.method == "base":
+        return TRAINS_NOTHING
+    return "; ".join(f"{each.rule}: {each.reason}" for each in prediction_refusals(cell, gpu))
+
+
+def _mistakes(cell: Cell) -> str:
+    """What the installed libraries would not take of what is passed through to them."""
+    return "; ".join(
+        str(error)
+        for class_name, arguments in passed_through.given(cell)
+        for error in passed_through.mistakes(class_name, arguments)
+    )
+
+
+def _request(cells: list[Cell], options: Options) -> Request:
+    workers = options.workers or min(provenance.usable_cpus(), max(1, len(cells)))
+    return Request(
+        cells=cells,
+        gpu=options.gpu,
+        judge=list(options.judge),
+        engine=options.engine,
+        self_check=options.self_check,
+        workers=workers,
+    )
+
+
+def _simulate(request: Request, options: Options, show: Show) -> Mapping[str, Prediction]:
+    simulation = Simulation(request, options.overlay.directories, SIMULATE)
+    found: dict[str, Prediction] = {}
+    show.begin(len(request.cells))
+    try:
+        for index, prediction in simulation.answers():
+            found[request.cells[index].cell_id] = prediction
+            show.predicted(prediction)
+    finally:
+        show.end()
+    reason = simulation.ended or "the simulating process gave no answer for this cell"
+    return {
+        cell.cell_id: found.get(cell.cell_id) or unpredicted(cell, "failed", reason)
+        for cell in request.cells
+    }
+
+
+def unpredicted(cell: Cell, status: str, reason: str) -> Prediction:
+    """The answer for a cell that nothing was executed for."""
+    return Prediction.model_validate(
+        {"cell_id": cell.cell_id, "cell": cell, "stack": {}, "status": status, "reason": reason}
+    )

@@ -1,0 +1,280 @@
+"""The worker processes of one cell: one, or one for each rank. Started here, watched in
+`launch.cells.watch`.
+
+Runner and worker share files and an exit code, nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import psutil
+from filelock import FileLock
+
+from harness.ranks import state_files
+from harness.ranks.launch_environment import Place
+from harness.system import parent_death
+from launch.processes.server import Server, follow_parent
+from matrices.errors import UserError
+
+# A worker told to stop writes its record in this time, or is killed.
+GRACE_SECONDS = 15.0
+
+ACCELERATE = "accelerate.commands.accelerate_cli"
+# multiprocessing's exit code of a process whose fork server died before it.
+LOST = 255
+FORKS = "the process that imports the stack"
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes of one cell on this machine.
+
+    `launch_arguments` are those of the recorded `accelerate launch`, up to its `--module`; empty
+    for a cell of one process. `environment` is set in every one of them before anything else.
+    """
+
+    places: tuple[Place, ...] = (Place(),)
+    launch_arguments: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def first_rank(self) -> int:
+        return self.places[0].rank
+
+    @property
+    def world_size(self) -> int:
+        return self.places[0].world_size
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a worker is doing now: the content of `progress.json`."""
+
+    phase: str = "starting"
+    step: int | None = None
+    steps: int | None = None
+    loss: float | None = None
+    tokens_per_second: float | None = None
+    message: str = ""
+
+
+class Process(Protocol):
+    """A process to watch: multiprocessing's, or one that was launched by an argv."""
+
+    @property
+    def pid(self) -> int | None: ...
+    @property
+    def sentinel(self) -> int: ...
+    @property
+    def exitcode(self) -> int | None: ...
+    def join(self) -> None: ...
+
+
+def start_ranks(
+    server: Server, module: str, working: Path, worker_lock: Path, ranks: Ranks
+) -> list[Process]:
+    """Fork a worker for every place, each the leader of its own session, for the `cell.json` in a
+    working directory. Rank 0 holds the worker lock while it lives. Raises UserError when the fork
+    server is killed."""
+    (working / state_files.DIRECTORY).mkdir(exist_ok=True)
+    kills = memory_kills()
+    given = (module, str(working), str(worker_lock), ranks)
+    try:
+        return [server.start(_rank_main, *given, place) for place in ranks.places]
+    except (EOFError, OSError) as error:
+        raise died(FORKS, None, server, kills) from error
+
+
+def died(who: str, code: int | None, server: Server, kills: int) -> UserError:
+    """One line for a process that left no answer: what killed it, or the last that it said. `kills`
+    are the memory_kills from before."""
+    if memory_kills() > kills:
+        return UserError(
+            f"the kernel killed {who}: the machine's memory ran out; free some memory and run the "
+            "same command again"
+        )
+    if code is not None and code < 0:
+        how = f"was killed by signal {-code} ({signal.Signals(-code).name})"
+    elif code not in (None, LOST):
+        how = f"ended with exit code {code} before its answer"
+    else:
+        how = "died"
+    said = server.said().splitlines()
+    last = f" ({said[-1].strip()})" if said else ""
+    return UserError(
+        f"{who} {how}{last}; run the same command again, and 'tunebench doctor' if it dies again"
+    )
+
+
+def _rank_main(module: str, working: str, worker_lock: str, ranks: Ranks, place: Place) -> None:
+    follow_parent()
+    directory = Path(working)
+    path = state_files.log_path(directory, place.rank)
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+    os.environ.update(ranks.environment)
+    # Held until this process is gone: a runner that dies gives up its claim a moment earlier.
+    lock = FileLock(worker_lock, timeout=GRACE_SECONDS, thread_local=False)
+    with lock if place.rank == 0 else contextlib.nullcontext():
+        if ranks.launch_arguments:
+            importlib.import_module("harness.ranks.launch_environment").enter(
+                list(ranks.launch_arguments), place
+            )
+        code = importlib.import_module(module).run(directory / "cell.json", directory)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    sys.exit(code)
+
+
+def free_port(wanted: int = 0, address: str = "") -> int:
+    """A TCP port that nothing listens on, or the wanted one. Raises UserError when that one is in
+    use."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        # As torch's own server does: a port whose last connections are dying is free.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((address, wanted))
+        except OSError as error:
+            raise UserError(
+                f"port {wanted} cannot be had ({error.strerror}); choose another, or 0 for any "
+                "free one",
+                key="main_process_port",
+            ) from error
+        return int(probe.getsockname()[1])
+
+
+class Launched:
+    """Workers started by a command, as by hand, leader of its own session. Linux only."""
+
+    def __init__(
+        self, argv: list[str], log: Path, hold: int, environment: Mapping[str, str] | None = None
+    ) -> None:
+        """`hold` is a descriptor that the command keeps open for as long as it lives."""
+        with log.open("ab") as file:
+            self.popen = subprocess.Popen(  # noqa: S603 - an argv of our own making, no shell
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                start_new_session=True,
+                pass_fds=(hold,),
+                preexec_fn=parent_death.ending_with_this(),
+                # `python -m` would look in the current directory first.
+                env=os.environ
+                | {"PYTHONSAFEPATH": "1", parent_death.VARIABLE: "1"}
+                | dict(environment or {}),
+            )
+        # accelerate itself only waits for its workers, and dies of a signal without passing it on.
+        self.by_accelerate = Path(argv[0]).name == "accelerate" or ACCELERATE in argv
+        self.pid: int | None = self.popen.pid
+        self.sentinel = os.pidfd_open(self.popen.pid)
+
+    @property
+    def exitcode(self) -> int | None:
+        return self.popen.poll()
+
+    def join(self) -> None:
+        self.popen.wait()
+        os.close(self.sentinel)
+
+
+def family(process: Process) -> list[psutil.Process]:
+    """The process and whatever descends from it, as far as it is still there."""
+    try:
+        first = psutil.Process(process.pid)
+        return [first, *first.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def ask_to_end(process: Process) -> None:
+    """SIGTERM to the worker, which is the process itself or what `accelerate launch` started."""
+    try:
+        first = psutil.Process(process.pid)
+        behind = isinstance(process, Launched) and process.by_accelerate
+        for worker in (first.children() if behind else []) or [first]:
+            worker.terminate()
+    except psutil.NoSuchProcess:
+        return
+
+
+def kill_group(process: Process) -> None:
+    """SIGKILL to the process, its group, and the sessions that its descendants have opened."""
+    if process.pid is None:
+        return
+    # torchrun puts each rank into a session of its own.
+    members = family(process)
+    for pid in dict.fromkeys([process.pid, *(each.pid for each in members if _leads(each.pid))]):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
+    # One that was forked a moment ago is still in the group of this process.
+    for each in members:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.kill()
+
+
+def kill_strays(pids: Iterable[int], working: Path) -> None:
+    """SIGKILL to what works on a directory though the command that started it has ended."""
+    for pid in pids:
+        try:
+            ours = any(str(working) in part for part in psutil.Process(pid).cmdline())
+        except psutil.Error:
+            continue
+        if ours and _leads(pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
+
+
+def _leads(pid: int) -> bool:
+    try:
+        return os.getpgid(pid) == pid
+    except ProcessLookupError:
+        return False
+
+
+def read_progress(working: Path) -> Progress:
+    """The worker's `progress.json`, or the default before there is one."""
+    try:
+        plain: dict[str, Any] = json.loads((working / "progress.json").read_text())
+    except (FileNotFoundError, ValueError):  # not yet there, or the disk is full
+        return Progress()
+    known = Progress.__dataclass_fields__
+    return Progress(**{name: value for name, value in plain.items() if name in known})
+
+
+def memory_kills() -> int:
+    """Processes the kernel has killed for want of memory: machine-wide, and in our cgroup."""
+    sources = [Path("/proc/vmstat")]
+    try:
+        groups = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        groups = []
+    for line in groups:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            sources.append(Path(f"/sys/fs/cgroup{path}/memory.events"))
+        elif "memory" in controllers.split(","):
+            sources.append(Path(f"/sys/fs/cgroup/memory{path}/memory.oom_control"))
+    return sum(_oom_kill_counter(source) for source in sources)
+
+
+def _oom_kill_counter(source: Path) -> int:
+    try:
+        lines = source.read_text().splitlines()
+    except OSError:  # not this kind of kernel or container
+        return 0
+    return sum(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))

@@ -17,15 +17,12 @@ from harness.ranks.state_files import Reporter, record_path
 from harness.records.provenance import now
 from harness.records.record import Failure, Record, Status
 from harness.system.files import write_atomically
+from harness.system.interrupts import Interrupted
 
 # How often progress is worth a file, seconds.
 PROGRESS_SECONDS = 0.5
 # Of the time of training, what may go into writing down its steps.
 SAVING_SHARE = 0.02
-
-
-class Interrupted(BaseException):
-    """The worker was told to stop. Not an Exception: no library may swallow it."""
 
 
 class Job:

@@ -32,13 +32,15 @@ from transformers.utils import logging as transformers_logging
 
 from harness import device, measuring
 from harness.evaluation import evaluate
-from harness.job import Interrupted, Job
+from harness.job import Job
 from harness.meters import speed
 from harness.meters.steps import read_phase
 from harness.models import loading_info, model
 from harness.ranks import gather_records, launch_command, process_group
 from harness.records import provenance
 from harness.records.record import Record, read_record
+from harness.system import interrupts
+from harness.system.interrupts import Interrupted
 from harness.verify import identity
 from matrices.cell import Cell
 from matrices.errors import UserError
@@ -53,7 +55,7 @@ def run(cell_path: Path, output_dir: Path) -> int:
     device.use_environments_threads()
     cell = Cell.model_validate_json(cell_path.read_text())
     output_dir.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, _interrupt)
+    interrupts.raise_on_sigterm()
     if not process_group.is_spread(cell):
         if _has_gpu():
             device.see_only(cell.devices)
@@ -64,14 +66,11 @@ def run(cell_path: Path, output_dir: Path) -> int:
     return _train_and_score(_starting_record(cell, cell_path, output_dir), output_dir)
 
 
-def _interrupt(number: int, _: Any) -> None:
-    raise Interrupted(f"stopped by {signal.Signals(number).name}")
-
-
 def _to_its_end(job: Job, work: Any) -> int:
     try:
         work(job)
     except (Exception, Interrupted, KeyboardInterrupt) as error:
+        interrupts.caught()
         return job.fail(error)
     return job.finish("ok")
 
@@ -161,6 +160,7 @@ def _train_and_score(record: Record, output_dir: Path) -> int:
     try:
         code = process_group.in_child(lambda: _train_a_rank(record, output_dir))
     except (Interrupted, KeyboardInterrupt):
+        interrupts.caught()
         return 1  # and the child has written down why
     if code < 0:
         # Whoever watches this process is to see how the training ended.

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from harness import job as job_module
-from harness.job import Interrupted, Job, status_of
+from harness.job import Job, status_of
 from harness.meters.steps import Diverged
 from harness.records.provenance import new_record
 from harness.records.record import Record, read_record
+from harness.system.interrupts import Interrupted
 from matrices.cell import Cell
 from matrices.errors import UserError
 

@@ -93,3 +93,26 @@ def test_a_signal_while_the_command_line_is_imported_is_one_line(number: int, co
     assert process.returncode == code
     assert said.count("tunebench: stopped") == 1
     assert "Traceback" not in said
+
+
+def test_ctrl_c_arrives_also_where_it_was_blocked() -> None:
+    """Ray, for one, starts its children so."""
+    code = (
+        "import time\nfrom launch import entry\n"
+        "entry._run = lambda: print('ready', flush=True) or time.sleep(60)\nentry.main()"
+    )
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    with process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        process.send_signal(signal.SIGINT)
+        try:
+            assert process.wait(20) == 128 + signal.SIGINT
+        finally:
+            process.kill()

@@ -1,0 +1,34 @@
+"""SIGTERM as an exception that cannot get lost. POSIX only.
+
+Python drops an exception that a signal handler raises inside a destructor or a weakref callback
+(it prints "Exception ignored in ..."), and the memory ledger lives on weakref callbacks. A library
+may also catch BaseException. So the exception is raised again until somebody says `caught`.
+"""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+
+# Long enough for context managers and `finally` blocks to end on the way up.
+REPEAT_SECONDS = 1.0
+
+
+class Interrupted(BaseException):
+    """The worker was told to stop. Not an Exception: no library may swallow it."""
+
+
+def raise_on_sigterm() -> None:
+    """Raise Interrupted in the main thread on SIGTERM, and again every second until `caught`."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGALRM, _interrupt)
+
+
+def caught() -> None:
+    """Interrupted has arrived where it is dealt with: stop raising it."""
+    signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    signal.setitimer(signal.ITIMER_REAL, REPEAT_SECONDS, REPEAT_SECONDS)
+    raise Interrupted(f"stopped by {signal.SIGTERM.name}")

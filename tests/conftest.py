@@ -23,6 +23,14 @@ def _quiet_and_offline() -> Iterator[None]:
     os.environ.update(before)
 
 
+@pytest.fixture(autouse=True)
+def _signals_stay_open() -> Iterator[None]:
+    """No test leaves stop signals blocked: every process started later would inherit that."""
+    yield
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    assert not blocked & {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+
+
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     """With TUNEBENCH_NO_SKIPS set, a test that is skipped without a `gpu` mark has failed."""

@@ -3,7 +3,8 @@
 Runs `tunebench run` on a small sweep with stand-ins for worker, preflight and simulation, again and
 again on one results directory, and stops it: by SIGINT, SIGTERM, SIGHUP or SIGKILL, sent to it, to
 its whole group, or (SIGKILL) to its fork server, after a random time or soon after one of MOMENTS.
-Then it must have ended with the right exit code, one line and no traceback; within
+Then it must have ended with the right exit code, one line and no traceback; a signal that comes
+before python runs any code of ours ends it as it ends python, and is counted apart. Within
 ENDED_SECONDS nothing that it started may live; what it left must be readable. At last the sweep is
 run to its end. Not part of the tests, which send a few of these: it takes about 10 s a kill.
 """
@@ -63,10 +64,11 @@ class Kill:
     whom: str
     code: int | None = None
     wrong: str = ""
+    early: bool = False  # python had not come to our code
 
     def __str__(self) -> str:
         name = signal.Signals(self.number).name
-        return f"{name:8}{self.whom:7}{self.moment:11}+{self.after:5.2f} s  exit {self.code}"
+        return f"{name:8}{self.whom:7}{self.moment:11}+{self.after:5.2f} s  exit {self.code}{' before our code' if self.early else ''}"
 
 
 def chosen(dice: random.Random, aimed: bool) -> Kill:
@@ -97,6 +99,7 @@ def tried(kill: Kill, place: Path, kills: int) -> Kill:
             time.sleep(0.005)
         kill.after = min(kill.after, LONGEST_SECONDS)
         time.sleep(kill.after)
+        kill.early = not catches(run.pid, signal.SIGTERM)
         send(kill, run.pid)
         while run.poll() is None and time.monotonic() - began < LONGEST_SECONDS:
             time.sleep(0.01)
@@ -132,10 +135,22 @@ def send(kill: Kill, runner: int) -> None:
         return  # it has ended already
 
 
+def catches(pid: int, number: int) -> bool:
+    """Whether a process has a handler for a signal; python itself has none for SIGTERM."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return True  # it has ended
+    caught = next((line.split()[1] for line in lines if line.startswith("SigCgt:")), "0")
+    return bool(int(caught, 16) >> (number - 1) & 1)
+
+
 def ending(kill: Kill, said: str) -> str:
     """What is wrong with how the runner ended."""
     if kill.code is None:
         return "it did not end"
+    if kill.early and kill.code != 0:
+        return ""
     if "Traceback" in said or "Exception ignored" in said:
         return f"a traceback: {said[-1500:]}"
     if kill.code == 0:
@@ -207,7 +222,9 @@ def main(kills: int, seed: int) -> int:
         )
     wrong = [kill for kill in done if kill.wrong]
     codes = collections.Counter(kill.code for kill in done)
+    early = [kill for kill in done if kill.early]
     print(f"{len(done)} kills, {len(wrong)} wrong; exit codes {dict(codes)}")
+    print(f"{len(early)} before python ran our code: {[kill.code for kill in early]}")
     print(f"run to its end: exit {last.returncode}")
     return 1 if wrong or last.returncode else 0
 

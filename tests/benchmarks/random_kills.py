@@ -68,7 +68,9 @@ class Kill:
 
     def __str__(self) -> str:
         name = signal.Signals(self.number).name
-        return f"{name:8}{self.whom:7}{self.moment:11}+{self.after:5.2f} s  exit {self.code}{' before our code' if self.early else ''}"
+        early = " before our code" if self.early else ""
+        when = f"{self.moment:11}+{self.after:5.2f} s"
+        return f"{name:8}{self.whom:7}{when}  exit {self.code}{early}"
 
 
 def chosen(dice: random.Random, aimed: bool) -> Kill:

@@ -21,7 +21,7 @@ from harness.ranks.launch_environment import Place
 from harness.records import provenance
 from harness.records.record import Record, read_record
 from harness.records.store import Entry, Store, disk_errors
-from launch.cells import accelerate_command
+from launch.cells import accelerate_profile
 from launch.cells.devices import Grant, Lease, Slots
 from launch.cells.finish import contamination, finish_abandoned, finish_record
 from launch.cells.start import devices_here, first_record, placement
@@ -151,7 +151,7 @@ def rerun(
         placed = placement("local", None, lease.grant)
         first = partial(first_record, cell, grant=lease.grant, placed=placed, threads=threads)
         working = store.start(first, key)
-        accelerate_command.write(cell, working)
+        accelerate_profile.write(cell, working)
         job = Job(cell, key, label(cell), "run", "rerun", 0, None)
         display.begin([job])
         display.cell_started(job)

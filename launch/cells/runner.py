@@ -17,7 +17,7 @@ from harness.ranks.launch_command import fixed_port
 from harness.records import provenance
 from harness.records.record import Record, Status, read_record
 from harness.records.store import Entry, Store
-from launch.cells import accelerate_command, start
+from launch.cells import accelerate_profile, start
 from launch.cells.devices import Grant, Guard, Lease, Slots
 from launch.cells.finish import contamination, finish_abandoned, finish_record
 from launch.cells.start import Engine, Rendezvous, devices_here, first_record
@@ -230,7 +230,7 @@ class Runner:
         if last and (last.record.status, last.record.reason) == (status, why):
             return last
         working = self.store.start(partial(first_record, job.cell), job.key)
-        accelerate_command.write(job.cell, working)
+        accelerate_profile.write(job.cell, working)
         refused = read_record(working / "record.json").model_copy(
             update={"status": status, "reason": why, "ended": provenance.now()}
         )
@@ -247,7 +247,7 @@ class Runner:
             free_port(port)
         first = partial(first_record, cell, grant=grant, placed=placed, meeting=meeting)
         working = self.store.start(first, job.key)
-        accelerate_command.write(cell, working)
+        accelerate_profile.write(cell, working)
         ranks = start.ranks(cell, working, grant, meeting)
         if meeting is not None:
             start.announce(working, meeting)

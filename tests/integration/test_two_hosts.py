@@ -14,7 +14,7 @@ from two_hosts import Host, missing, two_hosts
 from harness.ranks.launch_command import accelerate, command
 from harness.ranks.state_files import read_states
 from harness.records.record import read_record
-from launch.cells import accelerate_command
+from launch.cells import accelerate_profile
 from matrices.cell import Adapter, Cell, Data, Evaluate, Model, Train
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
@@ -36,7 +36,7 @@ def started(
 ) -> list[subprocess.Popen[bytes]]:
     directory.mkdir(parents=True)
     (directory / "cell.json").write_text(cell.model_dump_json())
-    accelerate_command.write(cell, directory)
+    accelerate_profile.write(cell, directory)
     meeting = (hosts[0].address, 29511)
     processes = []
     for number, host in enumerate(hosts):

@@ -11,7 +11,7 @@ import pytest
 
 from harness.ranks import launch_command, launch_environment
 from harness.simulate.parallel import fsdp, zero
-from launch.cells import accelerate_command
+from launch.cells import accelerate_profile
 from matrices.cell import Adapter, Cell, Data, Train
 from matrices.parallelism import STRATEGIES
 
@@ -35,7 +35,7 @@ def accelerates(kind: str, directory: Path, gpu: bool) -> dict[str, str]:
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
-    accelerate_command.write(cell(kind), directory, gpu)
+    accelerate_profile.write(cell(kind), directory, gpu)
     given = launch_command.launch_arguments(cell(kind), gpu, 1, directory)
     arguments = launch_command_parser().parse_args([*given, "--module", "harness.worker"])
     arguments, defaults, _ = _validate_launch_command(arguments)
@@ -138,7 +138,7 @@ def test_transformers_takes_the_values_that_are_written_out(
     assert spread.train is not None
     train = spread.train.model_copy(update={"autocast": autocast, "max_grad_norm": 0.25})
     spread = spread.model_copy(update={"train": train})
-    accelerate_command.write(spread, tmp_path, False)
+    accelerate_profile.write(spread, tmp_path, False)
     arguments = TrainingArguments(
         output_dir=str(tmp_path),
         per_device_train_batch_size=3,

@@ -21,7 +21,7 @@ from harness.ranks.launch_command import (
     threads_of,
 )
 from harness.records.provenance import option
-from launch.cells import accelerate_command
+from launch.cells import accelerate_profile
 from launch.cli import app
 from matrices.accelerate_profiles import PLACEHOLDERS
 from matrices.cell import Adapter, Cell, Data, Train
@@ -40,13 +40,13 @@ def cell(kind: str, devices: int = 2, **given: Any) -> Cell:
 
 
 def written(of: Cell, directory: Path, gpu: bool = False) -> dict[str, Any]:
-    accelerate_command.write(of, directory, gpu)
+    accelerate_profile.write(of, directory, gpu)
     found: dict[str, Any] = yaml.safe_load((directory / "profile.yaml").read_text())
     return found
 
 
 def test_there_is_a_profile_for_every_kind_with_ranks() -> None:
-    assert accelerate_command.shipped() == sorted(DISTRIBUTED)
+    assert accelerate_profile.shipped() == sorted(DISTRIBUTED)
 
 
 @pytest.mark.parametrize("kind", DISTRIBUTED)
@@ -97,7 +97,7 @@ def test_full_precision_is_said_in_words(tmp_path: Path) -> None:
 def test_offload_compiles_no_kernel_for_a_machine_without_gpus(
     gpu: bool, compiled: bool, tmp_path: Path
 ) -> None:
-    accelerate_command.write(cell("zero3-offload"), tmp_path, gpu)
+    accelerate_profile.write(cell("zero3-offload"), tmp_path, gpu)
     told = json.loads((tmp_path / "deepspeed.json").read_text())
     assert told["zero_force_ds_cpu_optimizer"] is compiled
 
@@ -105,11 +105,11 @@ def test_offload_compiles_no_kernel_for_a_machine_without_gpus(
 @pytest.mark.parametrize("kind", ["single", "device-map"])
 def test_one_process_needs_no_profile(kind: str, tmp_path: Path) -> None:
     alone = cell(kind, 1 if kind == "single" else 2)
-    accelerate_command.write(alone, tmp_path, False)
+    accelerate_profile.write(alone, tmp_path, False)
     assert list(tmp_path.iterdir()) == []
     assert "--cpu" in launch_arguments(alone, False, 2)
     # On a GPU accelerate has to be told to leave the user's own configuration alone.
-    accelerate_command.write(alone, tmp_path, True)
+    accelerate_profile.write(alone, tmp_path, True)
     given = command(alone, True, 2, tmp_path, tmp_path / "out")
     assert option(given, "--config_file") == str(tmp_path / "profile.yaml")
     assert yaml.safe_load((tmp_path / "profile.yaml").read_text())["distributed_type"] == "NO"
@@ -121,7 +121,7 @@ def test_one_process_needs_no_profile(kind: str, tmp_path: Path) -> None:
 
 def test_a_base_cell_is_one_process(tmp_path: Path) -> None:
     base = Cell(method="base", parallelism="ddp", devices=2)
-    accelerate_command.write(base, tmp_path, False)
+    accelerate_profile.write(base, tmp_path, False)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -203,7 +203,7 @@ def test_a_user_can_list_and_print_them() -> None:
     assert listed.exit_code == 0
     assert all(f"\n{name}" in listed.stdout for name in DISTRIBUTED)
     printed = CliRunner().invoke(app, ["profiles", "fsdp"])
-    assert printed.stdout == (accelerate_command.SHIPPED / "fsdp.yaml").read_text()
+    assert printed.stdout == (accelerate_profile.SHIPPED / "fsdp.yaml").read_text()
     assert json.loads(CliRunner().invoke(app, ["profiles", "zero2.json"]).stdout)
     with pytest.raises(UserError, match="no profile is called 'zero4'; did you mean"):
         CliRunner().invoke(app, ["profiles", "zero4"], catch_exceptions=False)
@@ -212,7 +212,7 @@ def test_a_user_can_list_and_print_them() -> None:
 def test_what_they_say_can_be_filled_in_is_true() -> None:
     named = {
         word.strip('",').lstrip("$")
-        for path in accelerate_command.SHIPPED.iterdir()
+        for path in accelerate_profile.SHIPPED.iterdir()
         for line in path.read_text().splitlines()
         if not line.startswith("#")
         for word in line.split()
@@ -222,5 +222,5 @@ def test_what_they_say_can_be_filled_in_is_true() -> None:
 
 
 def test_it_imports_no_torch() -> None:
-    code = "import launch.cells.accelerate_command, sys; sys.exit('torch' in sys.modules)"
+    code = "import launch.cells.accelerate_profile, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

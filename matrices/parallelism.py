@@ -23,6 +23,7 @@ Parallelism = Literal[
     "device-map",
 ]
 Sharded = Literal["optimizer", "gradients", "parameters"]
+ONE_PROCESS = ("NO",)
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,6 @@ class Strategy:
         return "parameters" in self.shards
 
 
-ONE_PROCESS = ("NO",)
 # What each stage of ZeRO divides: its paper's P_os, P_os+g and P_os+g+p (arXiv:1910.02054), and
 # deepspeed/runtime/zero/config.py, ZeroStageEnum.
 _OPTIMIZER: tuple[Sharded, ...] = ("optimizer",)
@@ -82,7 +82,7 @@ def _zero(stage: int, shards: tuple[Sharded, ...], offloads: bool = False) -> St
 
 STRATEGIES: Mapping[Parallelism, Strategy] = {
     "single": Strategy(ONE_PROCESS),
-    # Its launcher starts MULTI_GPU's ranks without a GPU too, and accelerate calls them MULTI_CPU.
+    # accelerate's launcher starts the ranks of MULTI_GPU without GPUs too, as MULTI_CPU.
     "ddp": Strategy(("MULTI_GPU", "MULTI_CPU")),
     "fsdp": Strategy(("FSDP",), _ALL, fsdp_version=2),
     "fsdp1": Strategy(("FSDP",), _ALL, fsdp_version=1),
@@ -90,6 +90,6 @@ STRATEGIES: Mapping[Parallelism, Strategy] = {
     "zero2": _zero(2, _GRADIENTS),
     "zero3": _zero(3, _ALL),
     "zero3-offload": _zero(3, _ALL, offloads=True),
-    # Layers lie evenly on the devices that are visible, and compute one after another.
+    # Layers are divided evenly among the visible devices, which compute one after another.
     "device-map": Strategy(ONE_PROCESS, device_map="balanced"),
 }

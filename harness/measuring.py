@@ -127,7 +127,7 @@ def _keep_share(job: Job, steps: MemorySteps) -> None:
     if steps.held is not None and job.whole is not None:
         state.parameter_bytes = steps.held.bytes
         state.parameter_share = steps.held.elements / job.whole.elements
-    if process_group.is_spread(job.record.cell):
+    if job.record.cell.is_distributed:
         state.communication = steps.communication
 
 

@@ -56,7 +56,7 @@ def run(cell_path: Path, output_dir: Path) -> int:
     cell = Cell.model_validate_json(cell_path.read_text())
     output_dir.mkdir(parents=True, exist_ok=True)
     interrupts.raise_on_sigterm()
-    if not process_group.is_spread(cell):
+    if not cell.is_distributed:
         if _has_gpu():
             device.see_only(cell.devices)
         job = Job(_starting_record(cell, cell_path, output_dir), output_dir)
@@ -88,7 +88,7 @@ def _starting_record(cell: Cell, cell_path: Path, output_dir: Path) -> Record:
 
 def _own_record(cell: Cell) -> Record:
     threads = provenance.cpu_threads()  # accelerate has set them as it was told
-    return provenance.new_record(cell, launch_command.by_hand(cell, _has_gpu(), threads))
+    return provenance.new_record(cell, launch_command.command(cell, _has_gpu(), threads))
 
 
 def _has_gpu() -> bool:

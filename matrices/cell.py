@@ -15,6 +15,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import to_jsonable_python
 
+from matrices.parallelism import STRATEGIES, Strategy
+from matrices.parallelism import Parallelism as Parallelism
+
 Method = Literal["base", "full", "lora", "qlora"]
 Dtype = Literal["bf16", "fp16", "fp32"]
 QuantStorage = Literal["uint8", "bf16", "fp16", "fp32"]
@@ -34,18 +37,6 @@ Optimizer = Literal[
     "paged_lion_32bit",
     "adafactor",
     "sgd",
-]
-# How one cell is spread over devices. `fsdp` is FSDP2 (fully_shard), `fsdp1` the older wrapper.
-Parallelism = Literal[
-    "single",
-    "ddp",
-    "fsdp",
-    "fsdp1",
-    "zero1",
-    "zero2",
-    "zero3",
-    "zero3-offload",
-    "device-map",
 ]
 Scheduler = Literal[
     "linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"
@@ -239,9 +230,24 @@ class Cell(Section):
         return hashlib.sha256(canonical_json(self).encode()).hexdigest()
 
     @property
+    def strategy(self) -> Strategy:
+        """The row of its parallelism."""
+        return STRATEGIES[self.parallelism]
+
+    @property
+    def is_distributed(self) -> bool:
+        """Whether it trains in ranks, processes that `accelerate launch` starts together."""
+        return self.train is not None and self.strategy.is_distributed
+
+    @property
     def ranks(self) -> int:
         """Processes that train it, each on its own share of a batch."""
-        return 1 if self.parallelism in ("single", "device-map") else self.devices
+        return self.devices if self.is_distributed else 1
+
+    @property
+    def ranks_per_node(self) -> int:
+        """Processes of it on each of its machines."""
+        return max(1, self.ranks // self.nodes)
 
 
 SECTIONS: dict[str, type[Section]] = {
@@ -364,7 +370,13 @@ def label(cell: Cell) -> str:
         target = cell.adapter.target_modules
         text = target if isinstance(target, str) else ",".join(target)
         words += [f"r{cell.adapter.rank}", text if len(text) <= 40 else f"{text[:39]}…"]
-    if cell.parallelism != "single":
-        places = f"{cell.nodes}x{cell.devices // cell.nodes}"
-        words += [cell.parallelism, f"x{cell.devices}" if cell.nodes == 1 else places]
+    if cell.strategy.several_devices:
+        words += [cell.parallelism, devices_text(cell)]
     return " ".join(words)
+
+
+def devices_text(cell: Cell) -> str:
+    """`x4`, or on several machines `2x2`: machines and the devices of each."""
+    if cell.nodes == 1:
+        return f"x{cell.devices}"
+    return f"{cell.nodes}x{cell.devices // cell.nodes}"

@@ -41,6 +41,7 @@ from matrices.files.data_format import COLUMN_SETTINGS, format_named
 from matrices.language.presets import PRESETS
 from matrices.language.settings import DEFAULTS, PRESET, show, validate
 from matrices.load import MAX_COMBINATIONS, Entry, Matrix
+from matrices.parallelism import STRATEGIES
 
 # Sections that mean nothing for a method.
 UNUSED: dict[str, tuple[str, ...]] = {
@@ -319,7 +320,7 @@ def collapse(combination: Mapping[str, Any]) -> Combination:
     if found["method"] == "base":
         # Nothing is trained, and without quantization nothing is scored under autocast.
         default("seed", "parallelism", "devices", "nodes", "model.compute_dtype")
-    if found["parallelism"] in ("single", "device-map"):
+    if not STRATEGIES[found["parallelism"]].is_distributed:
         # accelerate starts one process, which it has nothing to tell.
         default("profile")
     if found["adapter.alpha"] is None:
@@ -348,8 +349,8 @@ def collapse(combination: Mapping[str, Any]) -> Combination:
 def _accumulate(found: Combination) -> None:
     """Have the accumulation steps make the global batch size. Where none do, it stays, and a rule
     refuses the cell."""
-    alone = found["parallelism"] in ("single", "device-map")
-    together = found["train.micro_batch_size"] * (1 if alone else found["devices"])
+    ranks = found["devices"] if STRATEGIES[found["parallelism"]].is_distributed else 1
+    together = found["train.micro_batch_size"] * ranks
     if found[GLOBAL_BATCH] is not None and found[GLOBAL_BATCH] % together == 0:
         found["train.gradient_accumulation_steps"] = found[GLOBAL_BATCH] // together
         found[GLOBAL_BATCH] = None

@@ -101,9 +101,8 @@ def _device_map(cell: Cell, place: torch.device | None) -> Any:
     if is_deepspeed_zero3_enabled():
         # Weights are divided among the ranks as they are read.
         return None
-    if cell.parallelism == "device-map" and cell.devices > 1:
-        # Layers spread evenly over the devices that are visible, computed one after another.
-        return "balanced"
+    if cell.strategy.device_map and cell.devices > 1:
+        return cell.strategy.device_map
     return {"": place or device.training_device()}
 
 

@@ -38,7 +38,7 @@ def problems(cells: Sequence[Cell]) -> list[Problem]:
         found.check(having, task_check.check_chat_template, recipe, chosen)
     for recipe, having in shared(cells, lambda cell: cell.evaluate):
         _check_recipe(found, having, recipe)
-    zero = [cell for cell in cells if cell.parallelism.startswith("zero")]
+    zero = [cell for cell in cells if cell.strategy.zero_stage]
     if zero:
         found.check(zero, deepspeed_build.load_host_collectives)
     return found.problems

@@ -11,6 +11,8 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from harness.ranks.launch_command import MODULE
+
 
 @dataclass(frozen=True)
 class Place:
@@ -54,7 +56,7 @@ def _accelerates(arguments: Sequence[str]) -> dict[str, str]:
     from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
     parser = launch_command_parser()
-    given = parser.parse_args([*arguments, "--module", "harness.worker"])
+    given = parser.parse_args([*arguments, "--module", MODULE])
     given, defaults, precision_from_file = _validate_launch_command(given)
     # It looks for a free port otherwise than by asking whether rank 0's, in use by then, is free.
     given.main_process_port = 0

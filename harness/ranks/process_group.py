@@ -15,7 +15,6 @@ import torch
 
 from harness import device
 from harness.ranks import deepspeed_build
-from harness.ranks.launch_command import is_spread
 from harness.ranks.launch_environment import Place, torchruns
 from harness.ranks.state_files import record_path
 from harness.records.record import Record, read_record
@@ -26,18 +25,6 @@ from matrices.accelerate_profiles import mixed_precision
 from matrices.cell import Cell
 from matrices.rules.parallelism import reentrant
 
-# What accelerate has to say of itself where a cell asks for this parallelism.
-DISTRIBUTED_TYPES = {
-    "ddp": ("MULTI_GPU", "MULTI_CPU"),
-    "fsdp": ("FSDP",),
-    "fsdp1": ("FSDP",),
-    "zero1": ("DEEPSPEED",),
-    "zero2": ("DEEPSPEED",),
-    "zero3": ("DEEPSPEED",),
-    "zero3-offload": ("DEEPSPEED",),
-}
-# Weights are read into host memory, and each device takes its part of them from there.
-SHARDED_FROM_HOST = ("fsdp", "fsdp1")
 BACK = "every weight to {dtype}, and trains fp32 copies of what is trained"
 FORCED = "use_reentrant false: TRL checkpoints adapters under ZeRO-3 with use_reentrant true only"
 # Another machine's file may become visible late: NFS keeps a directory's attributes for a minute.
@@ -69,18 +56,18 @@ def join(cell: Cell, output_dir: Path) -> Any:
         )
     if device.has_cuda():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    elif cell.parallelism in ("fsdp", "fsdp1"):
+    elif cell.strategy.fsdp_version:
         from harness.ranks import cpu_fsdp
 
         cpu_fsdp.install()
-    if cell.parallelism.startswith("zero"):
+    if cell.strategy.zero_stage:
         deepspeed_build.load_host_collectives()
     state = PartialState(cpu=not device.has_cuda())
     if state.num_processes != cell.devices:
         raise VerificationError(
             f"the cell asks for {cell.devices} ranks, and {state.num_processes} met"
         )
-    if cell.parallelism.startswith("zero"):
+    if cell.strategy.zero_stage:
         from deepspeed import init_distributed
 
         # DeepSpeed counts ranks itself, and on a CPU accelerate does not introduce them.
@@ -92,8 +79,7 @@ def verify(accelerator: Any, cell: Cell) -> tuple[str, int]:
     """(distributed type, ranks) of a trainer's accelerator once it is prepared. Raises
     VerificationError when it is not what the cell asks for."""
     found = accelerator.distributed_type.value, int(accelerator.num_processes)
-    wanted = DISTRIBUTED_TYPES.get(cell.parallelism, ("NO",))
-    if found[0] not in wanted or found[1] != (cell.devices if is_spread(cell) else 1):
+    if found[0] not in cell.strategy.distributed_types or found[1] != cell.ranks:
         raise VerificationError(
             f"the cell says {cell.parallelism} on {cell.devices} devices, accelerate trains as "
             f"{found[0]} on {found[1]} ranks"
@@ -102,23 +88,24 @@ def verify(accelerator: Any, cell: Cell) -> tuple[str, int]:
 
 
 def load_device(cell: Cell) -> torch.device:
-    """Where weights are loaded to: what is sharded goes to its devices from the host."""
-    if is_spread(cell) and cell.parallelism in SHARDED_FROM_HOST:
+    """Where weights are loaded to. FSDP's devices take their parts from host memory; DeepSpeed
+    divides weights while they are read."""
+    if cell.is_distributed and cell.strategy.fsdp_version:
         return torch.device("cpu")
     return device.training_device()
 
 
 def takes_models_apart(cell: Cell) -> bool:
     """Whether the engine keeps the model that it is given: DDP only wraps it."""
-    return is_spread(cell) and cell.parallelism != "ddp"
+    return cell.is_distributed and not cell.strategy.replicates
 
 
 def let_go(trainer: Any, cell: Cell) -> None:
     """Have an engine drop what it holds, so that another one can follow it."""
-    if not is_spread(cell):
+    if not cell.is_distributed:
         return
     engine = trainer.model_wrapped
-    if cell.parallelism.startswith("zero") and hasattr(engine, "destroy"):
+    if cell.strategy.zero_stage and hasattr(engine, "destroy"):
         engine.destroy()
     trainer.accelerator.free_memory()
 
@@ -128,9 +115,9 @@ def substitutions(cell: Cell) -> list[str]:
     from harness.ranks import cpu_fsdp
 
     said = []
-    if cell.parallelism in ("fsdp", "fsdp1") and not device.has_cuda():
+    if cell.strategy.fsdp_version and not device.has_cuda():
         said.append(cpu_fsdp.SAID)
-    if cell.parallelism.startswith("zero") and mixed_precision(cell) != "no":
+    if cell.strategy.zero_stage and mixed_precision(cell) != "no":
         # deepspeed/runtime/engine.py, _cast_module_mixed_precision.
         if cell.quantization is not None and cell.quantization.kbit_preparation:
             said.append(f"kbit_preparation's fp32 norms and head: DeepSpeed casts {BACK}")

@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -262,9 +263,7 @@ def used(cell: Cell, of: Stack, on: Hardware, threads: int | None) -> dict[str, 
 
 def sometimes_used(cell: Cell, gpu: bool) -> set[str]:
     """Of the packages that not every cell uses, those that this one does."""
-    names = set()
-    if cell.parallelism.startswith("zero"):
-        names.add("deepspeed")
+    names = {cell.strategy.package} if cell.strategy.package else set()
     attention = cell.model.attn_implementation
     if attention.startswith("flash_attention"):
         names |= {"flash-attn", "kernels"}  # transformers takes a kernel where flash-attn lacks
@@ -288,11 +287,16 @@ def recorded_stack_id(record: Record) -> str:
     return stack_id(record.cell, record.stack, record.hardware, recorded_threads(record))
 
 
+def option(argv: Sequence[str], name: str) -> str | None:
+    """The value that an argv gives an option; none where it gives none."""
+    return argv[argv.index(name) + 1] if name in argv[:-1] else None
+
+
 def recorded_threads(record: Record) -> int | None:
     """Threads of each process of a recorded cell; none where it does not say."""
-    said = record.provenance.environment.get("OMP_NUM_THREADS", "")
-    if THREADS_OPTION in record.command[:-1]:
-        said = record.command[record.command.index(THREADS_OPTION) + 1]
+    said = option(record.command, THREADS_OPTION)
+    if said is None:
+        said = record.provenance.environment.get("OMP_NUM_THREADS", "")
     return int(said) if said.isdigit() and int(said) > 0 else None
 
 

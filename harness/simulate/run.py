@@ -104,7 +104,7 @@ def simulate(
     before = paged.nbytes
     try:
         return _simulate(
-            cell, gpu, on_cuda, paged, layer_replay.on and cell.parallelism == "single"
+            cell, gpu, on_cuda, paged, layer_replay.on and not cell.strategy.is_distributed
         )
     except layer_replay.Unrepeatable as error:
         print(f"tunebench: note: every layer is run: {error}", file=sys.stderr)

@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from harness.ranks.launch_command import is_spread, threads_of
+from harness.ranks import launch_command
+from harness.ranks.launch_command import accelerate, threads_of
 from harness.ranks.launch_environment import Place
 from harness.records import provenance
 from harness.records.record import Record, read_record
 from harness.records.store import Entry, Store, disk_errors
-from launch.cells import accelerate_command
+from launch.cells import accelerate_profile
 from launch.cells.devices import Grant, Lease, Slots
 from launch.cells.finish import contamination, finish_abandoned, finish_record
 from launch.cells.start import devices_here, first_record, placement
@@ -34,9 +35,9 @@ from matrices.cell import Cell, label
 from matrices.errors import UserError
 from matrices.rules.verdicts import refusals
 
-# argv for a cell, the directory it is in, whether it computes on GPUs, where its record goes, and
-# the threads of each process.
-MakeCommand = Callable[[Cell, Path, bool, Path, int], list[str]]
+# argv for a cell, whether it computes on GPUs, the threads of each process, the directory it is in,
+# where its record goes, and accelerate's own command.
+MakeCommand = Callable[[Cell, bool, int, Path, Path, list[str]], list[str]]
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def rerun(
     path: Path,
     display: Display,
     options: Options,
-    command: MakeCommand = accelerate_command.command_into,
+    command: MakeCommand = launch_command.command,
 ) -> tuple[Entry, int | None]:
     """Run the cell of a record again; gives the new record and the signal that stopped it.
 
@@ -150,17 +151,17 @@ def rerun(
         placed = placement("local", None, lease.grant)
         first = partial(first_record, cell, grant=lease.grant, placed=placed, threads=threads)
         working = store.start(first, key)
-        accelerate_command.write(cell, working)
+        accelerate_profile.write(cell, working)
         job = Job(cell, key, label(cell), "run", "rerun", 0, None)
         display.begin([job])
         display.cell_started(job)
         began = time.monotonic()
         gpu = provenance.uses_gpu(provenance.stack(), provenance.hardware())
-        argv = command(cell, working, gpu, working, threads)
+        argv = command(cell, gpu, threads, working, working, accelerate())
         process = _launched(argv, working, store.worker_lock(key), lease.grant)
         limits = limits_for(cell.devices, options.limit_seconds, options.phase_seconds)
         show = partial(display.update, job)
-        ranks = Ranks(places=(Place(local_ranks=cell.devices if is_spread(cell) else 1),))
+        ranks = Ranks(places=(Place(local_ranks=cell.ranks),))
         outcome = watch([process], working, limits, lambda: signals.received, show, ranks)
         finished = finish_record(working, outcome)
         finished = finished.model_copy(update={"contaminated": contamination(finished)})

@@ -13,10 +13,11 @@ from multiprocessing import connection
 from pathlib import Path
 
 from harness.preflight.problems import Problem
+from harness.ranks.launch_command import fixed_port
 from harness.records import provenance
 from harness.records.record import Record, Status, read_record
 from harness.records.store import Entry, Store
-from launch.cells import accelerate_command, start
+from launch.cells import accelerate_profile, start
 from launch.cells.devices import Grant, Guard, Lease, Slots
 from launch.cells.finish import contamination, finish_abandoned, finish_record
 from launch.cells.start import Engine, Rendezvous, devices_here, first_record
@@ -91,7 +92,7 @@ class Runner:
         Stopped when stopped before the first cell."""
         self.store.check()
         to_run = [job for job in jobs if job.action in ("run", "retry")]
-        for port in {start.fixed_port(job.cell) for job in to_run} - {0}:
+        for port in {fixed_port(job.cell) for job in to_run} - {0}:
             free_port(port)
         with stop_signals() as signals:
             if to_run:
@@ -112,8 +113,8 @@ class Runner:
         modules = [self.worker] + ([self.preflight] if self.preflight else [])
         # It looks for GPUs when it is imported, which a process that is forked from must not do.
         gpu = provenance.uses_gpu(provenance.stack(), provenance.hardware())
-        if not gpu and any(cell.parallelism.startswith("zero") for cell in cells):
-            modules.append("deepspeed")
+        if not gpu:
+            modules += sorted({each for cell in cells if (each := cell.strategy.package)})
         self.server = start_server(modules)
         if self.preflight is None:
             return []
@@ -229,7 +230,7 @@ class Runner:
         if last and (last.record.status, last.record.reason) == (status, why):
             return last
         working = self.store.start(partial(first_record, job.cell), job.key)
-        accelerate_command.write(job.cell, working)
+        accelerate_profile.write(job.cell, working)
         refused = read_record(working / "record.json").model_copy(
             update={"status": status, "reason": why, "ended": provenance.now()}
         )
@@ -242,11 +243,11 @@ class Runner:
         cell, grant = job.cell, lease.grant
         placed = start.placement(self.engine, self.job, grant)
         meeting = self.rendezvous if cell.nodes > 1 else None
-        if meeting is None and (port := start.fixed_port(cell)):
+        if meeting is None and (port := fixed_port(cell)):
             free_port(port)
         first = partial(first_record, cell, grant=grant, placed=placed, meeting=meeting)
         working = self.store.start(first, job.key)
-        accelerate_command.write(cell, working)
+        accelerate_profile.write(cell, working)
         ranks = start.ranks(cell, working, grant, meeting)
         if meeting is not None:
             start.announce(working, meeting)

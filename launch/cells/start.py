@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from harness.ranks.launch_command import PORT, by_hand, is_spread, threads_of
+from harness.ranks.launch_command import PORT, command, fixed_port, launch_arguments, threads_of
 from harness.ranks.launch_environment import Place
 from harness.records import provenance
 from harness.records.record import Placement, Record
 from harness.system.files import write_atomically
-from launch.cells import accelerate_command
 from launch.cells.devices import Grant
 from launch.processes.workers import Ranks, free_port
 from matrices.cell import Cell
@@ -38,12 +37,6 @@ def devices_here(cell: Cell) -> int:
     return max(1, cell.devices // cell.nodes)
 
 
-def fixed_port(cell: Cell) -> int:
-    """The port that a user's profile asks for; 0 for any."""
-    port = cell.profile.get("main_process_port")
-    return port if isinstance(port, int) else 0
-
-
 def first_record(
     cell: Cell,
     place: Path,
@@ -56,9 +49,8 @@ def first_record(
     """The record an attempt starts with; its command is called in the record's directory."""
     threads = threads or threads_of(cell, grant.cores if grant is not None else None)
     gpu = provenance.uses_gpu(provenance.stack(), provenance.hardware())
-    met = (meeting.address, meeting.port) if meeting is not None else (socket.gethostname(), PORT)
-    command = by_hand(cell, gpu, threads, meeting=met)
-    record = provenance.new_record(cell, command, attempt, threads)
+    called = command(cell, gpu, threads, meeting=_meeting_place(meeting))
+    record = provenance.new_record(cell, called, attempt, threads)
     if grant is not None:
         record.provenance.environment |= _environment(threads, grant)
     return record.model_copy(update={"placement": placed or Placement()})
@@ -95,19 +87,23 @@ def ranks(
     """
     threads = threads_of(cell, grant.cores)
     variables = _environment(threads, grant)
-    if not is_spread(cell):
+    if not cell.is_distributed:
         return Ranks(environment=variables)
     gpu = provenance.uses_gpu(provenance.stack(), provenance.hardware())
-    address, port = (meeting.address, meeting.port) if meeting is not None else (None, PORT)
-    given = accelerate_command.command(cell, working, gpu, None, address, port, threads)
+    given = launch_arguments(cell, gpu, threads, working, _meeting_place(meeting), node_rank)
     count = devices_here(cell)
     met = meeting or Rendezvous("127.0.0.1", free_port(fixed_port(cell)), "")
     first = Place(0, count, node_rank, cell.nodes, met.address, met.port)
     return Ranks(
         places=tuple(dataclasses.replace(first, local_rank=number) for number in range(count)),
-        launch_arguments=tuple(accelerate_command.launch_arguments(given)),
+        launch_arguments=tuple(given),
         environment=variables,
     )
+
+
+def _meeting_place(meeting: Rendezvous | None) -> tuple[str, int]:
+    """Address and port; none is this machine."""
+    return (meeting.address, meeting.port) if meeting else (socket.gethostname(), PORT)
 
 
 def announce(working: Path, rendezvous: Rendezvous) -> None:

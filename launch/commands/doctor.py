@@ -20,6 +20,7 @@ from launch.cells.devices import local_devices
 from launch.planning.plan import this_machine
 from matrices.catalogue.models import PACKAGED_MODELS
 from matrices.cell import SECTIONS, Adapter, Cell, Data, Model, Quantization, Train
+from matrices.parallelism import STRATEGIES
 from matrices.rules.machine import Machine
 from matrices.rules.verdicts import refusals
 
@@ -213,7 +214,7 @@ def _cell_with(key: str, value: str) -> Cell:
         if method == "qlora"
         else None,
         parallelism=value if key == "parallelism" else "single",  # type: ignore[arg-type]
-        devices=2 if key == "parallelism" and value != "single" else 1,
+        devices=2 if key == "parallelism" and STRATEGIES[value].several_devices else 1,  # type: ignore[index]
         adapter=Adapter() if method in ("lora", "qlora") else None,
         data=None if method == "base" else Data(),
         train=None if method == "base" else Train(**given.get("train", {})),  # type: ignore[arg-type]

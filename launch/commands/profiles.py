@@ -27,13 +27,13 @@ def profiles(
     tunebench profiles fsdp > mine.yaml
     tunebench profiles zero2 > mine.yaml; tunebench profiles zero2.json > zero2.json
     """
-    from launch.cells import accelerate_command
+    from launch.cells import accelerate_profile
     from launch.display.tables import aligned
 
     if name is not None:
-        print(accelerate_command.text(name), end="")
+        print(accelerate_profile.text(name), end="")
         return
-    found = [(each, accelerate_command.question(each)) for each in accelerate_command.shipped()]
+    found = [(each, accelerate_profile.question(each)) for each in accelerate_profile.shipped()]
     if as_json:
         print_json([{"name": each, "what": what} for each, what in found])
     else:

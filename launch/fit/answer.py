@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from harness.records.prediction import Prediction
 from launch.display.prediction_progress import Show
@@ -21,6 +21,7 @@ from matrices.cell import Cell, Parallelism
 from matrices.errors import UserError, nearest
 from matrices.expand import expand
 from matrices.load import load
+from matrices.parallelism import STRATEGIES
 from matrices.rules.adapt import spread_over
 
 METHODS = ("full", "lora", "qlora")
@@ -123,7 +124,7 @@ def checked_methods(names: Sequence[str]) -> tuple[str, ...]:
 
 def checked_parallelism(names: Sequence[str], count: int) -> tuple[Parallelism, ...]:
     """Ways to spread a cell, of repeated or comma-separated options. Raises UserError."""
-    known = [name for name in get_args(Parallelism) if (name == "single") == (count == 1)]
+    known = [name for name, each in STRATEGIES.items() if each.several_devices == (count > 1)]
     asked = [part.strip() for name in names for part in name.split(",") if part.strip()]
     for name in asked:
         if name not in known:

@@ -23,6 +23,7 @@ import psutil
 from filelock import FileLock
 
 from harness.ranks import state_files
+from harness.ranks.launch_command import runs_accelerate
 from harness.ranks.launch_environment import Place
 from harness.system import parent_death
 from launch.processes.server import Server, follow_parent
@@ -31,7 +32,6 @@ from matrices.errors import UserError
 # A worker told to stop writes its record in this time, or is killed.
 GRACE_SECONDS = 15.0
 
-ACCELERATE = "accelerate.commands.accelerate_cli"
 # multiprocessing's exit code of a process whose fork server died before it.
 LOST = 255
 FORKS = "the process that imports the stack"
@@ -179,7 +179,7 @@ class Launched:
                 | dict(environment or {}),
             )
         # accelerate itself only waits for its workers, and dies of a signal without passing it on.
-        self.by_accelerate = Path(argv[0]).name == "accelerate" or ACCELERATE in argv
+        self.by_accelerate = runs_accelerate(argv)
         self.pid: int | None = self.popen.pid
         self.sentinel = os.pidfd_open(self.popen.pid)
 

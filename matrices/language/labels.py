@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
-from matrices.cell import SECTIONS, TOP_LEVEL, Cell, Section, label
+from matrices.cell import SECTIONS, TOP_LEVEL, Cell, Section, devices_text, label
 
 LONGEST = 60
 # Values are cut to so many characters, as far as it needs; then the label is.
@@ -154,8 +154,7 @@ def _words(cell: Cell, told: Flat, limit: int) -> list[str]:
     if any(spread):
         words.append(cell.parallelism)
         if cell.devices > 1:
-            split = f"{cell.nodes}x{cell.devices // cell.nodes}"
-            words.append(f"x{cell.devices}" if cell.nodes == 1 else split)
+            words.append(devices_text(cell))
     if "adapter.alpha" in told and cell.adapter is not None:
         told["adapter.alpha"] = cell.adapter.alpha or 2 * cell.adapter.rank
     for key, value in told.items():

@@ -7,8 +7,6 @@ from typing import Any
 from matrices.cell import Cell, Parallelism
 from matrices.rules.machine import Machine
 from matrices.rules.parallelism import (
-    SHARDS_PARAMETERS,
-    ZERO,
     adafactor_needs_matrices,
     ddp_marks_parameters_once,
     fsdp2_needs_torch_optimizer,
@@ -29,8 +27,8 @@ def spread_over(cell: Cell, way: Parallelism, count: int) -> Cell:
     """The cell on `count` devices, changed where the rules would refuse it otherwise: how 4-bit
     weights are stored and prepared, reentrant checkpointing, an optimizer that can step there."""
     changed = cell.model_copy(update={"parallelism": way, "devices": count})
-    if changed.quantization is not None and (way in SHARDS_PARAMETERS or way in ZERO):
-        if way in SHARDS_PARAMETERS:
+    if changed.quantization is not None and changed.strategy.shards:
+        if changed.strategy.shards_parameters:
             changed = _with(changed, "quantization", quant_storage=quant_storage(changed))
         if kbit_preparation_is_kept(changed, IMAGINED):
             changed = _with(changed, "quantization", kbit_preparation=False)

@@ -39,7 +39,7 @@ EFFECTS: dict[str, tuple[Callable[[Cell, Machine], bool], str]] = {
         lambda cell, _: bool(_sft(cell, "dataloader_num_workers")),
         "dataloader_num_workers above 0",
     ),
-    "ddp": (lambda cell, _: cell.parallelism == "ddp", "parallelism ddp"),
+    "ddp": (lambda cell, _: cell.strategy.replicates, "parallelism ddp"),
     "several ranks": (lambda cell, _: cell.ranks > 1, "several ranks"),
     "unpacked rows": (lambda cell, _: not (cell.data and cell.data.packing), "packing false"),
     "use_liger_kernel": (lambda cell, _: bool(_sft(cell, "use_liger_kernel")), "use_liger_kernel"),

@@ -15,7 +15,6 @@ from matrices.catalogue.models import (
 from matrices.cell import Cell, Data
 from matrices.errors import UserError
 from matrices.rules.machine import Machine
-from matrices.rules.parallelism import SHARDS_PARAMETERS
 
 # model_type of the causal models that look positions up in a table (transformers,
 # models/*/modeling_*.py: an nn.Embedding or a buffer with one row per position).
@@ -132,7 +131,7 @@ def _beyond(config: Mapping[str, object], max_length: int) -> tuple[str, str] | 
 
 def shards_must_not_be_empty(cell: Cell, machine: Machine) -> str | None:
     """More devices than a layer's vectors have entries, so that some ranks would hold nothing."""
-    if cell.parallelism not in SHARDS_PARAMETERS:
+    if not cell.strategy.shards_parameters:
         return None
     try:
         config = _config(cell)

@@ -10,7 +10,6 @@ from matrices.accelerate_profiles import mixed_precision
 from matrices.cell import Cell
 from matrices.rules.machine import Machine
 from matrices.rules.profiles import (
-    ZERO,
     own_profile_is_not_predicted,
     profile_matches_parallelism,
     profile_matches_precision,
@@ -18,13 +17,11 @@ from matrices.rules.profiles import (
 
 # Their steps are torch's own, also on a DTensor.
 TORCH_OPTIMIZERS = frozenset({"adamw_torch", "adamw_torch_fused", "sgd"})
-# Those that divide the frozen weights too.
-SHARDS_PARAMETERS = frozenset({"fsdp", "fsdp1", "zero3", "zero3-offload"})
 
 
 def single_is_one_device(cell: Cell, machine: Machine) -> str | None:
     """More than one device with parallelism single."""
-    if cell.parallelism != "single" or cell.devices == 1:
+    if cell.strategy.several_devices or cell.devices == 1:
         return None
     return (
         f"parallelism single is one device and devices is {cell.devices}; set parallelism to ddp, "
@@ -67,7 +64,8 @@ def enough_machines(cell: Cell, machine: Machine) -> str | None:
 
 def zero_needs_deepspeed(cell: Cell, machine: Machine) -> str | None:
     """ZeRO without the package deepspeed."""
-    if cell.parallelism not in ZERO or "deepspeed" in machine.packages:
+    package = cell.strategy.package
+    if package is None or package in machine.packages:
         return None
     return (
         f"{cell.parallelism} needs DeepSpeed, which is not installed and runs on Linux only: pip "
@@ -94,7 +92,7 @@ def fsdp1_needs_two_devices(cell: Cell, machine: Machine) -> str | None:
     """FSDP1 on one device."""
     # torch/distributed/fsdp/_init_utils.py, _init_core_state. DDP, FSDP2 and ZeRO in one process
     # are what they are on several (accelerate starts them so), and are not refused.
-    if cell.parallelism != "fsdp1" or cell.devices > 1:
+    if cell.strategy.fsdp_version != 1 or cell.devices > 1:
         return None
     return "torch switches FSDP1 to NO_SHARD on one device; use more devices, or parallelism single"
 
@@ -103,7 +101,7 @@ def fsdp1_needs_gpus(cell: Cell, machine: Machine) -> str | None:
     """FSDP1 without a GPU."""
     # torch/distributed/fsdp/_init_utils.py, _get_compute_device and _get_device_from_device_id:
     # accelerate gives it the device cpu:0, and it finds the parameters on cpu.
-    if cell.parallelism != "fsdp1" or machine.has_gpu:
+    if cell.strategy.fsdp_version != 1 or machine.has_gpu:
         return None
     return (
         "torch's FSDP1 does not take the device that accelerate names on a machine without GPUs; "
@@ -113,7 +111,7 @@ def fsdp1_needs_gpus(cell: Cell, machine: Machine) -> str | None:
 
 def device_map_needs_two_gpus(cell: Cell, machine: Machine) -> str | None:
     """device-map without two GPUs on one machine."""
-    if cell.parallelism != "device-map":
+    if cell.strategy.device_map is None:
         return None
     if not machine.has_gpu:
         return "a device map spreads layers over GPUs, and this machine has none"
@@ -127,7 +125,7 @@ def device_map_needs_two_gpus(cell: Cell, machine: Machine) -> str | None:
 
 def device_map_is_not_predicted(cell: Cell, machine: Machine) -> str | None:
     """device-map: one device of a kind is simulated, and here each holds other layers."""
-    if cell.parallelism != "device-map":
+    if cell.strategy.device_map is None:
         return None
     return (
         "a device map puts other layers on each device; only devices that are alike are simulated: "
@@ -145,21 +143,22 @@ def sharding_needs_quant_storage(cell: Cell, machine: Machine) -> str | None:
     # two ranks hold half of it each, and its losses are those of bf16 storage.
     if cell.quantization is None or cell.train is None:
         return None
-    kind, storage, use = cell.parallelism, cell.quantization.quant_storage, quant_storage(cell)
-    if kind == "fsdp" and storage == "uint8":
+    storage, use = cell.quantization.quant_storage, quant_storage(cell)
+    fsdp = cell.strategy.fsdp_version
+    if fsdp == 2 and storage == "uint8":
         return (
             "accelerate leaves 4-bit weights stored as uint8 out of FSDP's sharding, whole on each "
             f"device; use quant_storage {use}"
         )
-    if kind == "fsdp1" and storage != use:
+    if fsdp == 1 and storage != use:
         return (
             "FSDP1 lays 4-bit weights into one flat tensor with the others, so both need one "
             f"dtype; use quant_storage {use}"
         )
-    casts = kind == "fsdp" or kind in ZERO
+    casts = fsdp == 2 or cell.strategy.zero_stage
     if casts and mixed_precision(cell) != "no" and storage not in ("uint8", use):
         return (
-            f"{'FSDP2' if kind == 'fsdp' else 'DeepSpeed'} casts every floating-point weight to "
+            f"{'FSDP2' if fsdp else 'DeepSpeed'} casts every floating-point weight to "
             f"{use} here, which destroys 4-bit weights packed as {storage}; use quant_storage {use}"
         )
     return None
@@ -170,9 +169,8 @@ def quant_storage(cell: Cell) -> str:
     precision = mixed_precision(cell)
     # FSDP1's policy takes the storage's dtype: transformers/distributed/fsdp.py,
     # update_fsdp_plugin_peft.
-    return (
-        cell.model.weight_dtype if cell.parallelism == "fsdp1" or precision == "no" else precision
-    )
+    of_weights = cell.strategy.fsdp_version == 1 or precision == "no"
+    return cell.model.weight_dtype if of_weights else precision
 
 
 def deepspeed_casts_weights(cell: Cell, machine: Machine) -> str | None:
@@ -180,7 +178,7 @@ def deepspeed_casts_weights(cell: Cell, machine: Machine) -> str | None:
     weights that are not fp32."""
     # deepspeed/runtime/engine.py, _configure_distributed_model.
     precision = mixed_precision(cell)
-    if cell.parallelism not in ZERO or precision == cell.model.weight_dtype:
+    if not cell.strategy.zero_stage or precision == cell.model.weight_dtype:
         return None
     if precision != "no":
         return (
@@ -190,7 +188,7 @@ def deepspeed_casts_weights(cell: Cell, machine: Machine) -> str | None:
         )
     # deepspeed/runtime/zero/partition_parameters.py, InsertPostInitMethodToModuleSubClasses.
     # transformers loads what is quantized without it.
-    divided = cell.parallelism in SHARDS_PARAMETERS and cell.quantization is None
+    divided = cell.strategy.shards_parameters and cell.quantization is None
     if not divided or cell.model.weight_dtype == "fp32":
         return None
     return (
@@ -204,7 +202,7 @@ def polynomial_needs_defaults(cell: Cell, machine: Machine) -> str | None:
     # transformers/optimization.py, get_polynomial_decay_schedule_with_warmup: optimizer.defaults.
     if cell.train is None or cell.train.lr_scheduler_type != "polynomial":
         return None
-    if cell.parallelism not in ZERO:
+    if not cell.strategy.zero_stage:
         return None
     return (
         "transformers' polynomial schedule asks the optimizer for its defaults, and DeepSpeed's "
@@ -218,7 +216,7 @@ def kbit_preparation_is_kept(cell: Cell, machine: Machine) -> str | None:
     if cell.quantization is None or not cell.quantization.kbit_preparation or cell.train is None:
         return None
     # torch/distributed/fsdp/_flat_param.py: Must flatten tensors with uniform dtype.
-    if cell.parallelism == "fsdp1" and cell.quantization.quant_storage != "fp32":
+    if cell.strategy.fsdp_version == 1 and cell.quantization.quant_storage != "fp32":
         return (
             "FSDP1 cannot flatten norms in fp32 (kbit_preparation) together with 4-bit weights "
             f"stored as {cell.quantization.quant_storage}; use kbit_preparation false"
@@ -231,7 +229,7 @@ def fsdp2_needs_torch_optimizer(cell: Cell, machine: Machine) -> str | None:
     # torch.distributed.tensor: bitsandbytes.optimizer_update_32bit has no sharding strategy; its
     # 8-bit maps and adafactor's rows and columns (transformers/optimization.py) are plain tensors,
     # which cannot be mixed with DTensors.
-    if cell.train is None or cell.parallelism != "fsdp":
+    if cell.train is None or cell.strategy.fsdp_version != 2:
         return None
     if cell.train.optimizer in TORCH_OPTIMIZERS:
         return None
@@ -246,7 +244,7 @@ def adafactor_needs_matrices(cell: Cell, machine: Machine) -> str | None:
     # transformers/optimization.py, Adafactor._get_options: factored = len(param_shape) >= 2.
     if cell.train is None or cell.train.optimizer != "adafactor":
         return None
-    if cell.parallelism != "fsdp1" and cell.parallelism not in ZERO:
+    if cell.strategy.fsdp_version != 1 and not cell.strategy.zero_stage:
         return None
     return (
         f"{cell.parallelism} hands the optimizer flat vectors, whose second moments adafactor does "
@@ -258,7 +256,7 @@ def offload_replaces_optimizer(cell: Cell, machine: Machine) -> str | None:
     """zero3-offload on GPUs with an optimizer that accelerate exchanges for another one."""
     # accelerate/utils/deepspeed.py, map_pytorch_optim_to_deepspeed: DeepSpeedCPUAdam for whatever
     # is no Lion of 32 bits, without decoupled decay unless it was AdamW of 32 bits.
-    if cell.train is None or cell.parallelism != "zero3-offload" or not machine.has_gpu:
+    if cell.train is None or not cell.strategy.offloads or not machine.has_gpu:
         return None
     if cell.train.optimizer in ("adamw_torch", "adamw_torch_fused", "lion_32bit"):
         return None
@@ -275,7 +273,7 @@ def ddp_marks_parameters_once(cell: Cell, machine: Machine) -> str | None:
     # unless ddp_find_unused_parameters says otherwise.
     if cell.train is None or cell.adapter is None or not cell.train.gradient_checkpointing:
         return None
-    if cell.parallelism != "ddp" or not cell.train.use_reentrant:
+    if not cell.strategy.replicates or not cell.train.use_reentrant:
         return None
     if cell.train.sft_config.get("ddp_find_unused_parameters") is False:
         return None
@@ -294,7 +292,7 @@ def reentrant(cell: Cell) -> bool:
     # trl/trainer/sft_trainer.py: PEFT + DeepSpeed ZeRO-3 requires reentrant checkpointing.
     if cell.train is None or not cell.train.gradient_checkpointing:
         return False
-    forced = cell.adapter is not None and cell.parallelism in ("zero3", "zero3-offload")
+    forced = cell.adapter is not None and cell.strategy.zero_stage == 3
     return forced or cell.train.use_reentrant
 
 

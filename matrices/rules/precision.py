@@ -27,7 +27,7 @@ def fp16_gradient_scaling(cell: Cell, machine: Machine) -> str | None:
     # Gradients have the dtype of the trained parameters. PEFT keeps lora's in fp32
     # (autocast_adapter_dtype); TRL casts qlora's to bf16 (trl/trainer/sft_trainer.py). DeepSpeed
     # scales by itself, the gradients of its fp32 copies.
-    if not machine.has_gpu or not _fp16_autocast(cell) or cell.parallelism.startswith("zero"):
+    if not machine.has_gpu or not _fp16_autocast(cell) or cell.strategy.zero_stage:
         return None
     if cell.method == "qlora":
         return (
@@ -35,7 +35,7 @@ def fp16_gradient_scaling(cell: Cell, machine: Machine) -> str | None:
             "mixed precision has no CUDA kernel for bf16 gradients (torch: "
             "_amp_foreach_non_finite_check_and_unscale_cuda); use compute_dtype bf16 or fp32"
         )
-    if cell.parallelism in ("fsdp", "fsdp1"):
+    if cell.strategy.fsdp_version:
         # accelerate puts what is trained to fp32: fsdp_utils.py, fsdp2_prepare_model;
         # accelerator.py, prepare_model.
         return None

@@ -8,8 +8,6 @@ from matrices.accelerate_profiles import DEEPSPEED_FILE, mixed_precision
 from matrices.cell import Cell
 from matrices.rules.machine import Machine
 
-ZERO = frozenset({"zero1", "zero2", "zero3", "zero3-offload"})
-
 
 def own_profile_is_not_predicted(cell: Cell, machine: Machine) -> str | None:
     """A profile of the user's own: the simulation follows the shipped ones."""
@@ -22,20 +20,16 @@ def profile_matches_parallelism(cell: Cell, machine: Machine) -> str | None:
     """A profile of the user's own that is another kind of parallelism than the cell says."""
     if not cell.profile:
         return None
-    said = str(cell.profile.get("distributed_type"))
-    if cell.parallelism == "ddp" and said == "MULTI_GPU":
-        return None
-    if cell.parallelism in ("fsdp", "fsdp1") and said == "FSDP":
-        version = str(_at(cell.profile, "fsdp_config").get("fsdp_version", "1"))
-        wanted = "2" if cell.parallelism == "fsdp" else "1"
-        if version == wanted:
+    said, strategy = str(cell.profile.get("distributed_type")), cell.strategy
+    version = str(_at(cell.profile, "fsdp_config").get("fsdp_version", "1"))
+    stage = _stage(cell.profile)
+    if strategy.is_distributed and said == strategy.distributed_types[0]:
+        if strategy.fsdp_version and version != str(strategy.fsdp_version):
+            said = f"FSDP with fsdp_version {version}"
+        elif strategy.zero_stage and stage != str(strategy.zero_stage):
+            said = f"DEEPSPEED with ZeRO stage {stage}"
+        else:
             return None
-        said = f"FSDP with fsdp_version {version}"
-    if cell.parallelism in ZERO and said == "DEEPSPEED":
-        stage = _stage(cell.profile)
-        if stage == cell.parallelism[len("zero") : len("zero") + 1]:
-            return None
-        said = f"DEEPSPEED with ZeRO stage {stage}"
     return (
         f"the profile's distributed_type is {said}, which is not parallelism {cell.parallelism}; "
         f"start from what `tunebench profiles {cell.parallelism}` prints"

@@ -11,8 +11,6 @@ from matrices.cell import Cell
 HEADLINE_FIELD = {"ledger": "ledger_peak_bytes", "cuda_allocated": "allocated_peak_bytes"}
 # Load and evaluation stand apart.
 TRAINING_PHASES: tuple[Phase, ...] = ("forward", "backward", "optimizer_step")
-# DDP, ZeRO-1 and ZeRO-2 keep all parameters on every rank (DeepSpeed's documentation of ZeRO).
-DIVIDES_PARAMETERS = ("fsdp", "fsdp1", "zero3", "zero3-offload")
 METERS = {
     "ledger": "peak live tensor bytes by the ledger; no GPU was used",
     "cuda_allocated": "torch.cuda peak allocated bytes, the largest of all ranks",
@@ -76,7 +74,7 @@ def parameter_share(record: Record) -> float | None:
 
 def expected_share(cell: Cell) -> float:
     """The share of the parameters that a rank is to hold: all, unless they are divided."""
-    return 1 / cell.devices if cell.parallelism in DIVIDES_PARAMETERS else 1.0
+    return 1 / cell.devices if cell.strategy.shards_parameters else 1.0
 
 
 def communication_bytes(record: Record) -> int | None:
@@ -89,8 +87,7 @@ def global_batch(cell: Cell) -> int | None:
     """Samples of one optimizer step over all devices; none for a cell that trains nothing."""
     if cell.train is None:
         return None
-    copies = 1 if cell.parallelism in ("single", "device-map") else cell.devices
-    return cell.train.micro_batch_size * cell.train.gradient_accumulation_steps * copies
+    return cell.train.micro_batch_size * cell.train.gradient_accumulation_steps * cell.ranks
 
 
 def timed_seconds(record: Record) -> list[float]:

@@ -135,7 +135,7 @@ def _status(record: Record) -> str:
 def _settings(record: Record) -> str:
     flat = flatten(record.cell)
     lines = _wrapped("method", record.cell.method)
-    if record.cell.parallelism != "single":
+    if record.cell.strategy.several_devices:
         machines = f" of {record.cell.nodes} machines" if record.cell.nodes > 1 else ""
         spread = f"{record.cell.parallelism} over {record.cell.devices} devices{machines}"
         lines += _wrapped("spread", spread)

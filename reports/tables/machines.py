@@ -36,7 +36,7 @@ def facts(record: Record) -> dict[str, str]:
     threads = provenance.recorded_threads(record)
     if threads is not None:
         # Processes of one machine share out its processors.
-        found["threads"] = str(threads * max(1, record.cell.ranks // record.cell.nodes))
+        found["threads"] = str(threads * record.cell.ranks_per_node)
     environment = {**record.provenance.environment, **record.memory.allocator_settings}
     return found | {name: value for name, value in environment.items() if name not in NOT_TOLD}
 

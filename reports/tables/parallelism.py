@@ -72,7 +72,8 @@ def _micro(item: Group) -> int:
 
 def one_process(groups: Sequence[Group], axes: tuple[str, ...]) -> Baselines:
     """The measured cells of one process."""
-    rows = [item for item in groups if item.cell.parallelism == "single" and item.measured]
+    alone = [item for item in groups if not item.cell.strategy.several_devices]
+    rows = [item for item in alone if item.measured]
     told = (
         "Baseline: the cell of one process that has the same samples in an optimizer step and "
         "differs in nothing but how they are spread."

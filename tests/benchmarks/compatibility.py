@@ -113,7 +113,7 @@ def _alone(record: Record, measured: Sequence[Record]) -> Record | None:
         (
             other
             for other in measured
-            if other.cell.parallelism == "single" and _but_spread(other) == wanted
+            if not other.cell.strategy.several_devices and _but_spread(other) == wanted
         ),
         None,
     )
@@ -164,7 +164,7 @@ def _entry(records: Sequence[Record], notes: list[str]) -> str:
 def _spread(record: Record) -> list[str]:
     """The processes it was found to run in, else the devices it was meant for."""
     cell = record.cell
-    if cell.parallelism == "single":
+    if not cell.strategy.several_devices:
         return []
     machines = f" on {cell.nodes} machines" if cell.nodes > 1 else ""
     ranks = record.verified.world_size

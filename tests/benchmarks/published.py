@@ -16,6 +16,7 @@ from typing import Any
 
 from matrices.cell import Adapter, Cell, Data, Model, Parallelism, Quantization, Train
 from matrices.errors import UserError, nearest
+from matrices.parallelism import STRATEGIES
 
 COLUMNS = (
     "row_id", "gpu", "n_gpus", "parallelism", "model_id", "method", "quant_type", "double_quant",
@@ -162,7 +163,7 @@ def _quantization(row: Measurement, parallelism: Parallelism) -> Quantization:
         quant_type=_one_of(row, "quant_type", ("nf4", "fp4")),
         double_quant=row.columns["double_quant"] == "True",
         # FSDP flattens parameters of one dtype only, so 4-bit weights are stored in the others'.
-        quant_storage="bf16" if parallelism.startswith("fsdp") else "uint8",
+        quant_storage="bf16" if STRATEGIES[parallelism].fsdp_version else "uint8",
         kbit_preparation="norms fp32" in row.columns["param_dtype"],
     )
 

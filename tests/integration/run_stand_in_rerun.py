@@ -11,7 +11,9 @@ from launch.cells import rerun
 from matrices.cell import Cell
 
 
-def command(cell: Cell, directory: Path, gpu: bool, output: Path, threads: int) -> list[str]:
+def command(
+    cell: Cell, gpu: bool, threads: int, directory: Path, output: Path, program: list[str]
+) -> list[str]:
     return [sys.executable, "-m", "stand_in_worker", str(directory / "cell.json"), str(output)]
 
 

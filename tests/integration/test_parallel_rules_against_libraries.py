@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from matrices.cell import Optimizer
+from matrices.parallelism import STRATEGIES
 from matrices.rules.parallelism import TORCH_OPTIMIZERS
 
 pytestmark = pytest.mark.slow
@@ -195,9 +196,9 @@ attempt("strategy", strategy)
 
 ZERO = """
 import deepspeed
-from harness import extensions
+from harness.ranks import deepspeed_build
 from transformers import get_polynomial_decay_schedule_with_warmup as schedule
-extensions.load_host_collectives()
+deepspeed_build.load_host_collectives()
 deepspeed.init_distributed(auto_mpi_discovery=False)
 def config(stage):
     return {
@@ -271,3 +272,21 @@ def test_accelerate_exchanges_optimizers_that_are_offloaded(
         map_pytorch_optim_to_deepspeed(optimizer)
     # Adam with decoupled decay; Lion; and two that are neither what they were nor AdamW.
     assert made == [("Adam", True), ("Lion", False), ("Adam", False), ("Adam", False)]
+
+
+def test_what_a_stage_of_zero_divides_is_deepspeeds_word() -> None:
+    config = pytest.importorskip("deepspeed.runtime.zero.config")
+    # optimizer_states is 1, gradients 2, weights 3; each divides what those below it divide.
+    names = {"optimizer_states": "optimizer", "gradients": "gradients", "weights": "parameters"}
+    stages = {names[each.name]: each.value for each in config.ZeroStageEnum if each.name in names}
+    for name, strategy in STRATEGIES.items():
+        if strategy.zero_stage:
+            divided = {what for what, stage in stages.items() if stage <= strategy.zero_stage}
+            assert {*strategy.shards} == divided, name
+
+
+def test_the_table_says_distributed_types_of_accelerate() -> None:
+    from accelerate.utils import DistributedType
+
+    known = {each.value for each in DistributedType}
+    assert {each for s in STRATEGIES.values() for each in s.distributed_types} <= known

@@ -39,7 +39,7 @@ def published(results: Path, seed: int, cell: Cell | None = None, **changes: obj
     store = Store(results)
     store.prepare()
     cell = cell or Cell(method="base", seed=seed, evaluate=Evaluate(tasks=()))
-    first = new_record(cell, launch_command.by_hand(cell, False, 2))
+    first = new_record(cell, launch_command.command(cell, False, 2))
     record = first.model_copy(update={"status": "ok", "ended": first.started, **changes})
     key = record_key(record.cell_id, record.stack_id)
     return store.publish(store.start(lambda place, attempt: record, key), record)

@@ -16,6 +16,7 @@ import psutil
 import pytest
 from stand_in_worker import DEAF, FAILS, HANGS, OK, RAISES, SEGFAULTS, SPAWNS, WRONG
 
+from harness.records.provenance import option
 from harness.records.record import Record, read_record
 
 HERE = Path(__file__).parent
@@ -130,7 +131,7 @@ def test_the_recorded_command_is_called_where_the_record_is(start: Callable[...,
     command = read_record(path).command
     assert (path.parent / command[-2]).is_file()
     assert not (path.parent / command[-1]).exists()
-    assert command[command.index("--module") + 1] == "harness.worker"
+    assert option(command, "--module") == "harness.worker"
     assert command[:2] == ["accelerate", "launch"]
     assert not any(part.startswith("/") for part in command)
 

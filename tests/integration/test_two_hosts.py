@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from two_hosts import Host, missing, two_hosts
 
+from harness.ranks.launch_command import accelerate, command
 from harness.ranks.state_files import read_states
 from harness.records.record import read_record
-from launch.cells import accelerate_command
+from launch.cells import accelerate_profile
 from matrices.cell import Adapter, Cell, Data, Evaluate, Model, Train
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
@@ -35,14 +36,13 @@ def started(
 ) -> list[subprocess.Popen[bytes]]:
     directory.mkdir(parents=True)
     (directory / "cell.json").write_text(cell.model_dump_json())
-    accelerate_command.write(cell, directory)
-    argv = accelerate_command.command(cell, directory, False, directory, hosts[0].address, 29511)
+    accelerate_profile.write(cell, directory)
+    meeting = (hosts[0].address, 29511)
     processes = []
     for number, host in enumerate(hosts):
-        own = list(argv)
-        own[own.index("--machine_rank") + 1] = str(number)
+        argv = command(cell, False, 1, directory, directory, accelerate(), meeting, number)
         log = directory / f"{number}.txt"
-        processes.append(host.start(own, environment | {"OMP_NUM_THREADS": "1"}, log, directory))
+        processes.append(host.start(argv, environment | {"OMP_NUM_THREADS": "1"}, log, directory))
     return processes
 
 

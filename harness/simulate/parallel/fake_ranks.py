@@ -33,6 +33,7 @@ from harness.simulate.memory.replacing import replaced
 from harness.simulate.parallel import ddp, fsdp, zero
 from matrices.cell import Cell
 from matrices.errors import UserError
+from matrices.parallelism import STRATEGIES
 
 ALIKE = "rank 0 is simulated; the other ranks are alike by construction"
 COLLECTIVES = "communication: NCCL's own buffers are not counted, collectives take no time"
@@ -71,20 +72,21 @@ def ranks(cell: Cell) -> Iterator[Layout]:
 
     Raises UserError when the installed libraries cannot spread the cell as it asks.
     """
-    kind = cell.parallelism
-    if kind == "single":
+    strategy = cell.strategy
+    if not strategy.is_distributed:
         if cell.devices != 1:
+            others = [name for name, each in STRATEGIES.items() if each.is_distributed]
             raise UserError(
                 f"{cell.devices} devices and no way to use them; set parallelism to one of "
-                "ddp, fsdp, fsdp1, zero1, zero2, zero3, zero3-offload",
+                f"{', '.join(others)}",
                 key="parallelism",
             )
         yield Layout()
         return
     if not torch.cuda.is_available():
         raise UserError(
-            f"{kind} on {cell.devices} devices is simulated on the fake cuda device only, which "
-            "cannot be had here",
+            f"{cell.parallelism} on {cell.devices} devices is simulated on the fake cuda device "
+            "only, which cannot be had here",
             key="parallelism",
         )
     layout = Layout(ranks=cell.devices, modelled=[ALIKE], assumptions=[COLLECTIVES])
@@ -94,18 +96,17 @@ def ranks(cell: Cell) -> Iterator[Layout]:
         stack.enter_context(storages_have_addresses())
         stack.enter_context(data_takes_its_device_along())
         stack.enter_context(random_states_stay())
-        if kind == "ddp":
+        # What divides the weights takes its part of them from host memory.
+        layout.load_device = torch.device("cpu") if strategy.shards_parameters else None
+        if strategy.replicates:
             stack.enter_context(ddp.buckets(layout.modelled))
-        elif kind in ("fsdp", "fsdp1"):
-            version = 2 if kind == "fsdp" else 1
-            stack.enter_context(_environment(fsdp.environment(version)))
+        elif strategy.fsdp_version:
+            stack.enter_context(_environment(fsdp.environment(strategy.fsdp_version)))
             stack.enter_context(fsdp.patched())
-            layout.load_device = torch.device("cpu")
             layout.begin, layout.step = fsdp.tag_shards, fsdp.tag_gradients
         else:
             stack.enter_context(_environment(zero.environment(cell)))
             stack.enter_context(zero.patched())
-            layout.load_device = zero.load_device(cell)
             layout.begin, layout.step = zero.tag_shards, zero.tag_gradients
             layout.host_bytes = zero.host_bytes
             layout.assumptions.append(zero.BUCKETS)
@@ -114,7 +115,7 @@ def ranks(cell: Cell) -> Iterator[Layout]:
 
 def check(cell: Cell, model: nn.Module) -> None:
     """Refuse more ranks than a layer has anything for. Raises UserError."""
-    if cell.parallelism in ("single", "ddp"):
+    if not cell.strategy.shards:
         return
     rows = max((p.shape[0] for p in model.parameters() if p.dim() > 1), default=1)
     if cell.devices > rows:

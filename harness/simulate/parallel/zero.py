@@ -20,7 +20,6 @@ BUCKETS = (
     "DeepSpeed's buckets have its default sizes (reduce_bucket_size: 5e8 elements), which "
     "accelerate's launcher leaves as they are"
 )
-STAGES = {"zero1": 1, "zero2": 2, "zero3": 3, "zero3-offload": 3}
 
 
 def environment(cell: Cell) -> dict[str, str]:
@@ -34,8 +33,8 @@ def environment(cell: Cell) -> dict[str, str]:
             f"{cell.parallelism} needs DeepSpeed, which is not installed: pip install deepspeed",
             key="parallelism",
         )
-    stage = STAGES[cell.parallelism]
-    place = "cpu" if cell.parallelism == "zero3-offload" else "none"
+    stage = cell.strategy.zero_stage
+    place = "cpu" if cell.strategy.offloads else "none"
     return {
         "ACCELERATE_USE_DEEPSPEED": "true",
         "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage),
@@ -46,11 +45,6 @@ def environment(cell: Cell) -> dict[str, str]:
         # DeepSpeed would look for a driver to choose by.
         "DS_ACCELERATOR": "cuda",
     }
-
-
-def load_device(cell: Cell) -> torch.device | None:
-    """Stage 3 divides the weights, from host memory; the others leave them whole on the device."""
-    return torch.device("cpu") if STAGES[cell.parallelism] == 3 else None
 
 
 def tag_shards(ledger: SimulatedLedger, model: Any) -> None:

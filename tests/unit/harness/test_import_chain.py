@@ -15,7 +15,8 @@ CHAIN = ("matrices", "harness", "reports", "launch")
 # Every room: a folder with its files, or a file that stands beside the folders. From the ground
 # up: a room imports only rooms that stand before it.
 ORDER = (
-    *("matrices", "matrices.errors", "matrices.cell", "matrices.libraries", "matrices.files"),
+    *("matrices", "matrices.errors", "matrices.parallelism", "matrices.cell"),
+    *("matrices.libraries", "matrices.files"),
     *("matrices.accelerate_profiles", "matrices.catalogue", "matrices.language"),
     *("matrices.load", "matrices.expand", "matrices.rules", "matrices.reference"),
     *("harness", "harness.system", "harness.device", "harness.records", "harness.models"),

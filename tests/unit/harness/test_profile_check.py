@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from harness.preflight import profile_check
-from launch.cells import accelerate_command
+from launch.cells import accelerate_profile
 from matrices.cell import Adapter, Cell, Data, Train
 from matrices.errors import UserError
 
@@ -27,10 +27,10 @@ def cell(kind: str, content: dict[str, Any]) -> Cell:
 
 def shipped(kind: str) -> dict[str, Any]:
     bare = Cell(parallelism=kind, devices=2)  # type: ignore[arg-type]
-    return copy.deepcopy(accelerate_command.content(bare))
+    return copy.deepcopy(accelerate_profile.content(bare))
 
 
-@pytest.mark.parametrize("kind", accelerate_command.shipped())
+@pytest.mark.parametrize("kind", accelerate_profile.shipped())
 def test_the_shipped_ones_have_none(kind: str) -> None:
     pytest.importorskip("deepspeed")
     profile_check.check(cell(kind, shipped(kind)))

@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 
-from harness.ranks import launch_environment
+from harness.ranks import launch_command, launch_environment
 from harness.simulate.parallel import fsdp, zero
-from launch.cells import accelerate_command
+from launch.cells import accelerate_profile
 from matrices.cell import Adapter, Cell, Data, Train
+from matrices.parallelism import STRATEGIES
 
-ZERO = ("zero1", "zero2", "zero3", "zero3-offload")
+ZERO = [name for name, each in STRATEGIES.items() if each.zero_stage]
+FSDP = [(name, each.fsdp_version) for name, each in STRATEGIES.items() if each.fsdp_version]
 
 
 def cell(kind: str) -> Cell:
@@ -33,12 +35,12 @@ def accelerates(kind: str, directory: Path, gpu: bool) -> dict[str, str]:
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
-    accelerate_command.write(cell(kind), directory, gpu)
-    given = accelerate_command.command(cell(kind), directory, gpu)
-    arguments = launch_command_parser().parse_args(given[given.index("launch") + 1 :])
+    accelerate_profile.write(cell(kind), directory, gpu)
+    given = launch_command.launch_arguments(cell(kind), gpu, 1, directory)
+    arguments = launch_command_parser().parse_args([*given, "--module", "harness.worker"])
     arguments, defaults, _ = _validate_launch_command(arguments)
     assert (arguments.num_processes, arguments.num_machines) == (2, 1)
-    if not kind.startswith("zero"):
+    if not cell(kind).strategy.zero_stage:
         assert arguments.multi_gpu or arguments.use_fsdp
         found: dict[str, str] = prepare_multi_gpu_env(arguments)
         return found
@@ -58,7 +60,7 @@ def clean(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize("gpu", [True, False])
-@pytest.mark.parametrize(("kind", "version"), [("fsdp", 2), ("fsdp1", 1)])
+@pytest.mark.parametrize(("kind", "version"), FSDP)
 def test_fsdp_is_what_is_simulated(
     kind: str, version: int, gpu: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -113,10 +115,8 @@ def test_zero_is_what_is_simulated(
 @pytest.mark.parametrize("kind", ["ddp", "fsdp", "zero2"])
 def test_a_forked_rank_is_told_the_same(kind: str, gpu: bool, tmp_path: Path) -> None:
     found = accelerates(kind, tmp_path, gpu)
-    given = accelerate_command.command(cell(kind), tmp_path, gpu)
-    told = launch_environment.environment(
-        accelerate_command.launch_arguments(given), launch_environment.Place(1, 2)
-    )
+    given = launch_command.launch_arguments(cell(kind), gpu, 1, tmp_path)
+    told = launch_environment.environment(given, launch_environment.Place(1, 2))
     ours = {name: value for name, value in told.items() if name.startswith(("ACCELERATE_", "FSDP"))}
     assert ours.items() <= found.items()
     missing = {n for n in found if n.startswith(("ACCELERATE_", "FSDP"))} - ours.keys()
@@ -138,7 +138,7 @@ def test_transformers_takes_the_values_that_are_written_out(
     assert spread.train is not None
     train = spread.train.model_copy(update={"autocast": autocast, "max_grad_norm": 0.25})
     spread = spread.model_copy(update={"train": train})
-    accelerate_command.write(spread, tmp_path, False)
+    accelerate_profile.write(spread, tmp_path, False)
     arguments = TrainingArguments(
         output_dir=str(tmp_path),
         per_device_train_batch_size=3,

@@ -6,19 +6,29 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import yaml
 from typer.testing import CliRunner
 
-from launch.cells import accelerate_command
+from harness.ranks.launch_command import (
+    accelerate,
+    command,
+    fixed_port,
+    launch_arguments,
+    runs_accelerate,
+    threads_of,
+)
+from harness.records.provenance import option
+from launch.cells import accelerate_profile
 from launch.cli import app
 from matrices.accelerate_profiles import PLACEHOLDERS
-from matrices.cell import Adapter, Cell, Data, Parallelism, Train
+from matrices.cell import Adapter, Cell, Data, Train
 from matrices.errors import UserError
+from matrices.parallelism import STRATEGIES
 
-SPREAD = [name for name in get_args(Parallelism) if name not in ("single", "device-map")]
+DISTRIBUTED = [name for name, each in STRATEGIES.items() if each.is_distributed]
 
 
 def cell(kind: str, devices: int = 2, **given: Any) -> Cell:
@@ -30,20 +40,29 @@ def cell(kind: str, devices: int = 2, **given: Any) -> Cell:
 
 
 def written(of: Cell, directory: Path, gpu: bool = False) -> dict[str, Any]:
-    accelerate_command.write(of, directory, gpu)
+    accelerate_profile.write(of, directory, gpu)
     found: dict[str, Any] = yaml.safe_load((directory / "profile.yaml").read_text())
     return found
 
 
-def after(argv: list[str], option: str) -> str:
-    return argv[argv.index(option) + 1]
+def test_there_is_a_profile_for_every_kind_with_ranks() -> None:
+    assert accelerate_profile.shipped() == sorted(DISTRIBUTED)
 
 
-def test_there_is_a_profile_for_every_way_to_spread_a_cell() -> None:
-    assert accelerate_command.shipped() == sorted(SPREAD)
+@pytest.mark.parametrize("kind", DISTRIBUTED)
+def test_a_profile_says_what_the_table_says(kind: str, tmp_path: Path) -> None:
+    found, strategy = written(cell(kind, 4), tmp_path), cell(kind).strategy
+    assert found["distributed_type"] == strategy.distributed_types[0]
+    assert found.get("fsdp_config", {}).get("fsdp_version") == (
+        strategy.fsdp_version and str(strategy.fsdp_version)
+    )
+    zero = found.get("deepspeed_config", {}).get("deepspeed_config_file")
+    told = json.loads((tmp_path / zero).read_text())["zero_optimization"] if zero else {}
+    assert told.get("stage") == strategy.zero_stage
+    assert ("offload_optimizer" in told, "offload_param" in told) == (strategy.offloads,) * 2
 
 
-@pytest.mark.parametrize("kind", SPREAD)
+@pytest.mark.parametrize("kind", DISTRIBUTED)
 @pytest.mark.parametrize("gpu", [True, False])
 def test_nothing_is_left_to_fill_in(kind: str, gpu: bool, tmp_path: Path) -> None:
     found = written(cell(kind, 4), tmp_path, gpu)
@@ -51,17 +70,16 @@ def test_nothing_is_left_to_fill_in(kind: str, gpu: bool, tmp_path: Path) -> Non
     assert not [path.name for path in tmp_path.iterdir() if "$" in path.read_text()]
 
 
-@pytest.mark.parametrize("kind", SPREAD)
+@pytest.mark.parametrize("kind", DISTRIBUTED)
 def test_it_says_what_the_cell_says(kind: str, tmp_path: Path) -> None:
     found = written(cell(kind, 4), tmp_path)
-    if not kind.startswith("zero"):
+    if not cell(kind).strategy.zero_stage:
         assert found["mixed_precision"] == "bf16"
         assert found["use_cpu"] is True
         assert not (tmp_path / "deepspeed.json").exists()
         return
     assert found["use_cpu"] is False
     told = json.loads((tmp_path / "deepspeed.json").read_text())
-    assert told["zero_optimization"]["stage"] == int(kind[4])
     assert told["train_micro_batch_size_per_gpu"] == 3
     assert told["gradient_accumulation_steps"] == 2
     assert told["train_batch_size"] == 3 * 2 * 4
@@ -79,7 +97,7 @@ def test_full_precision_is_said_in_words(tmp_path: Path) -> None:
 def test_offload_compiles_no_kernel_for_a_machine_without_gpus(
     gpu: bool, compiled: bool, tmp_path: Path
 ) -> None:
-    accelerate_command.write(cell("zero3-offload"), tmp_path, gpu)
+    accelerate_profile.write(cell("zero3-offload"), tmp_path, gpu)
     told = json.loads((tmp_path / "deepspeed.json").read_text())
     assert told["zero_force_ds_cpu_optimizer"] is compiled
 
@@ -87,23 +105,23 @@ def test_offload_compiles_no_kernel_for_a_machine_without_gpus(
 @pytest.mark.parametrize("kind", ["single", "device-map"])
 def test_one_process_needs_no_profile(kind: str, tmp_path: Path) -> None:
     alone = cell(kind, 1 if kind == "single" else 2)
-    accelerate_command.write(alone, tmp_path, False)
+    accelerate_profile.write(alone, tmp_path, False)
     assert list(tmp_path.iterdir()) == []
-    assert "--cpu" in accelerate_command.command(alone, tmp_path, False)
+    assert "--cpu" in launch_arguments(alone, False, 2)
     # On a GPU accelerate has to be told to leave the user's own configuration alone.
-    accelerate_command.write(alone, tmp_path, True)
-    given = accelerate_command.command(alone, tmp_path, True, tmp_path / "out")
-    assert after(given, "--config_file") == str(tmp_path / "profile.yaml")
+    accelerate_profile.write(alone, tmp_path, True)
+    given = command(alone, True, 2, tmp_path, tmp_path / "out")
+    assert option(given, "--config_file") == str(tmp_path / "profile.yaml")
     assert yaml.safe_load((tmp_path / "profile.yaml").read_text())["distributed_type"] == "NO"
-    for option, value in (("processes", "1"), ("machines", "1")):
-        assert after(given, f"--num_{option}") == value
-    assert (after(given, "--mixed_precision"), after(given, "--dynamo_backend")) == ("no", "no")
+    for name, value in (("processes", "1"), ("machines", "1")):
+        assert option(given, f"--num_{name}") == value
+    assert (option(given, "--mixed_precision"), option(given, "--dynamo_backend")) == ("no", "no")
     assert given[-2:] == [str(tmp_path / "cell.json"), str(tmp_path / "out")]
 
 
 def test_a_base_cell_is_one_process(tmp_path: Path) -> None:
     base = Cell(method="base", parallelism="ddp", devices=2)
-    accelerate_command.write(base, tmp_path, False)
+    accelerate_profile.write(base, tmp_path, False)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -111,39 +129,43 @@ def test_the_command_names_the_files_in_the_cells_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "8")
-    given = accelerate_command.command(cell("zero2", 4), tmp_path, False)
-    assert after(given, "--config_file") == str(tmp_path / "profile.yaml")
-    assert after(given, "--deepspeed_config_file") == str(tmp_path / "deepspeed.json")
-    assert after(given, "--num_processes") == "4"
-    assert after(given, "--num_machines") == "1"
-    assert after(given, "--main_process_port") == "0"
-    assert after(given, "--num_cpu_threads_per_process") == "2"
+    given = command(cell("zero2", 4), False, threads_of(cell("zero2", 4)), tmp_path)
+    assert option(given, "--config_file") == str(tmp_path / "profile.yaml")
+    assert option(given, "--deepspeed_config_file") == str(tmp_path / "deepspeed.json")
+    assert option(given, "--num_processes") == "4"
+    assert option(given, "--num_machines") == "1"
+    assert option(given, "--main_process_port") == "0"
+    assert option(given, "--num_cpu_threads_per_process") == "2"
     assert given[-4:-2] == ["--module", "harness.worker"]
-    assert given[-2:] == [str(tmp_path / "cell.json"), f"{tmp_path.name}.by-hand"]
-    assert "--deepspeed_config_file" not in accelerate_command.command(cell("ddp"), tmp_path, False)
+    assert given[-2:] == [str(tmp_path / "cell.json"), str(tmp_path / "by-hand")]
+    assert "--deepspeed_config_file" not in launch_arguments(cell("ddp"), False, 2)
 
 
-def test_the_launch_arguments_are_those_of_accelerate(tmp_path: Path) -> None:
-    given = accelerate_command.command(cell("fsdp"), tmp_path, False)
-    middle = accelerate_command.launch_arguments(given)
-    at = given.index("launch")
-    assert given[: at + 1] + middle + given[at + 1 + len(middle) :] == given
-    assert middle[0] == "--config_file"
-    assert middle[-1] == "--quiet"
+@pytest.mark.parametrize("program", [("accelerate",), tuple(accelerate())])
+def test_the_command_is_accelerates_with_the_worker_as_its_module(program: tuple[str, ...]) -> None:
+    arguments = launch_arguments(cell("fsdp"), False, 2)
+    assert command(cell("fsdp"), False, 2, program=program) == [
+        *(*program, "launch", *arguments),
+        *("--module", "harness.worker", "cell.json", "by-hand"),
+    ]
+    assert runs_accelerate(command(cell("fsdp"), False, 2, program=program))
+    assert not runs_accelerate([sys.executable, "-m", "harness.worker"])
 
 
-def test_machine_0_says_where_the_others_meet_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("machine", [0, 1])
+def test_each_machine_says_which_it_is_and_where_they_meet(
+    machine: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "8")
     several = cell("ddp", 4, nodes=2)
-    given = accelerate_command.command(several, tmp_path, False, None, "10.0.0.1", 29400)
-    assert after(given, "--num_processes") == "4"
-    assert after(given, "--num_machines") == "2"
-    assert after(given, "--machine_rank") == "0"
-    assert after(given, "--main_process_ip") == "10.0.0.1"
-    assert after(given, "--main_process_port") == "29400"
-    assert after(given, "--num_cpu_threads_per_process") == "4"  # two ranks on each
+    meeting = ("10.0.0.1", 29400)
+    given = command(several, False, threads_of(several), meeting=meeting, machine_rank=machine)
+    assert option(given, "--num_processes") == "4"
+    assert option(given, "--num_machines") == "2"
+    assert option(given, "--machine_rank") == str(machine)
+    assert option(given, "--main_process_ip") == "10.0.0.1"
+    assert option(given, "--main_process_port") == "29400"
+    assert option(given, "--num_cpu_threads_per_process") == "4"  # two ranks on each
     assert "--same_network" in given
 
 
@@ -166,17 +188,22 @@ def test_a_profile_of_the_users_own_takes_its_place(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "deepspeed.json").read_text()) == {
         "gradient_accumulation_steps": 2
     }
-    assert (
-        after(accelerate_command.command(mine, tmp_path, False), "--main_process_port") == "29999"
-    )
+    assert option(launch_arguments(mine, False, 1), "--main_process_port") == "29999"
+
+
+@pytest.mark.parametrize(("said", "port"), [(29999, 29999), ("29999", 29999), (None, 0)])
+def test_the_port_of_a_profile_is_a_number_however_it_is_written(said: object, port: int) -> None:
+    mine = cell("ddp", profile={"distributed_type": "MULTI_GPU", "main_process_port": said})
+    assert fixed_port(mine) == port
+    assert option(launch_arguments(mine, False, 1), "--main_process_port") == str(port)
 
 
 def test_a_user_can_list_and_print_them() -> None:
     listed = CliRunner().invoke(app, ["profiles"])
     assert listed.exit_code == 0
-    assert all(f"\n{name}" in listed.stdout for name in SPREAD)
+    assert all(f"\n{name}" in listed.stdout for name in DISTRIBUTED)
     printed = CliRunner().invoke(app, ["profiles", "fsdp"])
-    assert printed.stdout == (accelerate_command.SHIPPED / "fsdp.yaml").read_text()
+    assert printed.stdout == (accelerate_profile.SHIPPED / "fsdp.yaml").read_text()
     assert json.loads(CliRunner().invoke(app, ["profiles", "zero2.json"]).stdout)
     with pytest.raises(UserError, match="no profile is called 'zero4'; did you mean"):
         CliRunner().invoke(app, ["profiles", "zero4"], catch_exceptions=False)
@@ -185,7 +212,7 @@ def test_a_user_can_list_and_print_them() -> None:
 def test_what_they_say_can_be_filled_in_is_true() -> None:
     named = {
         word.strip('",').lstrip("$")
-        for path in accelerate_command.SHIPPED.iterdir()
+        for path in accelerate_profile.SHIPPED.iterdir()
         for line in path.read_text().splitlines()
         if not line.startswith("#")
         for word in line.split()
@@ -195,5 +222,5 @@ def test_what_they_say_can_be_filled_in_is_true() -> None:
 
 
 def test_it_imports_no_torch() -> None:
-    code = "import launch.cells.accelerate_command, sys; sys.exit('torch' in sys.modules)"
+    code = "import launch.cells.accelerate_profile, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,4 +1,4 @@
-"""How the processes of one cell are started: `accelerate launch` and the profile it is given.
+"""The accelerate profile that a cell is started with.
 
 The shipped profiles are files in `launch/profiles`, one per parallelism; a matrix can name another.
 Either is rendered with the cell's values into the cell's own directory, so that it is kept beside
@@ -8,23 +8,12 @@ the record and the recorded command finds it there.
 from __future__ import annotations
 
 import json
-import socket
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from harness.ranks.launch_command import (
-    DEEPSPEED,
-    PORT,
-    PROFILE,
-    SINGLE_PROCESS,
-    accelerate,
-    by_hand,
-    is_spread,
-    threads_of,
-)
+from harness.ranks.launch_command import DEEPSPEED, PROFILE, SINGLE_PROCESS
 from harness.records import provenance
 from harness.system.files import write_atomically
 from matrices.accelerate_profiles import DEEPSPEED_FILE, read_profile, rendered, values
@@ -68,7 +57,7 @@ def write(cell: Cell, directory: Path, gpu: bool | None = None) -> None:
     none asks this machine.
     """
     gpu = _uses_gpu() if gpu is None else gpu
-    if not is_spread(cell):
+    if not cell.is_distributed:
         if gpu:
             write_atomically(directory / PROFILE, SINGLE_PROCESS.read_text())
         return
@@ -83,40 +72,6 @@ def write(cell: Cell, directory: Path, gpu: bool | None = None) -> None:
     write_atomically(
         directory / PROFILE, f"# Made from {origin} for the cell beside it.\n{written}"
     )
-
-
-def command(
-    cell: Cell,
-    directory: Path,
-    gpu: bool,
-    output: Path | None = None,
-    address: str | None = None,
-    port: int = PORT,
-    threads: int | None = None,
-) -> list[str]:
-    """argv that runs the `cell.json` in a directory with this environment's accelerate, as the
-    runner would; see `harness.ranks.launch_command.by_hand`. `address` and `port` are where the
-    machines of a cell on several meet, none means this machine; `threads` are those of each
-    process."""
-    return by_hand(
-        cell,
-        gpu,
-        threads or threads_of(cell),
-        directory,
-        output or Path(f"{directory.name}.by-hand"),
-        accelerate(),
-        (address or socket.gethostname(), port),
-    )
-
-
-def command_into(cell: Cell, directory: Path, gpu: bool, output: Path, threads: int) -> list[str]:
-    """`command` with an output and threads of the caller's."""
-    return command(cell, directory, gpu, output, threads=threads)
-
-
-def launch_arguments(argv: Sequence[str]) -> list[str]:
-    """The arguments of `accelerate launch` in a command, without the module and its own."""
-    return list(argv[argv.index("launch") + 1 : argv.index("--module")])
 
 
 def _uses_gpu() -> bool:

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from harness.ranks import state_files
+from harness.ranks.progress_file import read_progress
 from harness.records import provenance
 from harness.records.record import PHASES, Failure, Memory, RankState, Record, read_record
 from launch.cells.watch import Failed, Outcome
-from launch.processes.workers import LOST, read_progress
+from launch.processes.workers import LOST
 from matrices.errors import UserError
 
 # What a rank says whose peer has gone: gloo, NCCL and torch's store, in their words.

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from harness.ranks.progress_file import Progress
 from harness.records.attempts import in_force_by
 from harness.records.record import RankState
 from harness.records.store import Entry, Store
@@ -17,7 +18,6 @@ from launch.engines.results_watch import Published, Running, running
 from launch.engines.slurm import submit
 from launch.engines.slurm.queue import JobState, NoAnswer
 from launch.planning.plan import labels
-from launch.processes.workers import Progress
 from matrices.cell import Cell
 from reports.text import DASH
 

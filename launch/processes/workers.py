@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import json
 import os
 import signal
 import socket
@@ -17,7 +16,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import psutil
 from filelock import FileLock
@@ -56,18 +55,6 @@ class Ranks:
     @property
     def world_size(self) -> int:
         return self.places[0].world_size
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What a worker is doing now: the content of `progress.json`."""
-
-    phase: str = "starting"
-    step: int | None = None
-    steps: int | None = None
-    loss: float | None = None
-    tokens_per_second: float | None = None
-    message: str = ""
 
 
 class Process(Protocol):
@@ -244,16 +231,6 @@ def _leads(pid: int) -> bool:
         return os.getpgid(pid) == pid
     except ProcessLookupError:
         return False
-
-
-def read_progress(working: Path) -> Progress:
-    """The worker's `progress.json`, or the default before there is one."""
-    try:
-        plain: dict[str, Any] = json.loads((working / "progress.json").read_text())
-    except (FileNotFoundError, ValueError):  # not yet there, or the disk is full
-        return Progress()
-    known = Progress.__dataclass_fields__
-    return Progress(**{name: value for name, value in plain.items() if name in known})
 
 
 def memory_kills() -> int:

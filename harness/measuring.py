@@ -18,7 +18,7 @@ from harness.meters.memory import shards
 from harness.meters.steps import TOP_TENSORS, CounterSteps, MemorySteps, StepClock, read_phase
 from harness.models import loading_info, model
 from harness.ranks import process_group
-from harness.records.record import LiveTensor, Phase, PhaseMemory, Record
+from harness.records.record import TRAINING_PHASES, LiveTensor, Phase, PhaseMemory, Record
 from harness.system.files import TEMPORARY_PREFIX
 from harness.train import Course, ObservedTrainer, build_trainer, forward_restored, worst_case_rows
 from harness.verify import adapter, arguments, behaviour, checkpointing, verify
@@ -157,21 +157,21 @@ def _scratch(job: Job) -> tempfile.TemporaryDirectory[str]:
 
 def _keep_counters(record: Record, steps: CounterSteps) -> None:
     """Counters read without the ledger stand in for those read under it."""
-    for phase in memory.TRAINING_PHASES:
+    for phase in TRAINING_PHASES:
         reading = steps.readings[phase]
-        [under_ledger] = record.memory.phases[phase]  # type: ignore[index]
+        [under_ledger] = record.memory.phases[phase]
         reading.ledger_peak_bytes = under_ledger.ledger_peak_bytes
         reading.ledger_end_bytes = under_ledger.ledger_end_bytes
-        record.memory.phases[phase] = [reading]  # type: ignore[index]
+        record.memory.phases[phase] = [reading]
     _prefer_counters(record)
 
 
 def _keep_memory(record: Record, steps: MemorySteps) -> None:
     """What the memory steps found, also when they ended in an error."""
     events = steps.ledger.events
-    for phase in memory.TRAINING_PHASES:
+    for phase in TRAINING_PHASES:
         if phase in steps.readings:
-            _keep_phase(record, phase, steps.readings[phase], events)  # type: ignore[arg-type]
+            _keep_phase(record, phase, steps.readings[phase], events)
     found = memory.training_peak(events)
     if found is None:
         return
@@ -180,9 +180,9 @@ def _keep_memory(record: Record, steps: MemorySteps) -> None:
     record.memory.by_category = memory.by_category(live)
     record.memory.top_tensors = [_live_tensor(storage) for storage in live[:TOP_TENSORS]]
     record.memory.ledger_peak_bytes = peak.bytes
-    record.memory.ledger_peak_phase = phase  # type: ignore[assignment]
+    record.memory.ledger_peak_phase = phase
     record.memory.headline, record.memory.peak_bytes = "ledger", peak.bytes
-    record.memory.peak_phase = phase  # type: ignore[assignment]
+    record.memory.peak_phase = phase
     _prefer_counters(record)
 
 
@@ -190,15 +190,15 @@ def _prefer_counters(record: Record) -> None:
     """Where torch counts the device's memory, its peak is the headline."""
     counted = {
         phase: rank.allocated_peak_bytes
-        for phase in memory.TRAINING_PHASES
-        for rank in record.memory.phases.get(phase, [])  # type: ignore[call-overload]
+        for phase in TRAINING_PHASES
+        for rank in record.memory.phases.get(phase, [])
         if rank.allocated_peak_bytes is not None
     }
     if counted:
         highest = max(counted, key=lambda phase: counted[phase])
         record.memory.headline = "cuda_allocated"
         record.memory.peak_bytes = counted[highest]
-        record.memory.peak_phase = highest  # type: ignore[assignment]
+        record.memory.peak_phase = highest
 
 
 def _live_tensor(storage: memory.Storage) -> LiveTensor:

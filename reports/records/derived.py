@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from harness.evaluation.score_precision import softmax_dtype
-from harness.records.record import Phase, PhaseMemory, Record
+from harness.records.record import TRAINING_PHASES, PhaseMemory, Record
 from matrices.cell import Cell
 
 HEADLINE_FIELD = {"ledger": "ledger_peak_bytes", "cuda_allocated": "allocated_peak_bytes"}
-# Load and evaluation stand apart.
-TRAINING_PHASES: tuple[Phase, ...] = ("forward", "backward", "optimizer_step")
 # DDP, ZeRO-1 and ZeRO-2 keep all parameters on every rank (DeepSpeed's documentation of ZeRO).
 DIVIDES_PARAMETERS = ("fsdp", "fsdp1", "zero3", "zero3-offload")
 METERS = {

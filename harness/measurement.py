@@ -25,7 +25,7 @@ PROGRESS_SECONDS = 0.5
 SAVING_SHARE = 0.02
 
 
-class Job:
+class Measurement:
     """One cell, or one rank of it, on its way to a record in `output_dir`."""
 
     def __init__(

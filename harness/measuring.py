@@ -10,7 +10,7 @@ from typing import Any
 
 from harness import device
 from harness.data import dataset
-from harness.job import Job
+from harness.measurement import Measurement
 from harness.meters import losses, speed
 from harness.meters.batches import CountingCollator
 from harness.meters.memory import ledger as memory
@@ -18,7 +18,7 @@ from harness.meters.memory import shards
 from harness.meters.steps import TOP_TENSORS, CounterSteps, MemorySteps, StepClock, read_phase
 from harness.models import loading_info, model
 from harness.ranks import process_group
-from harness.records.record import LiveTensor, Phase, PhaseMemory, Record
+from harness.records.record import TRAINING_PHASES, LiveTensor, Phase, PhaseMemory, Record
 from harness.system.files import TEMPORARY_PREFIX
 from harness.train import Course, ObservedTrainer, build_trainer, forward_restored, worst_case_rows
 from harness.verify import adapter, arguments, behaviour, checkpointing, verify
@@ -31,11 +31,11 @@ MEMORY_STEPS = 2
 TRAINED = f"{TEMPORARY_PREFIX}trained"
 
 
-def load(job: Job) -> Any:
+def load(measurement: Measurement) -> Any:
     """Base weights where training takes them from, k-bit preparation done, adapter attached."""
-    record, cell = job.record, job.record.cell
-    job.reporter.state.device = device.training_device_name()
-    job.enter("load", cell.model.name)
+    record, cell = measurement.record, measurement.record.cell
+    measurement.reporter.state.device = device.training_device_name()
+    measurement.enter("load", cell.model.name)
     place = process_group.load_device(cell)
     ledger = memory.Ledger(place.type)
     device.reset_peaks()
@@ -48,7 +48,7 @@ def load(job: Job) -> Any:
     record.provenance.unexpected_weights = loading_info.unexpected(loaded)
     memory.tag_model(ledger, loaded)
     if cell.quantization is not None and cell.quantization.kbit_preparation and cell.train:
-        job.enter("kbit_preparation")
+        measurement.enter("kbit_preparation")
         device.reset_peaks()
         ledger.enter_phase("kbit_preparation")
         with ledger:
@@ -62,8 +62,8 @@ def load(job: Job) -> Any:
     record.artifacts.trainable_parameters, record.artifacts.total_parameters = (
         model.count_parameters(loaded) if cell.train else (0, model.count_parameters(loaded)[1])
     )
-    job.whole = shards.held_by_all(loaded)
-    job.reporter.state.whole_parameter_bytes = job.whole.bytes
+    measurement.whole = shards.held_by_all(loaded)
+    measurement.reporter.state.whole_parameter_bytes = measurement.whole.bytes
     return loaded
 
 
@@ -83,30 +83,30 @@ def _keep_phase(
     record.memory.phases[phase] = [reading]
 
 
-def rows_of(job: Job) -> Any:
+def rows_of(measurement: Measurement) -> Any:
     """The training rows; on several ranks each reads them all and trains on its own."""
-    cell = job.record.cell
+    cell = measurement.record.cell
     assert cell.data is not None
-    job.enter("data", cell.data.source)
+    measurement.enter("data", cell.data.source)
     read = dataset.read(cell.data)
-    job.record.provenance.data = dataset.provenance(cell.data, read)
+    measurement.record.provenance.data = dataset.provenance(cell.data, read)
     return read.rows
 
 
-def memory_steps(job: Job, loaded: Any, tokenizer: Any) -> None:
+def memory_steps(measurement: Measurement, loaded: Any, tokenizer: Any) -> None:
     """The untimed steps: under the ledger, and on a GPU once more with nothing but the counters.
 
     An engine that shards the model keeps it: `loaded` is of no further use then.
     """
-    record = job.record
-    job.enter("memory_steps", "two full-length steps under the memory ledger, untimed")
+    record = measurement.record
+    measurement.enter("memory_steps", "two full-length steps under the memory ledger, untimed")
     started = time.perf_counter()
     steps = MemorySteps(loaded, loaded.config.get_text_config().vocab_size)
     try:
-        _full_length_steps(job, loaded, tokenizer, steps)
+        _full_length_steps(measurement, loaded, tokenizer, steps)
     finally:
         _keep_memory(record, steps)
-        _keep_share(job, steps)
+        _keep_share(measurement, steps)
     checkpointing.demand_recomputed(steps.recomputation, record.cell)
     record.speed.flops_per_step = steps.flops_per_step
     if device.has_cuda():
@@ -116,33 +116,35 @@ def memory_steps(job: Job, loaded: Any, tokenizer: Any) -> None:
         again = loaded
         if process_group.takes_models_apart(record.cell):
             again = loaded_again(record.cell)
-        _full_length_steps(job, again, tokenizer, counters)
+        _full_length_steps(measurement, again, tokenizer, counters)
         _keep_counters(record, counters)
     record.speed.memory_steps_seconds = time.perf_counter() - started
 
 
-def _keep_share(job: Job, steps: MemorySteps) -> None:
+def _keep_share(measurement: Measurement, steps: MemorySteps) -> None:
     """What this rank held once the model was prepared, and what it sent in a step."""
-    state = job.reporter.state
-    if steps.held is not None and job.whole is not None:
+    state = measurement.reporter.state
+    if steps.held is not None and measurement.whole is not None:
         state.parameter_bytes = steps.held.bytes
-        state.parameter_share = steps.held.elements / job.whole.elements
-    if job.record.cell.is_distributed:
+        state.parameter_share = steps.held.elements / measurement.whole.elements
+    if measurement.record.cell.is_distributed:
         state.communication = steps.communication
 
 
-def _full_length_steps(job: Job, loaded: Any, tokenizer: Any, steps: CounterSteps) -> None:
+def _full_length_steps(
+    measurement: Measurement, loaded: Any, tokenizer: Any, steps: CounterSteps
+) -> None:
     """Two full-length steps at learning rate 0, which leaves the weights as they are (every
     optimizer offered scales its whole update by it); their optimizer is thrown away."""
-    cell = job.record.cell
+    cell = measurement.record.cell
     course = Course(MEMORY_STEPS, 0.0, prepared=True)
     rows = worst_case_rows(cell, loaded.config.get_text_config().vocab_size, MEMORY_STEPS)
-    with _scratch(job) as scratch, forward_restored(loaded):
+    with _scratch(measurement) as scratch, forward_restored(loaded):
         trainer = build_trainer(
             cell, loaded, tokenizer, rows, course, output_dir=Path(scratch), observer=steps
         )
-        job.record.memory.resident = memory.resident_bytes(loaded)
-        job.record.memory.allocator_settings = device.allocator_settings()
+        measurement.record.memory.resident = memory.resident_bytes(loaded)
+        measurement.record.memory.allocator_settings = device.allocator_settings()
         with steps:
             trainer.train()
         process_group.let_go(trainer, cell)
@@ -151,27 +153,29 @@ def _full_length_steps(job: Job, loaded: Any, tokenizer: Any, steps: CounterStep
     free()
 
 
-def _scratch(job: Job) -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(dir=job.output_dir, prefix=f"{TEMPORARY_PREFIX}scratch-")
+def _scratch(measurement: Measurement) -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(
+        dir=measurement.output_dir, prefix=f"{TEMPORARY_PREFIX}scratch-"
+    )
 
 
 def _keep_counters(record: Record, steps: CounterSteps) -> None:
     """Counters read without the ledger stand in for those read under it."""
-    for phase in memory.TRAINING_PHASES:
+    for phase in TRAINING_PHASES:
         reading = steps.readings[phase]
-        [under_ledger] = record.memory.phases[phase]  # type: ignore[index]
+        [under_ledger] = record.memory.phases[phase]
         reading.ledger_peak_bytes = under_ledger.ledger_peak_bytes
         reading.ledger_end_bytes = under_ledger.ledger_end_bytes
-        record.memory.phases[phase] = [reading]  # type: ignore[index]
+        record.memory.phases[phase] = [reading]
     _prefer_counters(record)
 
 
 def _keep_memory(record: Record, steps: MemorySteps) -> None:
     """What the memory steps found, also when they ended in an error."""
     events = steps.ledger.events
-    for phase in memory.TRAINING_PHASES:
+    for phase in TRAINING_PHASES:
         if phase in steps.readings:
-            _keep_phase(record, phase, steps.readings[phase], events)  # type: ignore[arg-type]
+            _keep_phase(record, phase, steps.readings[phase], events)
     found = memory.training_peak(events)
     if found is None:
         return
@@ -180,9 +184,9 @@ def _keep_memory(record: Record, steps: MemorySteps) -> None:
     record.memory.by_category = memory.by_category(live)
     record.memory.top_tensors = [_live_tensor(storage) for storage in live[:TOP_TENSORS]]
     record.memory.ledger_peak_bytes = peak.bytes
-    record.memory.ledger_peak_phase = phase  # type: ignore[assignment]
+    record.memory.ledger_peak_phase = phase
     record.memory.headline, record.memory.peak_bytes = "ledger", peak.bytes
-    record.memory.peak_phase = phase  # type: ignore[assignment]
+    record.memory.peak_phase = phase
     _prefer_counters(record)
 
 
@@ -190,15 +194,15 @@ def _prefer_counters(record: Record) -> None:
     """Where torch counts the device's memory, its peak is the headline."""
     counted = {
         phase: rank.allocated_peak_bytes
-        for phase in memory.TRAINING_PHASES
-        for rank in record.memory.phases.get(phase, [])  # type: ignore[call-overload]
+        for phase in TRAINING_PHASES
+        for rank in record.memory.phases.get(phase, [])
         if rank.allocated_peak_bytes is not None
     }
     if counted:
         highest = max(counted, key=lambda phase: counted[phase])
         record.memory.headline = "cuda_allocated"
         record.memory.peak_bytes = counted[highest]
-        record.memory.peak_phase = highest  # type: ignore[assignment]
+        record.memory.peak_phase = highest
 
 
 def _live_tensor(storage: memory.Storage) -> LiveTensor:
@@ -213,11 +217,13 @@ def _live_tensor(storage: memory.Storage) -> LiveTensor:
     )
 
 
-def timed_steps(job: Job, loaded: Any, tokenizer: Any, rows: Any) -> ObservedTrainer:
+def timed_steps(
+    measurement: Measurement, loaded: Any, tokenizer: Any, rows: Any
+) -> ObservedTrainer:
     """The training that counts; returns its trainer, which has the engine the model is in."""
-    record, cell, train = job.record, job.record.cell, job.record.cell.train
+    record, cell, train = measurement.record, measurement.record.cell, measurement.record.cell.train
     assert train is not None
-    job.enter("train", "preparing the data")
+    measurement.enter("train", "preparing the data")
 
     def begin(optimizer: Any) -> None:
         checkpointing.verify(loaded, cell)
@@ -229,19 +235,19 @@ def timed_steps(job: Job, loaded: Any, tokenizer: Any, rows: Any) -> ObservedTra
         verified.substitutions += [*replaced, *process_group.substitutions(cell)]
         arguments.verify_optimizer_arguments(train.sft_config, optimizer)
         verified.loss_terms = losses.further_terms(trainer)
-        job.save()
+        measurement.save()
 
     def report(step: int, loss: float, seconds: float) -> None:
-        job.step(step)
+        measurement.step(step)
         done = clock.counts[-1]
         rate = done.non_padding * cell.ranks / seconds
         figures = {"loss": loss if done.loss else None, "tokens_per_second": rate}
-        if job.progress(step=step, steps=train.steps, **figures):
-            job.save_steps(lambda: speed.fill(record, clock))
+        if measurement.progress(step=step, steps=train.steps, **figures):
+            measurement.save_steps(lambda: speed.fill(record, clock))
 
     clock = StepClock(speed.warmup_steps(train), report, begin)
     course = Course(train.steps, train.learning_rate)
-    with _scratch(job) as scratch, forward_restored(loaded):
+    with _scratch(measurement) as scratch, forward_restored(loaded):
         trainer = build_trainer(
             cell, loaded, tokenizer, rows, course, output_dir=Path(scratch), observer=clock
         )
@@ -278,26 +284,26 @@ def _demand_all_steps(trainer: ObservedTrainer, taken: int, train: Train) -> Non
     )
 
 
-def save_adapter(job: Job, loaded: Any) -> None:
+def save_adapter(measurement: Measurement, loaded: Any) -> None:
     """Keep the adapter that this one process trained."""
-    loaded.save_pretrained(job.output_dir / "adapter")
-    _note_adapter(job)
+    loaded.save_pretrained(measurement.output_dir / "adapter")
+    _note_adapter(measurement)
 
 
-def save_gathered(job: Job, trainer: ObservedTrainer) -> None:
+def save_gathered(measurement: Measurement, trainer: ObservedTrainer) -> None:
     """Keep what several ranks trained, put together: the adapter, or the whole model for the
     process that scores it. All ranks call this; the first one writes."""
-    adapted = job.record.cell.adapter is not None
-    trainer.save_model(str(job.output_dir / ("adapter" if adapted else TRAINED)))
-    if adapted and job.rank == 0:
-        _note_adapter(job)
+    adapted = measurement.record.cell.adapter is not None
+    trainer.save_model(str(measurement.output_dir / ("adapter" if adapted else TRAINED)))
+    if adapted and measurement.rank == 0:
+        _note_adapter(measurement)
 
 
-def _note_adapter(job: Job) -> None:
-    directory = job.output_dir / "adapter"
+def _note_adapter(measurement: Measurement) -> None:
+    directory = measurement.output_dir / "adapter"
     files = list(directory.glob("adapter_model.*"))
-    job.record.artifacts.adapter_path = directory.name
-    job.record.artifacts.adapter_bytes = sum(file.stat().st_size for file in files)
+    measurement.record.artifacts.adapter_path = directory.name
+    measurement.record.artifacts.adapter_bytes = sum(file.stat().st_size for file in files)
 
 
 def free() -> None:

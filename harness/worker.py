@@ -32,14 +32,14 @@ from transformers.utils import logging as transformers_logging
 
 from harness import device, measuring
 from harness.evaluation import evaluate
-from harness.job import Job
+from harness.measurement import Measurement
 from harness.meters import speed
 from harness.meters.steps import read_phase
 from harness.models import loading_info, model
 from harness.ranks import gather_records, launch_command, process_group
 from harness.records import provenance
 from harness.records.record import Record, read_record
-from harness.system import interrupts
+from harness.system import child_process, interrupts
 from harness.system.interrupts import Interrupted
 from harness.verify import identity
 from matrices.cell import Cell
@@ -59,20 +59,20 @@ def run(cell_path: Path, output_dir: Path) -> int:
     if not cell.is_distributed:
         if _has_gpu():
             device.see_only(cell.devices)
-        job = Job(_starting_record(cell, cell_path, output_dir), output_dir)
-        return _to_its_end(job, _measure)
+        measurement = Measurement(_starting_record(cell, cell_path, output_dir), output_dir)
+        return _to_its_end(measurement, _measure)
     if process_group.rank() > 0:
         return _train_a_rank(_own_record(cell), output_dir)
     return _train_and_score(_starting_record(cell, cell_path, output_dir), output_dir)
 
 
-def _to_its_end(job: Job, work: Any) -> int:
+def _to_its_end(measurement: Measurement, work: Any) -> int:
     try:
-        work(job)
+        work(measurement)
     except (Exception, Interrupted, KeyboardInterrupt) as error:
         interrupts.caught()
-        return job.fail(error)
-    return job.finish("ok")
+        return measurement.fail(error)
+    return measurement.finish("ok")
 
 
 def _starting_record(cell: Cell, cell_path: Path, output_dir: Path) -> Record:
@@ -96,62 +96,64 @@ def _has_gpu() -> bool:
     return provenance.uses_gpu(provenance.stack(), provenance.hardware())
 
 
-def _measure(job: Job) -> None:
+def _measure(measurement: Measurement) -> None:
     """A cell in this one process."""
-    cell = job.record.cell
-    job.enter("load", cell.model.name)
+    cell = measurement.record.cell
+    measurement.enter("load", cell.model.name)
     identity.check(cell)
     tokenizer = model.load_tokenizer(cell.model)
-    loaded = measuring.load(job)
+    loaded = measuring.load(measurement)
     if cell.train is not None:
-        rows = measuring.rows_of(job)
-        measuring.memory_steps(job, loaded, tokenizer)
-        trainer = measuring.timed_steps(job, loaded, tokenizer, rows)
+        rows = measuring.rows_of(measurement)
+        measuring.memory_steps(measurement, loaded, tokenizer)
+        trainer = measuring.timed_steps(measurement, loaded, tokenizer, rows)
         scored = loaded
         if cell.adapter is not None:
-            measuring.save_adapter(job, loaded)
+            measuring.save_adapter(measurement, loaded)
             scored = None
         del loaded, trainer
         if scored is None:
             measuring.free()
-            scored = _as_shipped(job)
+            scored = _as_shipped(measurement)
     else:
         scored = loaded
-    _evaluate(job, scored, tokenizer)
+    _evaluate(measurement, scored, tokenizer)
 
 
 def _train_a_rank(record: Record, output_dir: Path) -> int:
     """One rank of a cell on several devices, without the scoring."""
-    job = Job(record, output_dir, process_group.rank(), process_group.world_size())
-    return _to_its_end(job, _train_with_others)
+    measurement = Measurement(record, output_dir, process_group.rank(), process_group.world_size())
+    return _to_its_end(measurement, _train_with_others)
 
 
-def _train_with_others(job: Job) -> None:
-    cell = job.record.cell
-    job.enter("load", f"waiting for {process_group.world_size()} ranks")
+def _train_with_others(measurement: Measurement) -> None:
+    cell = measurement.record.cell
+    measurement.enter("load", f"waiting for {process_group.world_size()} ranks")
     identity.check(cell)
     # Before the others are met: a packaged model may have to be made, which transformers would then
     # have the first rank alone write.
     tokenizer = model.load_tokenizer(cell.model)
-    told = process_group.join(cell, job.output_dir)
-    loaded = measuring.load(job)
-    rows = measuring.rows_of(job)
-    measuring.memory_steps(job, loaded, tokenizer)
+    told = process_group.join(cell, measurement.output_dir)
+    loaded = measuring.load(measurement)
+    rows = measuring.rows_of(measurement)
+    measuring.memory_steps(measurement, loaded, tokenizer)
     if process_group.takes_models_apart(cell):
         # An engine that has taken a model apart does not put it together again.
         del loaded
         measuring.free()
         loaded = measuring.loaded_again(cell)
     del told
-    trainer = measuring.timed_steps(job, loaded, tokenizer, rows)
-    job.enter("gather", "gathering what was trained")
-    measuring.save_gathered(job, trainer)
-    job.reporter.state.tokens = job.record.speed.tokens
-    job.record.ranks = [job.reporter.state]
-    job.save()
+    trainer = measuring.timed_steps(measurement, loaded, tokenizer, rows)
+    measurement.enter("gather", "gathering what was trained")
+    measuring.save_gathered(measurement, trainer)
+    measurement.reporter.state.tokens = measurement.record.speed.tokens
+    measurement.record.ranks = [measurement.reporter.state]
+    measurement.save()
     process_group.wait_for_everyone()
-    if job.rank == 0:
-        gather_records.gather(job.record, process_group.other_records(job.output_dir, cell.devices))
+    if measurement.rank == 0:
+        gather_records.gather(
+            measurement.record, process_group.other_records(measurement.output_dir, cell.devices)
+        )
 
 
 def _train_and_score(record: Record, output_dir: Path) -> int:
@@ -170,35 +172,35 @@ def _train_and_score(record: Record, output_dir: Path) -> int:
     if code:
         return code
     process_group.forget()
-    job = Job(read_record(path), output_dir, 0, record.cell.devices)
-    job.record.ended = None
-    return _to_its_end(job, _score_what_was_trained)
+    measurement = Measurement(read_record(path), output_dir, 0, record.cell.devices)
+    measurement.record.ended = None
+    return _to_its_end(measurement, _score_what_was_trained)
 
 
-def _score_what_was_trained(job: Job) -> None:
-    tokenizer = model.load_tokenizer(model.at_commit(job.record).model)
+def _score_what_was_trained(measurement: Measurement) -> None:
+    tokenizer = model.load_tokenizer(model.at_commit(measurement.record).model)
     try:
-        _evaluate(job, _as_shipped(job), tokenizer)
+        _evaluate(measurement, _as_shipped(measurement), tokenizer)
     finally:
-        shutil.rmtree(job.output_dir / measuring.TRAINED, ignore_errors=True)
+        shutil.rmtree(measurement.output_dir / measuring.TRAINED, ignore_errors=True)
 
 
-def _as_shipped(job: Job) -> Any:
+def _as_shipped(measurement: Measurement) -> Any:
     """What a user of the result loads: a fresh base with the saved adapter on it, or the model."""
-    cell = model.at_commit(job.record)
-    job.enter("evaluation", "loading what was trained")
+    cell = model.at_commit(measurement.record)
+    measurement.enter("evaluation", "loading what was trained")
     if cell.adapter is None:
-        return model.load_base(cell, directory=job.output_dir / measuring.TRAINED)
+        return model.load_base(cell, directory=measurement.output_dir / measuring.TRAINED)
     identity.check(cell)
     base = model.load_base(cell)
     # PiSSA's fast decomposition takes the base apart with random numbers, as it did for training.
     set_seed(cell.seed)
-    return loading_info.with_adapter(base, job.output_dir / "adapter")
+    return loading_info.with_adapter(base, measurement.output_dir / "adapter")
 
 
-def _evaluate(job: Job, scored: Any, tokenizer: Any) -> None:
-    record, recipe = job.record, job.record.cell.evaluate
-    job.enter("evaluation", ", ".join(recipe.tasks))
+def _evaluate(measurement: Measurement, scored: Any, tokenizer: Any) -> None:
+    record, recipe = measurement.record, measurement.record.cell.evaluate
+    measurement.enter("evaluation", ", ".join(recipe.tasks))
     device.reset_peaks()
     started = time.perf_counter()
     scores = evaluate.score(scored, tokenizer, recipe)
@@ -208,9 +210,9 @@ def _evaluate(job: Job, scored: Any, tokenizer: Any) -> None:
     record.quality.recipe = scores.recipe
     record.missing |= scores.missing
     if len(scores.samples):
-        scores.samples.to_parquet(job.output_dir / "samples.parquet", index=False)
+        scores.samples.to_parquet(measurement.output_dir / "samples.parquet", index=False)
         record.quality.samples_file = "samples.parquet"
-    job.save()
+    measurement.save()
     record.quality.generations = evaluate.generate(scored, tokenizer, recipe.sample_prompts)
     record.memory.phases["evaluation"] = [read_phase()]
     speed.explain_missing(record)
@@ -231,5 +233,5 @@ def main(arguments: list[str]) -> int:
 if __name__ == "__main__":
     ended = main(sys.argv[1:])
     if process_group.world_size() > 1:
-        process_group.leave(ended)
+        child_process.leave(ended)
     sys.exit(ended)

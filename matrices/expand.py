@@ -40,7 +40,7 @@ from matrices.errors import UserError
 from matrices.files.data_format import COLUMN_SETTINGS, format_named
 from matrices.language.presets import PRESETS
 from matrices.language.settings import DEFAULTS, PRESET, show, validate
-from matrices.load import MAX_COMBINATIONS, Entry, Matrix
+from matrices.load import MAX_COMBINATIONS, Matrix, MatrixEntry
 from matrices.parallelism import STRATEGIES
 
 # Sections that mean nothing for a method.
@@ -85,7 +85,7 @@ def expand(matrix: Matrix) -> Expansion:
     """All cells of a matrix. Raises UserError (with file and line) when an include and an exclude
     contradict each other, nothing is left, or there are more than a million combinations."""
     _check_size(matrix)
-    builder = _Builder(matrix)
+    builder = _CellBuilder(matrix)
     with _no_collection():
         kept = _build(matrix, builder)
     if not builder.cells:
@@ -99,7 +99,7 @@ def expand(matrix: Matrix) -> Expansion:
     return Expansion(tuple(builder.cells.values()), kept, notes)
 
 
-def _build(matrix: Matrix, builder: _Builder) -> int:
+def _build(matrix: Matrix, builder: _CellBuilder) -> int:
     """Add every combination; how many are left after exclude."""
     kept = 0
     for combination in _combinations(matrix, None):
@@ -139,7 +139,7 @@ def _check_size(matrix: Matrix) -> None:
     )
 
 
-def _combinations(matrix: Matrix, entry: Entry | None) -> Iterator[Combination]:
+def _combinations(matrix: Matrix, entry: MatrixEntry | None) -> Iterator[Combination]:
     """The product of the axes; for an include, of those it does not name, with its own values."""
     fixed = dict(entry.settings) if entry else {}
     axes = {key: values for key, values in matrix.axes.items() if key not in fixed}
@@ -177,7 +177,7 @@ def _name_format(combination: Combination, matrix: Matrix, chosen: Combination) 
 
 
 def _check_batch(
-    matrix: Matrix, entry: Entry | None, chosen: Combination, combination: Combination
+    matrix: Matrix, entry: MatrixEntry | None, chosen: Combination, combination: Combination
 ) -> None:
     """Refuse a global batch size beside a number of accumulation steps that somebody wrote."""
     steps = "train.gradient_accumulation_steps"
@@ -201,7 +201,7 @@ def _preset(name: str | None) -> Combination:
     return {key: validate(key, value, f"preset {name}") for key, value in PRESETS[name].items()}
 
 
-def _include(matrix: Matrix, builder: _Builder, entry: Entry) -> int:
+def _include(matrix: Matrix, builder: _CellBuilder, entry: MatrixEntry) -> int:
     """Add an include's combinations; returns how many exclude leaves of them."""
     before, kept = len(builder.cells), 0
     culprit = None
@@ -232,7 +232,7 @@ class _Part(NamedTuple):
     json: str
 
 
-class _Builder:
+class _CellBuilder:
     """Collects distinct cells. Combinations collapse as plain dicts; each distinct section is
     validated and written as JSON once, each distinct cell built once."""
 
@@ -255,7 +255,7 @@ class _Builder:
         }
         self.given: dict[str, set[str]] = {}
 
-    def excluded(self, combination: Combination) -> Entry | None:
+    def excluded(self, combination: Combination) -> MatrixEntry | None:
         """The first exclude that matches; every one that does counts as used."""
         found = None
         for index, entry in enumerate(self.matrix.exclude):
@@ -356,7 +356,7 @@ def _accumulate(found: Combination) -> None:
         found[GLOBAL_BATCH] = None
 
 
-def _unmatched(matrix: Matrix, builder: _Builder) -> Iterator[str]:
+def _unmatched(matrix: Matrix, builder: _CellBuilder) -> Iterator[str]:
     for index, entry in enumerate(matrix.exclude):
         if index not in builder.matched:
             shown = ", ".join(f"{key}: {show(value)}" for key, value in entry.settings.items())

@@ -37,7 +37,7 @@ MAX_COMBINATIONS = 1_000_000
 
 
 @dataclass(frozen=True)
-class Entry:
+class MatrixEntry:
     """One `exclude` or `include`: dotted settings, and where it is written."""
 
     settings: Mapping[str, Any]
@@ -53,8 +53,8 @@ class Matrix:
     question: str = ""
     constants: Mapping[str, Any] = field(default_factory=dict)
     axes: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    exclude: tuple[Entry, ...] = ()
-    include: tuple[Entry, ...] = ()
+    exclude: tuple[MatrixEntry, ...] = ()
+    include: tuple[MatrixEntry, ...] = ()
     score_base: bool = True
     timeout_seconds: float | None = None
     phase_timeout_seconds: float | None = None
@@ -224,7 +224,7 @@ class _Reader:
             values.append(value)
         return Spot(tuple(values), spot.where)
 
-    def entries(self, kind: str, spot: Spot | None) -> tuple[Entry, ...]:
+    def entries(self, kind: str, spot: Spot | None) -> tuple[MatrixEntry, ...]:
         if spot is None:
             return ()
         if not isinstance(spot.value, list):
@@ -243,7 +243,7 @@ class _Reader:
                     where=item.where,
                 )
             settings = self.settings(item.value)
-            found.append(Entry({key: s.value for key, s in settings.items()}, item.where))
+            found.append(MatrixEntry({key: s.value for key, s in settings.items()}, item.where))
         return tuple(found)
 
 

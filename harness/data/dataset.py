@@ -21,7 +21,7 @@ from harness.records import hub
 from matrices.cell import Data
 from matrices.errors import UserError
 from matrices.files import data_format
-from matrices.files.data_format import TEMPLATE_COLUMNS, Layout, layout_of
+from matrices.files.data_format import TEMPLATE_COLUMNS, RowLayout, layout_of
 from matrices.files.fingerprint import refuse_hub_id_of_directory
 
 PACKAGED = hub.PACKAGED_DATA
@@ -32,7 +32,7 @@ class Read(NamedTuple):
     """Rows under TRL's column names, how they were read, and the hub commit they are of, if any."""
 
     rows: Dataset
-    layout: Layout
+    layout: RowLayout
     commit: str | None = None
 
 
@@ -147,7 +147,7 @@ def _data_directory() -> Path:
     return cache_directory() / "data"
 
 
-def _standard(table: Dataset, layout: Layout, source: str) -> Dataset:
+def _standard(table: Dataset, layout: RowLayout, source: str) -> Dataset:
     """The table under TRL's names, as it is stored where that is right already."""
     renamed = dict(zip(layout.columns, _needed_names(layout), strict=False))
     plain = table.select_columns(list(renamed)).rename_columns(
@@ -165,7 +165,7 @@ def _standard(table: Dataset, layout: Layout, source: str) -> Dataset:
     return _written(rows, layout, source, [table._fingerprint])
 
 
-def _needed_names(layout: Layout) -> tuple[str, ...]:
+def _needed_names(layout: RowLayout) -> tuple[str, ...]:
     if layout.format in ("prompt-completion", "alpaca"):
         return ("prompt", "completion")
     return ("messages",) if layout.conversational else ("text",)
@@ -192,7 +192,7 @@ def _without_nulls(value: Any) -> Any:
 
 
 def _written(
-    rows: Callable[[], Rows], layout: Layout, source: str, identity: Sequence[Any]
+    rows: Callable[[], Rows], layout: RowLayout, source: str, identity: Sequence[Any]
 ) -> Dataset:
     """The standard rows, written to the cache once for the same content and the same code."""
     code = [inspect.getsource(module) for module in (local_files, data_format, data_rows)]
@@ -216,7 +216,7 @@ def _written(
     return dataset.remove_columns(unused)
 
 
-def _encoded(rows: Callable[[], Rows], layout: Layout, source: str) -> Iterator[dict[str, Any]]:
+def _encoded(rows: Callable[[], Rows], layout: RowLayout, source: str) -> Iterator[dict[str, Any]]:
     for number, row in rows():
         standard = standard_or_refused(source, number, row, layout)
         if not layout.conversational:
@@ -233,7 +233,7 @@ def _encoded(rows: Callable[[], Rows], layout: Layout, source: str) -> Iterator[
         yield found
 
 
-def _features(layout: Layout) -> Any:
+def _features(layout: RowLayout) -> Any:
     # Newer than the datasets of some stacks that are predicted, which read no rows.
     from datasets import Features, Json, List, Value
 

@@ -17,7 +17,7 @@ from typing import Any, TextIO
 from harness.data.rows import BadValue, shortened, standard_row
 from matrices.cell import Data
 from matrices.errors import UserError
-from matrices.files.data_format import Layout, layout_of
+from matrices.files.data_format import RowLayout, layout_of
 
 READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 # Rows from which the columns of a JSON file are told, and those a plan looks at.
@@ -54,7 +54,7 @@ def check_first_rows(data: Data) -> None:
         standard_or_refused(data.source, number, row, layout)
 
 
-def first_layout(data: Data, rows: Sequence[tuple[int, dict[str, Any]]]) -> Layout:
+def first_layout(data: Data, rows: Sequence[tuple[int, dict[str, Any]]]) -> RowLayout:
     """The layout that the first rows of a file show. Raises UserError."""
     if not rows:
         raise UserError(f"{data.source} has no rows", key="data.source")
@@ -66,7 +66,7 @@ def first_layout(data: Data, rows: Sequence[tuple[int, dict[str, Any]]]) -> Layo
 
 
 def standard_or_refused(
-    source: str, number: int, row: dict[str, Any], layout: Layout
+    source: str, number: int, row: dict[str, Any], layout: RowLayout
 ) -> dict[str, Any]:
     """`data_rows.standard_row`, whose BadValue becomes a UserError with file and row."""
     try:

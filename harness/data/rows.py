@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from matrices.files.data_format import ALPACA_INPUT, Layout
+from matrices.files.data_format import ALPACA_INPUT, RowLayout
 
 # The two prompts of Stanford Alpaca (github.com/tatsu-lab/stanford_alpaca, train.py). The
 # completion follows at once, as there.
@@ -50,7 +50,7 @@ class BadValue(Exception):
         self.is_null = what == NULL
 
 
-def standard_row(row: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
+def standard_row(row: Mapping[str, Any], layout: RowLayout) -> dict[str, Any]:
     """The row under TRL's names: `text`, `prompt` and `completion`, or `messages`.
 
     `tools` (a JSON list) and `chat_template_kwargs` are there only where the row has some. Raises
@@ -115,7 +115,7 @@ def _as_text(value: Any) -> str:
     return "store it as text"
 
 
-def _alpaca(row: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
+def _alpaca(row: Mapping[str, Any], layout: RowLayout) -> dict[str, Any]:
     instruction, output = layout.columns[:2]
     filled = {"instruction": _text(row, instruction)}
     template = ALPACA_WITHOUT_INPUT
@@ -125,7 +125,7 @@ def _alpaca(row: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
     return {"prompt": template.format_map(filled), "completion": _text(row, output)}
 
 
-def _conversation(row: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
+def _conversation(row: Mapping[str, Any], layout: RowLayout) -> dict[str, Any]:
     if layout.format == "prompt-completion":
         prompt, completion = layout.columns[:2]
         found: dict[str, Any] = {

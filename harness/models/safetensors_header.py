@@ -43,18 +43,18 @@ def read_header(path: Path) -> dict[str, Tensor]:
             _refuse_other_content(path, start, size)
             length = int.from_bytes(start[:8], "little")
             if length > HEADER_LIMIT_BYTES:
-                raise _broken(path, "is not a safetensors file; download it again")
+                raise wrong_file(path, "is not a safetensors file; download it again")
             if 8 + length > size:
                 raise _truncated(path, size, 8 + length)
             file.seek(8)
             header = file.read(length)
     except OSError as error:
-        raise _broken(path, f"cannot be read: {error.strerror}") from error
+        raise wrong_file(path, f"cannot be read: {error.strerror}") from error
     tensors, end = _tensors(path, header)
     if 8 + length + end > size:
         raise _truncated(path, size, 8 + length + end)
     if 8 + length + end < size:
-        raise _broken(
+        raise wrong_file(
             path,
             f"holds {size - 8 - length - end} bytes after its last tensor; download it again",
         )
@@ -62,12 +62,17 @@ def read_header(path: Path) -> dict[str, Tensor]:
 
 
 def _refuse_other_content(path: Path, start: bytes, size: int) -> None:
-    if size == 0:
-        raise _broken(path, "is empty; download it again")
-    if start.startswith(LFS_POINTER):
-        raise _broken(path, "is a Git LFS pointer and not the weights; run 'git lfs pull' there")
+    refuse_empty_or_pointer(path, start)
     if size < 8:
-        raise _broken(path, f"is truncated: {size} bytes; download it again")
+        raise wrong_file(path, f"is truncated: {size} bytes; download it again")
+
+
+def refuse_empty_or_pointer(path: Path, start: bytes) -> None:
+    """Raise UserError for a file of weights that starts so and holds none."""
+    if not start:
+        raise wrong_file(path, "is empty; download it again")
+    if start.startswith(LFS_POINTER):
+        raise wrong_file(path, "is a Git LFS pointer and not the weights; run 'git lfs pull' there")
 
 
 def _tensors(path: Path, header: bytes) -> tuple[dict[str, Tensor], int]:
@@ -81,20 +86,20 @@ def _tensors(path: Path, header: bytes) -> tuple[dict[str, Tensor], int]:
             for name, entry in entries.items()
         }
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise _broken(
+        raise wrong_file(
             path, "is not a safetensors file: its header is no list of tensors"
         ) from error
     reached = 0
     for start, end in places:
         if start != reached or end < start:
-            raise _broken(path, f"is damaged: no tensor starts at byte {reached} of its data")
+            raise wrong_file(path, f"is damaged: no tensor starts at byte {reached} of its data")
         reached = end
     for name, entry in entries.items():
         start, end = entry["data_offsets"]
         bits = BITS.get(found[name].dtype)
         needed = None if bits is None else _product(found[name].shape) * bits
         if needed is not None and needed != (end - start) * 8:
-            raise _broken(
+            raise wrong_file(
                 path, f"is damaged: {name} has {end - start} bytes and needs {needed // 8}"
             )
     return found, reached
@@ -108,8 +113,11 @@ def _product(shape: tuple[int, ...]) -> int:
 
 
 def _truncated(path: Path, size: int, needed: int) -> UserError:
-    return _broken(path, f"is truncated: it has {size} bytes and needs {needed}; download it again")
+    return wrong_file(
+        path, f"is truncated: it has {size} bytes and needs {needed}; download it again"
+    )
 
 
-def _broken(path: Path, problem: str) -> UserError:
+def wrong_file(path: Path, problem: str) -> UserError:
+    """For a file of a model that cannot be what it is taken for."""
     return UserError(f"{path} {problem}", key="model.name")

@@ -16,7 +16,7 @@ from torch import nn
 
 from harness import device
 from harness.models import lora_layers
-from harness.models.lora_layers import Place
+from harness.models.lora_layers import BaseModule
 from harness.models.model import LIBRARY_REFUSALS, lora_config, refused_by_peft
 from harness.preflight import adapter_values
 from harness.preflight.adapter_values import refusal
@@ -32,7 +32,7 @@ def check(adapter: Adapter, model: Any, quantization: Quantization | None = None
         return
     adapter_values.check(adapter.lora_config)
     config = lora_config(adapter, model)
-    found = lora_layers.places(model)
+    found = lora_layers.base_modules(model)
     for name, look in _CHECKS.items():
         if adapter.lora_config.get(name) is not None:
             look(config, model, found)
@@ -99,15 +99,15 @@ def _nothing(argument: str, wanted: Any, there: Iterable[str], what: str) -> Use
     return refusal(argument, f"{wanted!r} matches no {what}; there are {shown}{hint}")
 
 
-def _check_rank_pattern(config: Any, model: Any, found: list[Place]) -> None:
+def _check_rank_pattern(config: Any, model: Any, found: list[BaseModule]) -> None:
     _check_pattern("rank_pattern", config, found)
 
 
-def _check_alpha_pattern(config: Any, model: Any, found: list[Place]) -> None:
+def _check_alpha_pattern(config: Any, model: Any, found: list[BaseModule]) -> None:
     _check_pattern("alpha_pattern", config, found)
 
 
-def _check_pattern(argument: str, config: Any, found: list[Place]) -> None:
+def _check_pattern(argument: str, config: Any, found: list[BaseModule]) -> None:
     from peft.utils.other import get_pattern_key
 
     adapted = lora_layers.targets(config, found) + lora_layers.target_parameters(config, found)
@@ -117,7 +117,7 @@ def _check_pattern(argument: str, config: Any, found: list[Place]) -> None:
             raise _nothing(argument, key, adapted, "adapted module")
 
 
-def _check_layers(config: Any, model: Any, found: list[Place]) -> None:
+def _check_layers(config: Any, model: Any, found: list[BaseModule]) -> None:
     wanted = config.layers_to_transform
     for layer in [wanted] if isinstance(wanted, int) else wanted:
         one = copy.copy(config)
@@ -139,7 +139,7 @@ def _check_layers(config: Any, model: Any, found: list[Place]) -> None:
             )
 
 
-def _check_excluded(config: Any, model: Any, found: list[Place]) -> None:
+def _check_excluded(config: Any, model: Any, found: list[BaseModule]) -> None:
     every = copy.copy(config)
     every.exclude_modules = None
     adapted = lora_layers.targets(every, found)
@@ -151,13 +151,13 @@ def _check_excluded(config: Any, model: Any, found: list[Place]) -> None:
             raise _nothing("exclude_modules", name, adapted, "module that would be adapted")
 
 
-def _check_saved(config: Any, model: Any, found: list[Place]) -> None:
+def _check_saved(config: Any, model: Any, found: list[BaseModule]) -> None:
     for name in config.modules_to_save:
         if not any(place.name.endswith(name) for place in found):
             raise _nothing("modules_to_save", name, (p.name for p in found), "module")
 
 
-def _check_in_4bit(config: Any, model: Any, found: list[Place]) -> None:
+def _check_in_4bit(config: Any, model: Any, found: list[BaseModule]) -> None:
     """A weight in 4 bit is no number that has a gradient, and no matrix an adapter can be added to:
     neither a copy of it can be trained nor a parameter adapted."""
     from harness.models.quantization import is_or_will_be_4bit, left_as_they_are
@@ -180,7 +180,7 @@ def _check_in_4bit(config: Any, model: Any, found: list[Place]) -> None:
             )
 
 
-def _check_norm_biases(config: Any, found: list[Place]) -> None:
+def _check_norm_biases(config: Any, found: list[BaseModule]) -> None:
     """TRL turns what is trained beside a 4-bit model to bf16 (trl/trainer/sft_trainer.py), k-bit
     preparation the rest to fp32; CUDA's autocast brings the two together, the CPU's does not."""
     if config.bias != "all" or device.has_cuda():
@@ -194,14 +194,14 @@ def _check_norm_biases(config: Any, found: list[Place]) -> None:
             )
 
 
-def _check_parameters(config: Any, model: Any, found: list[Place]) -> None:
+def _check_parameters(config: Any, model: Any, found: list[BaseModule]) -> None:
     names = [name for place in found for name in lora_layers.own_parameters(place)]
     for wanted in config.target_parameters:
         if not any(lora_layers.ends_with(name, wanted) for name in names):
             raise _nothing("target_parameters", wanted, names, "parameter")
 
 
-def _check_tokens(config: Any, model: Any, found: list[Place]) -> None:
+def _check_tokens(config: Any, model: Any, found: list[BaseModule]) -> None:
     saved = lora_layers.modules_to_save(config, found)
     for name, ids in lora_layers.token_indices(config, model).items():
         rows = [p.module for p in found if p.name.endswith(name) and _rows(p.module) is not None]
@@ -252,7 +252,7 @@ def _rows(module: nn.Module) -> int | None:
     return int(weight.shape[0]) if isinstance(weight, torch.Tensor) and weight.dim() == 2 else None
 
 
-def _check_bias(config: Any, model: Any, found: list[Place]) -> None:
+def _check_bias(config: Any, model: Any, found: list[BaseModule]) -> None:
     if config.bias == "none":
         return
     biased = [p.name for p in found if isinstance(getattr(p.module, "bias", None), torch.Tensor)]
@@ -264,7 +264,7 @@ def _check_bias(config: Any, model: Any, found: list[Place]) -> None:
         raise refusal("bias", f"{config.bias!r} has no effect: no {whose} here has a bias")
 
 
-_CHECKS: dict[str, Callable[[Any, Any, list[Place]], None]] = {
+_CHECKS: dict[str, Callable[[Any, Any, list[BaseModule]], None]] = {
     "layers_to_transform": _check_layers,
     "exclude_modules": _check_excluded,
     "modules_to_save": _check_saved,

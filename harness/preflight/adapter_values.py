@@ -1,4 +1,4 @@
-"""What kinds of values the arguments of `adapter.lora_config` take."""
+"""What values the arguments of `adapter.lora_config` take, beyond the types that PEFT declares."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from matrices.errors import UserError
-
-BIASES = ("none", "all", "lora_only")
+from matrices.rules import passed_through
 
 
 def refusal(argument: str, said: str) -> UserError:
@@ -17,14 +16,12 @@ def refusal(argument: str, said: str) -> UserError:
 def check(given: Mapping[str, Any]) -> None:
     """Raise UserError for a value of another kind than its argument takes: PEFT takes a text for a
     list of letters, and looks at most values only when it uses them."""
-    for name, (accepted, said) in _TYPES.items():
+    for mistake in passed_through.mistakes("LoraConfig", given):
+        raise mistake
+    for name, (accepted, said) in _VALUES.items():
         value = given.get(name)
         if value is not None and not accepted(value):
             raise refusal(name, f"{value!r} is not {said}")
-
-
-def _texts(value: Any) -> bool:
-    return isinstance(value, list | tuple) and all(isinstance(each, str) for each in value)
 
 
 def _whole(value: Any) -> bool:
@@ -46,13 +43,7 @@ def _is_number_above_0(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
 
 
-_TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "modules_to_save": (_texts, "a list of module names"),
-    "target_parameters": (_texts, "a list of parameter names"),
-    "exclude_modules": (
-        lambda value: isinstance(value, str) or _texts(value),
-        "a list of module names or a regular expression",
-    ),
+_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "layers_to_transform": (
         lambda value: _whole(value) or _wholes(value),
         "a layer's number or a list of them, counted from 0",
@@ -69,7 +60,4 @@ _TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda value: _wholes(value) or _pattern_of(_wholes)(value),
         "a list of token ids, or a mapping of embeddings to such lists",
     ),
-    "bias": (lambda value: value in BIASES, f"one of {', '.join(BIASES)}"),
-    "use_dora": (lambda value: isinstance(value, bool), "true or false"),
-    "use_rslora": (lambda value: isinstance(value, bool), "true or false"),
 }

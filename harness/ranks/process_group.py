@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from harness.ranks import deepspeed_build
 from harness.ranks.launch_environment import Place, torchruns
 from harness.ranks.state_files import record_path
 from harness.records.record import Record, read_record
-from harness.system.parent_death import end_with_parent
+from harness.system.child_process import fork
 from harness.train import Course, sft_config
 from harness.verify.verify import VerificationError
 from matrices.accelerate_profiles import mixed_precision
@@ -173,13 +171,7 @@ def in_child(work: Callable[[], int]) -> int:
     Whatever it starts (a training engine, a CUDA context) goes with it, and its caller stays
     clean. An exception that stops the caller, as a signal's handler raises, stops it first.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    parent = os.getpid()
-    child = os.fork()
-    if child == 0:
-        end_with_parent(parent)
-        _run_and_exit(work)
+    child = fork(work)
     try:
         _, status = os.waitpid(child, 0)
     except BaseException:
@@ -187,21 +179,3 @@ def in_child(work: Callable[[], int]) -> int:
         os.waitpid(child, 0)
         raise
     return os.waitstatus_to_exitcode(status)
-
-
-def _run_and_exit(work: Callable[[], int]) -> None:
-    code = 1
-    try:
-        code = work()
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        leave(code)
-
-
-def leave(code: int) -> None:
-    """End this process without taking the interpreter down: with a process group, that aborts now
-    and then ("terminate called without an active exception") after everything is done."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)

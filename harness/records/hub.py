@@ -16,7 +16,7 @@ from matrices.files.fingerprint import DATA_SUFFIXES, is_written_as_path
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 PACKAGED_DATA = "python-reference"
-Kind = Literal["model", "dataset"]
+RepositoryKind = Literal["model", "dataset"]
 
 
 def is_hub_model(model: Model) -> bool:
@@ -31,7 +31,7 @@ def is_hub_data(data: Data) -> bool:
     return not (local or data.fingerprint is not None or data.source == PACKAGED_DATA)
 
 
-def known_commit(name: str, revision: str | None, kind: Kind = "model") -> str | None:
+def known_commit(name: str, revision: str | None, kind: RepositoryKind = "model") -> str | None:
     """The commit a revision stands for as far as this machine knows; none without a local copy."""
     if revision is not None and COMMIT.fullmatch(revision):
         return revision
@@ -49,15 +49,15 @@ def snapshot(name: str, revision: str | None) -> Path | None:
     return directory if commit and directory.is_dir() else None
 
 
-def _folder(name: str, kind: Kind) -> Path:
+def _folder(name: str, kind: RepositoryKind) -> Path:
     from huggingface_hub import constants
 
     return Path(constants.HF_HUB_CACHE) / f"{kind}s--{name.replace('/', '--')}"
 
 
-def _sources(cell: Cell) -> list[tuple[Kind, str, str | None]]:
+def _sources(cell: Cell) -> list[tuple[RepositoryKind, str, str | None]]:
     """What a cell reads from the hub: kind, name and revision."""
-    found: list[tuple[Kind, str, str | None]] = []
+    found: list[tuple[RepositoryKind, str, str | None]] = []
     if is_hub_model(cell.model):
         found.append(("model", cell.model.name, cell.model.revision))
     if cell.data is not None and is_hub_data(cell.data):

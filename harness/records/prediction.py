@@ -61,7 +61,7 @@ class RankMemory(Part):
     host_bytes: int = Field(0, description="training state held in host memory (offload)")
 
 
-class OutOfMemory(Part):
+class PredictedOutOfMemory(Part):
     """Where a device of the given capacity would refuse."""
 
     phase: str
@@ -81,7 +81,7 @@ class Verdict(Part):
     outcome: Outcome
     retries: int = Field(0, description="times the cache had to be freed to make room")
     peak_reserved_bytes: int | None = None
-    oom: OutOfMemory | None = None
+    oom: PredictedOutOfMemory | None = None
 
 
 class PredictedSpeed(Part):

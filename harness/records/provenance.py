@@ -72,7 +72,7 @@ THREADS_OPTION = "--num_cpu_threads_per_process"
 CHECKOUT = Path(__file__).resolve().parents[2]
 
 
-class Gpu(NamedTuple):
+class NvmlGpu(NamedTuple):
     """One visible accelerator, as NVML tells it."""
 
     name: str
@@ -85,7 +85,7 @@ class Gpu(NamedTuple):
 class Nvml(NamedTuple):
     """The visible accelerators, or why NVML tells of none."""
 
-    gpus: tuple[Gpu, ...]
+    gpus: tuple[NvmlGpu, ...]
     reason: str | None
 
 
@@ -163,10 +163,10 @@ def nvml() -> Nvml:
     return Nvml(tuple(seen), None if seen else hidden)
 
 
-def _gpu(pynvml: Any, index: int, driver: str) -> Gpu:
+def _gpu(pynvml: Any, index: int, driver: str) -> NvmlGpu:
     handle = pynvml.nvmlDeviceGetHandleByIndex(index)
     major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
-    return Gpu(
+    return NvmlGpu(
         name=str(pynvml.nvmlDeviceGetName(handle)),
         uuid=str(pynvml.nvmlDeviceGetUUID(handle)),
         memory_bytes=int(pynvml.nvmlDeviceGetMemoryInfo(handle).total),
@@ -175,14 +175,14 @@ def _gpu(pynvml: Any, index: int, driver: str) -> Gpu:
     )
 
 
-def visible(gpus: list[Gpu], setting: str | None) -> list[Gpu]:
+def visible(gpus: list[NvmlGpu], setting: str | None) -> list[NvmlGpu]:
     """The devices CUDA would use, in its order, under a value of CUDA_VISIBLE_DEVICES.
 
     As CUDA does, the list ends at the first entry that names no device.
     """
     if setting is None:
         return list(gpus)
-    chosen: list[Gpu] = []
+    chosen: list[NvmlGpu] = []
     for entry in (part.strip() for part in setting.split(",")):
         if entry.isdigit() and int(entry) < len(gpus):
             chosen.append(gpus[int(entry)])

@@ -33,6 +33,8 @@ PHASES: tuple[Phase, ...] = (
     "optimizer_step",
     "evaluation",
 )
+# Load and evaluation stand apart.
+TRAINING_PHASES: tuple[Phase, ...] = ("forward", "backward", "optimizer_step")
 CATEGORIES = (
     "weights",
     "quantized_weights",

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from harness.records.attempts import in_force, in_force_by
 from harness.records.reading import RECORD, read_sound, records_in
 from harness.records.record import Record
 from harness.system.files import TEMPORARY_PREFIX, sync_directory, write_atomically
@@ -31,8 +32,6 @@ from matrices.errors import UserError
 
 # Below this a sweep would end in the middle of writing an adapter or a table of samples.
 MINIMUM_FREE_BYTES = 256 * 2**20
-# An attempt that ended like this says nothing about the cell: an earlier one stays in force.
-INCONCLUSIVE = ("interrupted", "skipped")
 _WORKING_NAME = re.compile(r"(?P<key>[0-9a-f]{12}-[0-9a-f]{8})\.\d+-\w+")
 
 
@@ -94,25 +93,17 @@ class Store:
             self.claims.mkdir(exist_ok=True)
 
     def latest(self) -> dict[str, Entry]:
-        """The attempt in force of every key that is here: the last one that came to an end of its
-        own, else the last."""
-        found: dict[str, Entry] = {}
-        for directory, record in records_in(self.root):
-            key = record_key(record.cell_id, record.stack_id)
-            if key not in found or _rank(found[key].record) < _rank(record):
-                found[key] = Entry(directory, record)
-        return found
+        """The attempt in force of every key that is here."""
+        entries = (Entry(*each) for each in records_in(self.root))
+        return in_force_by(entries, lambda e: record_key(e.record.cell_id, e.record.stack_id))
 
     def latest_of(self, key: str) -> Entry | None:
         """The attempt in force of one key, read anew."""
-        last: Entry | None = None
-        for path in [self.root / key, *self.root.glob(f"{key}.*")]:
-            record = read_sound(path / RECORD)
-            if record is None or not is_of(record, key):
-                continue
-            if last is None or _rank(last.record) < _rank(record):
-                last = Entry(path, record)
-        return last
+        paths = [self.root / key, *self.root.glob(f"{key}.*")]
+        read = [(path, read_sound(path / RECORD)) for path in paths]
+        return in_force(
+            Entry(path, record) for path, record in read if record and is_of(record, key)
+        )
 
     def place(self, key: str, attempt: int) -> Path:
         """Where an attempt is published."""
@@ -216,10 +207,6 @@ class Store:
             if record is not None and is_of(record, working_key):
                 recovered.append(self.publish(working, finish(working, record)))
         return recovered
-
-
-def _rank(record: Record) -> tuple[bool, int]:
-    return record.status not in INCONCLUSIVE, record.attempt
 
 
 def _try_lock(path: Path) -> FileLock | None:

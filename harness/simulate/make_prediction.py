@@ -6,8 +6,8 @@ from harness.meters.memory.ledger import category
 from harness.meters.steps import TOP_TENSORS
 from harness.records.prediction import (
     Engine,
-    OutOfMemory,
     PredictedMemory,
+    PredictedOutOfMemory,
     Prediction,
     PredictionStatus,
     RankMemory,
@@ -115,7 +115,7 @@ def verdict(found: Simulated, gpu: Gpu) -> Verdict:
     if walked.refused is not None:
         event = walked.refused.event
         made.outcome = "oom"
-        made.oom = OutOfMemory(
+        made.oom = PredictedOutOfMemory(
             phase=event.phase,
             op=event.storage.op,
             module=event.storage.module,

@@ -6,7 +6,6 @@ import gc
 import json
 import os
 import selectors
-import signal
 import sys
 import traceback
 import warnings
@@ -21,7 +20,7 @@ from harness.simulate.device import fake_cuda
 from harness.simulate.device import self_check as check
 from harness.simulate.libraries import missing_packages
 from harness.system import fork_safety  # noqa: F401 - every child is put right
-from harness.system.parent_death import end_with_parent
+from harness.system.child_process import fork_to_answer, signal_text
 from matrices.catalogue.gpus import Gpu
 from matrices.catalogue.gpus import gpu as gpu_named
 from matrices.cell import Cell, canonical_json
@@ -156,25 +155,12 @@ class _Child:
 
     @classmethod
     def start(cls, cell: Cell, setting: Setting, indices: list[int]) -> _Child:
-        reading, writing = os.pipe()
-        parent = os.getpid()
-        pid = os.fork()
-        if pid == 0:
-            end_with_parent(parent)
-            os.close(reading)
+        def answer() -> str:
             # Trainers print their last metrics, which are no figures here.
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            code = 1
-            try:
-                made = _answer(cell, setting).model_dump_json().encode()
-                with os.fdopen(writing, "wb") as pipe:
-                    pipe.write(made)
-                code = 0
-            finally:
-                sys.stderr.flush()
-                os._exit(code)
-        os.close(writing)
-        return cls(pid, reading, indices)
+            return _answer(cell, setting).model_dump_json()
+
+        return cls(*fork_to_answer(answer), indices)
 
     def read(self) -> bool:
         """Take what is there; False at the end."""
@@ -188,8 +174,8 @@ class _Child:
         os.close(self.pipe)
         _, status = os.waitpid(self.pid, 0)
         if os.WIFSIGNALED(status):
-            name = signal.Signals(os.WTERMSIG(status)).name
-            return refused(cell, "failed", f"the simulating process died of {name}")
+            how = signal_text(os.WTERMSIG(status))
+            return refused(cell, "failed", f"the simulating process died of {how}")
         if not self.said:
             return refused(cell, "failed", "the simulating process ended without an answer")
         return Prediction.model_validate_json(self.said)

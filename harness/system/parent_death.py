@@ -1,17 +1,31 @@
-"""Processes that do not outlive the one that started them, however that ends. Linux only."""
+"""Processes that do not outlive the one that started them, however that ends.
+
+Only Linux has this. Elsewhere a process ends when the one that started it ends it, and may be left
+behind by one that was killed. There are three ways, because three things are wanted:
+
+* One process: the kernel kills it (`end_with_parent`). Everything that `child_process` starts and
+  forks, and the fork server, has it.
+* A worker and all that it has started (data loaders, compilers): `launch.processes.server` kills
+  their group. That needs the leader alive, because the number of a dead leader may name another
+  group by now, so the kernel's way, which kills the leader alone, would leave the others behind.
+* A cell whose record has to be finished first: the process that runs the cells of a Ray worker
+  (`launch.engines.ray.task`) stops in good order when its standard input ends.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import signal
+import sys
 from collections.abc import Callable
 
 # man 2 prctl
 _PR_SET_PDEATHSIG = 1
 # A process that finds this set ends with its parent; who starts it sets it.
 VARIABLE = "TUNEBENCH_ENDS_WITH_PARENT"
-_LIBC = ctypes.CDLL(None, use_errno=True)
+# Loaded before any fork: a child of several threads must not load anything.
+_LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
 
 def end_with_parent(parent: int) -> None:
@@ -20,12 +34,14 @@ def end_with_parent(parent: int) -> None:
     The parent is the thread that started this process, so start it from the main thread. It holds
     across `exec`, and not for what this process starts itself.
     """
+    if _LIBC is None:
+        return
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:  # it was gone before the kernel was asked
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def ending_with_this() -> Callable[[], None]:
-    """`preexec_fn` for a process that is to end with this one."""
+def ending_with_this() -> Callable[[], None] | None:
+    """`preexec_fn` for a process that is to end with this one; none where there is no such way."""
     parent = os.getpid()
-    return lambda: end_with_parent(parent)
+    return (lambda: end_with_parent(parent)) if _LIBC is not None else None

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from harness.models import lora_layers
-from harness.models.lora_layers import ADAPTER, Place
+from harness.models.lora_layers import ADAPTER, BaseModule
 from harness.models.mismatch import VerificationError, demand
 from harness.models.model import alpha, target_modules
 from harness.records.record import PassedThrough, VerifiedAdapter
@@ -21,7 +21,7 @@ from matrices.cell import Adapter
 def verify(model: Any, wanted: Adapter) -> None:
     """Raise VerificationError for the first layer that is not as the cell's settings and PEFT's
     matching of them say: where it is, its rank, scaling and kind, and what of the model trains."""
-    found = lora_layers.places(model)
+    found = lora_layers.base_modules(model)
     config = model.peft_config[ADAPTER]
     _verify_config(config, model, wanted)
     layers = {name: layer for place in found for name, layer in lora_layers.loras(place).items()}
@@ -42,7 +42,7 @@ def _verify_config(config: Any, model: Any, wanted: Adapter) -> None:
     demand(config.lora_dropout, wanted.dropout, "dropout")
     ours = copy.copy(config)
     ours.target_modules = set(target_modules(wanted.target_modules, Unadapted(model)))
-    found = lora_layers.places(model)
+    found = lora_layers.base_modules(model)
     names = lora_layers.targets(ours, found)
     demand(lora_layers.targets(config, found), names, "adapted modules")
     passed_through(model, wanted)
@@ -63,7 +63,7 @@ class Unadapted:
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        self._modules = {place.name: place.module for place in lora_layers.places(model)}
+        self._modules = {place.name: place.module for place in lora_layers.base_modules(model)}
 
     def named_modules(self) -> Any:
         return self._modules.items()
@@ -85,7 +85,7 @@ def _verify_layer(name: str, layer: Any, config: Any) -> None:
     demand(bool(layer.use_dora.get(ADAPTER, False)), config.use_dora, f"use_dora of {name}")
 
 
-def _verify_beside(config: Any, model: Any, found: list[Place]) -> None:
+def _verify_beside(config: Any, model: Any, found: list[BaseModule]) -> None:
     """Copies and rows that are trained beside the adapter are those that were asked for."""
     saved = [place.name for place in found if lora_layers.saved_copies(place)]
     demand(saved, lora_layers.modules_to_save(config, found), "modules_to_save")
@@ -102,7 +102,7 @@ def _verify_beside(config: Any, model: Any, found: list[Place]) -> None:
             demand(list(each), list(ids), f"trainable_token_indices of {name}")
 
 
-def _verify_trainable(config: Any, model: Any, found: list[Place]) -> None:
+def _verify_trainable(config: Any, model: Any, found: list[BaseModule]) -> None:
     expected: dict[int, Any] = {}
     for place in found:
         for parameter in _trained_at(place, config):
@@ -114,7 +114,7 @@ def _verify_trainable(config: Any, model: Any, found: list[Place]) -> None:
     demand(sorted(wanted - trained), [], "parameters of the adapter that are frozen")
 
 
-def _trained_at(place: Place, config: Any) -> list[torch.nn.Parameter]:
+def _trained_at(place: BaseModule, config: Any) -> list[torch.nn.Parameter]:
     layers = lora_layers.loras(place).values()
     trained = [p for layer in layers for p in lora_layers.trained_parameters(layer)]
     trained += [p for copy in lora_layers.saved_copies(place) for p in copy.parameters()]
@@ -128,7 +128,7 @@ def _trained_at(place: Place, config: Any) -> list[torch.nn.Parameter]:
 
 def findings(model: Any) -> VerifiedAdapter:
     """What is there, for the record."""
-    found = lora_layers.places(model)
+    found = lora_layers.base_modules(model)
     config = model.peft_config[ADAPTER]
     layers = {name: layer for place in found for name, layer in lora_layers.loras(place).items()}
     biases = [

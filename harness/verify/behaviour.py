@@ -32,7 +32,7 @@ SPLITS_THE_BASE = ("pissa", "olora")
 
 
 @dataclass
-class Seen:
+class BaseBehaviour:
     """The base before it gets an adapter. `missing` says why something was not tried."""
 
     logits: torch.Tensor | None = None
@@ -42,10 +42,10 @@ class Seen:
     missing: dict[str, str] = field(default_factory=dict)
 
 
-def look(model: Any, cell: Cell) -> Seen:
+def look(model: Any, cell: Cell) -> BaseBehaviour:
     """Try the base model of a cell. Raises VerificationError when it is not a causal one."""
     began = time.perf_counter()
-    seen = Seen(isolated=False if _joins_documents(cell) else None)
+    seen = BaseBehaviour(isolated=False if _joins_documents(cell) else None)
     reason = _not_to_be_run(model)
     if reason:
         seen.missing = dict.fromkeys(("causal", "adapter_starts_at_base"), reason)
@@ -66,7 +66,7 @@ def look(model: Any, cell: Cell) -> Seen:
     return seen
 
 
-def note(record: Record, seen: Seen, model: Any) -> None:
+def note(record: Record, seen: BaseBehaviour, model: Any) -> None:
     """Put into the record what was seen, and whether the adapter, if any, starts at the base.
     Raises VerificationError when it should and does not."""
     began = time.perf_counter()

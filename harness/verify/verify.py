@@ -83,7 +83,7 @@ def _verify_structure(model: Any, cell: Cell) -> None:
 
 def _adapters(model: nn.Module) -> dict[str, Any]:
     """LoRA layers, by the name of what they adapt."""
-    found = lora_layers.places(model)
+    found = lora_layers.base_modules(model)
     return {name: layer for place in found for name, layer in lora_layers.loras(place).items()}
 
 
@@ -97,7 +97,7 @@ def _verify_weight_dtype(model: Any, cell: Cell, cast: Collection[int]) -> None:
     kept = _kept_in_fp32(model, cell.model.weight_dtype)
     found = {
         parameter.dtype
-        for place in lora_layers.places(model)
+        for place in lora_layers.base_modules(model)
         for name, parameter in lora_layers.own_parameters(place).items()
         if id(parameter) not in cast
         and getattr(parameter, "quant_state", None) is None

@@ -17,9 +17,9 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from harness.meters.gpu_processes import Occupant, occupants, process_name
-from harness.models import packaged
 from harness.records import provenance
 from matrices.errors import UserError
+from matrices.files.cache import cache_directory, cache_errors
 from reports.text import bytes_text
 
 # The memory of a process that has just ended is held a little longer.
@@ -88,7 +88,7 @@ class Slots:
         self.exclusive = exclusive
         self.allow_busy = allow_busy
         self.devices = tuple(local_devices() if devices is None else devices)
-        self.directory = directory or packaged.cache_directory() / "slots" / socket.gethostname()
+        self.directory = directory or cache_directory() / "slots" / socket.gethostname()
         self._place_in_line: FileLock | None = None
 
     def ask(self, count: int, patient: bool = True) -> Lease | None:
@@ -135,16 +135,12 @@ class Slots:
 
     def _lock(self, name: str) -> FileLock | None:
         lock = FileLock(self.directory / f"{name.replace(':', '-')}.lock", thread_local=False)
-        try:
+        with cache_errors(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
-            lock.acquire(blocking=False)
-        except Timeout:
-            return None
-        except OSError as error:
-            raise UserError(
-                f"the cache directory {self.directory} cannot be written ({error.strerror}); set "
-                "TUNEBENCH_CACHE to one that can"
-            ) from error
+            try:
+                lock.acquire(blocking=False)
+            except Timeout:
+                return None
         return lock
 
     def _idle(self, names: list[str], count: int) -> list[str]:

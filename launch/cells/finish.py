@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from harness.ranks import state_files
+from harness.ranks.progress_file import read_progress
 from harness.records import provenance
 from harness.records.record import PHASES, Failure, Memory, RankState, Record, read_record
+from harness.system.child_process import signal_text
 from launch.cells.watch import Failed, Outcome
-from launch.processes.workers import LOST, read_progress
+from launch.processes.workers import LOST
 from matrices.errors import UserError
 
 # What a rank says whose peer has gone: gloo, NCCL and torch's store, in their words.
@@ -126,7 +128,7 @@ def sudden_end(
     if code == LOST:
         message = f"the process that {who or 'the worker'} was forked from died"
     elif code < 0:
-        killed = f"killed by signal {-code} ({signal.Signals(-code).name}){when}"
+        killed = f"killed by {signal_text(-code)}{when}"
         message = f"{who} was {killed}" if who else killed
     else:
         message = f"{who or 'the worker'} ended with exit code {code} and no finished record"

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from harness.preflight.problems import Problem
 from harness.ranks.launch_command import fixed_port
+from harness.ranks.progress_file import read_progress
 from harness.records import provenance
 from harness.records.record import Record, Status, read_record
 from harness.records.store import Entry, Store
@@ -31,7 +32,7 @@ from launch.predict.before_run import Foretold, with_prediction
 from launch.processes.server import start_server
 from launch.processes.stop_signals import Signals, stop_signals
 from launch.processes.stop_signals import Stopped as Stopped
-from launch.processes.workers import free_port, read_progress, start_ranks
+from launch.processes.workers import free_port, start_ranks
 from matrices.cell import Cell
 from matrices.errors import UserError
 

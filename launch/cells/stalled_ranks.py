@@ -16,7 +16,7 @@ import psutil
 
 from harness.ranks import state_files
 from harness.records.record import RankState
-from harness.system.parent_death import ending_with_this
+from harness.system.child_process import run
 from launch.processes.workers import Process, family
 
 # Heartbeats come every second; a process that is only busy misses a few.
@@ -183,14 +183,7 @@ def _py_spy(members: list[psutil.Process], path: Path) -> None:
     for member in members:
         argv = [program, "dump", "--pid", str(member.pid)]
         try:
-            done = subprocess.run(  # noqa: S603 - an argv of our own making, no shell
-                argv,
-                capture_output=True,
-                text=True,
-                timeout=PY_SPY_SECONDS,
-                check=False,
-                preexec_fn=ending_with_this(),
-            )
+            done = run(argv, PY_SPY_SECONDS)
         except (OSError, subprocess.TimeoutExpired):
             continue
         if done.returncode == 0:

@@ -17,20 +17,19 @@ from typing import Literal
 
 from harness.meters.gpu_processes import occupants
 from harness.ranks import state_files
+from harness.ranks.progress_file import Progress, read_progress
 from harness.records.record import RankState
 from launch.cells import stalled_ranks
 from launch.processes.workers import (
     GRACE_SECONDS,
     Launched,
     Process,
-    Progress,
     Ranks,
     ask_to_end,
     family,
     kill_group,
     kill_strays,
     memory_kills,
-    read_progress,
 )
 
 POLL_SECONDS = 0.5

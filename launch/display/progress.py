@@ -14,9 +14,9 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
+from harness.ranks.progress_file import Progress
 from harness.records.record import Record
 from launch.planning.plan import Job
-from launch.processes.workers import Progress
 from matrices.files.text import visible
 from reports.text import bytes_text
 

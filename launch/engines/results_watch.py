@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from harness.ranks import state_files
+from harness.ranks.progress_file import Progress, read_progress
 from harness.records.reading import RECORD, read_sound, records_in
 from harness.records.record import RankState, Record
 from harness.records.store import Entry, Store
-from launch.processes.workers import Progress, read_progress
 from matrices.errors import UserError
 
 LOCKS = Path("/proc/locks")

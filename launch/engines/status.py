@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from harness.ranks.progress_file import Progress
+from harness.records.attempts import in_force_by
 from harness.records.record import RankState
 from harness.records.store import Entry, Store
 from launch.display.progress import clock, describe
@@ -16,7 +18,6 @@ from launch.engines.results_watch import Published, Running, running
 from launch.engines.slurm import submit
 from launch.engines.slurm.queue import JobState, NoAnswer
 from launch.planning.plan import labels
-from launch.processes.workers import Progress
 from matrices.cell import Cell
 from reports.text import DASH
 
@@ -68,10 +69,7 @@ def look(results: Path) -> Sweep:
         known = sweep.running.get(seen.record.cell_id)
         if known is None or (known.held, known.record.attempt) < (seen.held, seen.record.attempt):
             sweep.running[seen.record.cell_id] = seen
-    for entry in Published(store).new():
-        last = sweep.entries.get(entry.record.cell_id)
-        if last is None or _rank(last) < _rank(entry):
-            sweep.entries[entry.record.cell_id] = entry
+    sweep.entries = in_force_by(Published(store).new(), lambda entry: entry.record.cell_id)
     arrays = submit.known_arrays(store)
     for array in arrays:
         sweep.names |= dict(zip(array.cells, array.labels, strict=True))
@@ -84,11 +82,6 @@ def look(results: Path) -> Sweep:
         else:
             sweep.queued = {cell: state for cell, (_, state) in found.items()}
     return sweep
-
-
-def _rank(entry: Entry) -> tuple[bool, str]:
-    record = entry.record
-    return record.status not in ("interrupted", "skipped"), record.ended or record.started
 
 
 def statuses(sweep: Sweep, cells: Sequence[Cell] = ()) -> list[CellStatus]:

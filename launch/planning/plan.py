@@ -10,9 +10,10 @@ from typing import Any, Literal, get_args
 from harness.evaluation.score_precision import SOFTMAX_DTYPE, softmax_dtype
 from harness.ranks.launch_command import threads_of
 from harness.records import hub, provenance
+from harness.records.attempts import in_force
 from harness.records.prediction import Prediction
 from harness.records.record import Record, Status
-from harness.records.store import INCONCLUSIVE, Entry, record_key
+from harness.records.store import Entry, record_key
 from matrices.cell import Cell, base_cells
 from matrices.errors import UserError, nearest
 from matrices.language.labels import labels
@@ -150,7 +151,7 @@ def plan_jobs(
         threads = threads_of(cell, cores(cell))
         key = key_of(cell, threads)
         there = measured.get(cell_id, [])
-        found = max((e for e in there if counts(e.record, threads)), key=_rank, default=None)
+        found = in_force(e for e in there if counts(e.record, threads))
         action, why = decide(found.record if found else None, refused, retry)
         seen = max((e.record.attempt for e in there if _key(e.record) == key), default=0)
         implied = cell_id not in reasons
@@ -171,11 +172,6 @@ def made_here(record: Record, threads: int) -> bool:
 
 def _key(record: Record) -> str:
     return record_key(record.cell_id, record.stack_id)
-
-
-def _rank(entry: Entry) -> tuple[bool, str, int]:
-    record = entry.record
-    return record.status not in INCONCLUSIVE, record.ended or record.started, record.attempt
 
 
 def _bases(cells: Iterable[Cell]) -> Iterator[Cell]:

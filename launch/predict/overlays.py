@@ -22,10 +22,10 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from harness.models.packaged import cache_directory
 from harness.records.provenance import MEASURED_PACKAGES, NOTED_PACKAGES
-from harness.system.parent_death import ending_with_this
+from harness.system.child_process import python_module, run
 from matrices.errors import UserError
+from matrices.files.cache import cache_directory, cache_errors
 
 # What the interpreter is asked; its own packages are wanted, not those of a user's directory.
 ASK = (
@@ -162,13 +162,8 @@ def _of_interpreter(program: str, where: str) -> Overlay:
     """The site-packages of another interpreter of the same minor version: compiled packages of
     another one could not be imported."""
     try:
-        done = subprocess.run(  # noqa: S603 - an interpreter the user names, no shell
-            [program, "-I", "-c", ASK],
-            capture_output=True,
-            text=True,
-            timeout=INTERPRETER_SECONDS,
-            check=True,
-        )
+        done = run([program, "-I", "-c", ASK], INTERPRETER_SECONDS)
+        done.check_returncode()
         version, *paths = json.loads(done.stdout)
     except (OSError, ValueError, subprocess.SubprocessError) as error:
         raise UserError(
@@ -218,18 +213,12 @@ def _installed(pins: Sequence[str], where: str, say: Say) -> Path:
     target = cache_directory() / "stacks" / name
     if target.is_dir():
         return target
-    try:
+    with cache_errors(target.parent, where=where):
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(target.parent / f"{name}.lock"):
             if not target.is_dir():
                 say(f"installing {', '.join(pins)} into {target}, once ...")
                 _install(pins, target, where)
-    except OSError as error:
-        raise UserError(
-            f"the cache directory {target.parent} cannot be written ({error.strerror}); set "
-            "TUNEBENCH_CACHE to one that can",
-            where=where,
-        ) from error
     return target
 
 
@@ -237,17 +226,9 @@ def _install(pins: Iterable[str], target: Path, where: str) -> None:
     """Into another directory first: the overlay is whole or not there."""
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".making-") as scratch:
         made = Path(scratch) / "overlay"
-        command = [sys.executable, "-m", "pip", "install", "--no-deps", "--quiet", "--no-input"]
-        command += ["--disable-pip-version-check", "--target", str(made), *pins]
-        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-        done = subprocess.run(  # noqa: S603 - an argv of checked pins, no shell
-            command,
-            capture_output=True,
-            text=True,
-            check=False,
-            env=environment,
-            preexec_fn=ending_with_this(),
-        )
+        options = ["--no-deps", "--quiet", "--no-input", "--disable-pip-version-check"]
+        command = python_module("pip", "install", *options, "--target", str(made), *pins)
+        done = run(command, environment={k: v for k, v in os.environ.items() if k != "PYTHONPATH"})
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if line.strip()]
             errors = [line for line in lines if line.startswith("ERROR:")]

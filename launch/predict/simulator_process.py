@@ -5,12 +5,9 @@ One process for all cells of a request: it imports the stack once and forks a ch
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,9 +15,9 @@ from typing import IO, Any
 
 from pydantic import ValidationError
 
-from harness.models.packaged import cache_directory
 from harness.records.prediction import Prediction, Request
-from harness.system.parent_death import ending_with_this
+from harness.system.child_process import how_it_ended, kill_group, python_module, start
+from matrices.files.cache import cache_directory
 
 ROOT = Path(__file__).resolve().parents[2]
 # The project's own packages: found first, so that no other stack's can stand in for them.
@@ -62,10 +59,10 @@ class Simulation:
                     yield answer
                 code = process.wait()
             finally:
-                _kill_group(process)
+                kill_group(process.pid)
                 process.wait()
             if answered < len(self.request.cells):
-                self.ended = f"{_ending(code)}{_last_words(said)}"
+                self.ended = f"the simulating process {how_it_ended(code)}{_last_words(said)}"
 
     def _start(self, scratch: Path, said: IO[bytes]) -> subprocess.Popen[bytes]:
         request = scratch / "request.json"
@@ -76,15 +73,11 @@ class Simulation:
             (own / name).symlink_to(ROOT / name, target_is_directory=True)
         inherited = os.environ.get("PYTHONPATH", "")
         path = [str(own), *map(str, self.overlay), *([inherited] if inherited else [])]
-        return subprocess.Popen(  # noqa: S603 - an argv of our own making, no shell
-            [sys.executable, "-m", self.module, str(request)],
-            stdin=subprocess.DEVNULL,
+        return start(
+            python_module(self.module, str(request)),
             stdout=subprocess.PIPE,
             stderr=said,
-            start_new_session=True,
-            preexec_fn=ending_with_this(),
-            # `python -m` would look in the current directory first.
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(path), "PYTHONSAFEPATH": "1"},
+            environment={"PYTHONPATH": os.pathsep.join(path)},
         )
 
 
@@ -99,17 +92,6 @@ def _answer(line: bytes, cells: int) -> tuple[int, Prediction] | None:
     except (ValueError, TypeError, KeyError, ValidationError):
         return None
     return (index, prediction) if isinstance(index, int) and 0 <= index < cells else None
-
-
-def _kill_group(process: subprocess.Popen[bytes]) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-
-
-def _ending(code: int) -> str:
-    if code < 0:
-        return f"the simulating process was killed by signal {-code} ({signal.Signals(-code).name})"
-    return f"the simulating process ended with exit code {code} before its answer"
 
 
 def _last_words(said: IO[bytes]) -> str:

@@ -20,6 +20,7 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import IO, Any
 
 from harness.records import provenance
+from harness.system.child_process import kill_group
 from launch.processes.fork_server import GROUP_SIGNALS, RUNNER
 
 FORK_SERVER = "launch.processes.fork_server"
@@ -129,8 +130,8 @@ def _inherited(output: int) -> Iterator[None]:
 def follow_parent() -> None:
     """Make this process the leader of its own group, and the group die with the runner.
 
-    The parent-death signal of Linux would not do: the parent of a forked worker is the fork
-    server, which lives for as long as its children do.
+    The kernel's way, of `harness.system.parent_death`, would end this process alone, by the death
+    of the fork server, and leave behind what it has started.
     """
     os.setsid()
     parent = multiprocessing.parent_process()
@@ -161,5 +162,4 @@ def _keep(receiver: Connection) -> None:
             kept[pid] = os.pidfd_open(pid)
     for pid, opened in kept.items():
         if not connection.wait([opened], 0):
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(pid, signal.SIGKILL)
+            kill_group(pid)

@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import json
 import os
-import signal
 import socket
-import subprocess
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import psutil
 from filelock import FileLock
@@ -25,7 +22,7 @@ from filelock import FileLock
 from harness.ranks import state_files
 from harness.ranks.launch_command import runs_accelerate
 from harness.ranks.launch_environment import Place
-from harness.system import parent_death
+from harness.system import child_process, parent_death
 from launch.processes.server import Server, follow_parent
 from matrices.errors import UserError
 
@@ -56,18 +53,6 @@ class Ranks:
     @property
     def world_size(self) -> int:
         return self.places[0].world_size
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What a worker is doing now: the content of `progress.json`."""
-
-    phase: str = "starting"
-    step: int | None = None
-    steps: int | None = None
-    loss: float | None = None
-    tokens_per_second: float | None = None
-    message: str = ""
 
 
 class Process(Protocol):
@@ -105,12 +90,7 @@ def died(who: str, code: int | None, server: Server, kills: int) -> UserError:
             f"the kernel killed {who}: the machine's memory ran out; free some memory and run the "
             "same command again"
         )
-    if code is not None and code < 0:
-        how = f"was killed by signal {-code} ({signal.Signals(-code).name})"
-    elif code not in (None, LOST):
-        how = f"ended with exit code {code} before its answer"
-    else:
-        how = "died"
+    how = child_process.how_it_ended(code) if code not in (None, LOST) else "died"
     said = server.said().splitlines()
     last = f" ({said[-1].strip()})" if said else ""
     return UserError(
@@ -165,18 +145,10 @@ class Launched:
     ) -> None:
         """`hold` is a descriptor that the command keeps open for as long as it lives."""
         with log.open("ab") as file:
-            self.popen = subprocess.Popen(  # noqa: S603 - an argv of our own making, no shell
-                argv,
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=file,
-                start_new_session=True,
-                pass_fds=(hold,),
-                preexec_fn=parent_death.ending_with_this(),
-                # `python -m` would look in the current directory first.
-                env=os.environ
-                | {"PYTHONSAFEPATH": "1", parent_death.VARIABLE: "1"}
-                | dict(environment or {}),
+            # `python -m`, also accelerate's, would look in the current directory first.
+            ours = {"PYTHONSAFEPATH": "1", parent_death.VARIABLE: "1"}
+            self.popen = child_process.start(
+                argv, file, file, {**ours, **(environment or {})}, [hold]
             )
         # accelerate itself only waits for its workers, and dies of a signal without passing it on.
         self.by_accelerate = runs_accelerate(argv)
@@ -219,8 +191,7 @@ def kill_group(process: Process) -> None:
     # torchrun puts each rank into a session of its own.
     members = family(process)
     for pid in dict.fromkeys([process.pid, *(each.pid for each in members if _leads(each.pid))]):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(pid, signal.SIGKILL)
+        child_process.kill_group(pid)
     # One that was forked a moment ago is still in the group of this process.
     for each in members:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -235,8 +206,7 @@ def kill_strays(pids: Iterable[int], working: Path) -> None:
         except psutil.Error:
             continue
         if ours and _leads(pid):
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(pid, signal.SIGKILL)
+            child_process.kill_group(pid)
 
 
 def _leads(pid: int) -> bool:
@@ -244,16 +214,6 @@ def _leads(pid: int) -> bool:
         return os.getpgid(pid) == pid
     except ProcessLookupError:
         return False
-
-
-def read_progress(working: Path) -> Progress:
-    """The worker's `progress.json`, or the default before there is one."""
-    try:
-        plain: dict[str, Any] = json.loads((working / "progress.json").read_text())
-    except (FileNotFoundError, ValueError):  # not yet there, or the disk is full
-        return Progress()
-    known = Progress.__dataclass_fields__
-    return Progress(**{name: value for name, value in plain.items() if name in known})
 
 
 def memory_kills() -> int:

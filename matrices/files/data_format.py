@@ -24,7 +24,7 @@ TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
 
 
 @dataclass(frozen=True)
-class Layout:
+class RowLayout:
     """How rows are read. `columns` are the source's, those the format needs first."""
 
     format: str
@@ -33,7 +33,7 @@ class Layout:
     """Rows hold messages, which go through the chat template."""
 
 
-def layout_of(data: Data, columns: Sequence[str], first: Mapping[str, Any]) -> Layout:
+def layout_of(data: Data, columns: Sequence[str], first: Mapping[str, Any]) -> RowLayout:
     """The layout of rows with these columns, `first` being one of them.
 
     A `format` that is asked for wins. Else a column that is named, which is one that differs from
@@ -58,7 +58,7 @@ def layout_of(data: Data, columns: Sequence[str], first: Mapping[str, Any]) -> L
     if chosen == "chat" and _says_from(first.get(needed[0])):
         chosen = "sharegpt"
     read = (*needed, *(name for name in optional if name in columns and name not in needed))
-    return Layout(chosen, read, conversational)
+    return RowLayout(chosen, read, conversational)
 
 
 def format_named(data: Data, written: Collection[str], columns: Sequence[str]) -> str | None:

@@ -91,12 +91,12 @@ def parse(text: str, name: str, *, lines: bool = True) -> Spot:
     if node is None:
         return Spot(None, name)
     try:
-        return _Builder(name, lines).build(node)
+        return _YamlBuilder(name, lines).build(node)
     except RecursionError as error:
         raise UserError("an alias contains itself, or lists nest too deeply", where=name) from error
 
 
-class _Builder:
+class _YamlBuilder:
     def __init__(self, name: str, lines: bool) -> None:
         self.name = name
         self.lines = lines

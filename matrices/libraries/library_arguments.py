@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["setting", "passed", "refused"]
+ArgumentKind = Literal["setting", "passed", "refused"]
 SFT_CONFIG = "train.sft_config"
 LORA_CONFIG = "adapter.lora_config"
 
@@ -21,7 +21,7 @@ class Argument:
     """`said` is what to write instead (a setting) or why not (refused). `needs` names what must be
     so for a passed argument to have an effect: a key of `matrices.rules.arguments.EFFECTS`."""
 
-    kind: Kind
+    kind: ArgumentKind
     said: str = ""
     needs: str = ""
 

@@ -20,7 +20,7 @@ from matrices.files import yaml_lines
 from matrices.files.yaml_lines import Spot
 
 Verdict = Literal["reproduced", "refuted", "not testable"]
-Kind = Literal["count", "predict", "measure", "price"]
+ClaimKind = Literal["count", "predict", "measure", "price"]
 
 # What each kind can be about, with the unit of its value.
 QUANTITIES: dict[str, dict[str, str]] = {
@@ -67,7 +67,7 @@ class Claim(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     id: str
-    kind: Kind
+    kind: ClaimKind
     quantity: str
     source: str = ""
     note: str = ""

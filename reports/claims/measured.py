@@ -24,7 +24,7 @@ from reports.tables import estimates
 from reports.tables.captions import hardware_text, model_text
 from reports.tables.groups import Group, differing, group, section_key
 
-Figure = Callable[[Group, Group], Iterator[Estimate]]
+MeasuredFigure = Callable[[Group, Group], Iterator[Estimate]]
 Test = Callable[[Group, Group], bool]
 STORAGE = ("quantization.quant_type", "quantization.double_quant", "quantization.quant_storage")
 CHECKPOINTING = ("train.gradient_checkpointing", "train.use_reentrant")
@@ -40,7 +40,7 @@ class Comparison:
 
     pairs: Test
     axes: tuple[str, ...]
-    figure: Figure
+    figure: MeasuredFigure
     needs: str
     exact: bool = False
 
@@ -287,7 +287,7 @@ def _points(ours: Group, theirs: Group) -> Iterator[Estimate]:
                 yield _mapped(gap, lambda share: 100 * share)
 
 
-def _opposite(figure: Figure) -> Figure:
+def _opposite(figure: MeasuredFigure) -> MeasuredFigure:
     return lambda first, second: (_mapped(e, lambda value: -value) for e in figure(first, second))
 
 

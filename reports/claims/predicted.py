@@ -27,7 +27,7 @@ SMALL, USUAL = (1, 512), (4, 2048)
 STATES = ("weights", "quantized_weights", "quantization_state", "adapters")
 OTHER = ("activations", "logits_and_loss", "temporaries")
 
-Figure = Callable[[Sequence[Prediction]], float]
+PredictedFigure = Callable[[Sequence[Prediction]], float]
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Case:
 
     assuming: str
     cells: tuple[Cell, ...]
-    figure: Figure
+    figure: PredictedFigure
 
 
 def cases(claim: Claim) -> list[Case]:

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from harness.evaluation.score_precision import softmax_dtype
-from harness.records.record import Phase, PhaseMemory, Record
+from harness.records.record import TRAINING_PHASES, PhaseMemory, Record
 from matrices.cell import Cell
 
 HEADLINE_FIELD = {"ledger": "ledger_peak_bytes", "cuda_allocated": "allocated_peak_bytes"}
-# Load and evaluation stand apart.
-TRAINING_PHASES: tuple[Phase, ...] = ("forward", "backward", "optimizer_step")
 METERS = {
     "ledger": "peak live tensor bytes by the ledger; no GPU was used",
     "cuda_allocated": "torch.cuda peak allocated bytes, the largest of all ranks",

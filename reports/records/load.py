@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.evaluation.score_precision import WITHOUT_ARGUMENT, softmax_dtype
 from harness.records import hub, provenance
+from harness.records.attempts import in_force_by
 from harness.records.reading import read_sound, record_files, set_aside
 from harness.records.record import Record
 from matrices.cell import Data, Model
@@ -17,9 +18,6 @@ from matrices.errors import UserError
 
 if TYPE_CHECKING:
     import pandas as pd
-
-# An attempt that ended like this says nothing about the cell, so an earlier one stays in force.
-INCONCLUSIVE = ("interrupted", "skipped")
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,13 +53,10 @@ class Index(dict[tuple[str, str, str], Result]):
 
     @functools.cached_property
     def by_environment(self) -> dict[tuple[str, str, str], Result]:
-        """The newest of each cell in each environment, whatever of it the cell used."""
-        found: dict[tuple[str, str, str], Result] = {}
-        for (_, _, precision), result in self.items():
-            key = (result.record.cell_id, environment(result.record), precision)
-            if key not in found or _age(result) > _age(found[key]):
-                found[key] = result
-        return found
+        """The one in force of each cell in each environment, whatever of it the cell used."""
+        return in_force_by(
+            self.values(), lambda r: (r.record.cell_id, environment(r.record), _precision(r.record))
+        )
 
 
 def environment(record: Record) -> str:
@@ -127,23 +122,20 @@ def _at(section: Model | Data, commit: str | None) -> Model | Data:
 
 
 def index(results: Iterable[Result]) -> Index:
-    """By cell and stack the result in force: the newest conclusive attempt, or the newest attempt
-    when none is conclusive. Of a base model one for each precision of log-likelihoods, so that
-    older cells keep a base to be judged against when it has been scored anew for later ones."""
-    newest = Index()
-    for result in results:
+    """By cell and stack the result in force (`harness.records.attempts`). Of a base model one for
+    each precision of log-likelihoods, so that older cells keep a base to be judged against when it
+    has been scored anew for later ones."""
+
+    def key(result: Result) -> tuple[str, str, str]:
         record = result.record
-        precision = softmax_dtype(record) if record.cell.method == "base" else None
-        key = (record.cell_id, provenance.recorded_stack_id(record), precision or "")
-        if key not in newest or _age(result) > _age(newest[key]):
-            newest[key] = result
-    return newest
+        return record.cell_id, provenance.recorded_stack_id(record), _precision(record)
+
+    return Index(in_force_by(results, key))
 
 
-def _age(result: Result) -> tuple[bool, str, int]:
-    # Attempts made by an older tunebench have a count of their own.
-    record = result.record
-    return record.status not in INCONCLUSIVE, record.started, record.attempt
+def _precision(record: Record) -> str:
+    """Of the log-likelihoods of a base model; empty for other cells and without scores."""
+    return (softmax_dtype(record) or "") if record.cell.method == "base" else ""
 
 
 def bases(result: Result, newest: Index) -> dict[str, Result]:

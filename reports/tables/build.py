@@ -15,7 +15,7 @@ from typing import Any
 from harness.records.record import Record
 from matrices.cell import Quantization
 from matrices.errors import UserError, nearest
-from matrices.language.labels import tails
+from matrices.language.labels import QUANTIZATION, tails
 from reports.records.load import Index, Result, bases, index
 from reports.statistics.intervals import Estimate
 from reports.tables.baseline import Default, check, first_of, lowest_rank, named, parse_baseline
@@ -58,7 +58,6 @@ class Spec:
 
 DATA = "data.fingerprint"
 STORAGE = "quantization"
-STORAGE_PARTS = ("quantization.quant_type", "quantization.double_quant")
 PLAIN_NF4 = {"quantization.quant_type": "nf4", "quantization.double_quant": False}
 TABLES: dict[str, Spec] = {
     "methods": Spec(
@@ -217,7 +216,7 @@ def _table(
         *([status] if set(status.values) != {"ok"} else []),
     ]
     hidden = metrics_shown(groups, metrics).hidden
-    shown = [*shown, *STORAGE_PARTS] if STORAGE in shown else shown
+    shown = [*shown, *QUANTIZATION] if STORAGE in shown else shown
     table.caption = [baselines.told, *caption(groups, shown, hidden, superseded, where)]
     return table
 
@@ -248,7 +247,7 @@ def _shown_settings(groups: Sequence[Group], spec: Spec) -> list[str]:
     fixed = ["method", *[axis for axis in axes if axis in values and axis != "method"]]
     names = fixed + [name for name in values if len(values[name]) > 1 and name not in fixed]
     # One column says both: nf4, nf4+dq.
-    return list(dict.fromkeys(STORAGE if name in STORAGE_PARTS else name for name in names))
+    return list(dict.fromkeys(STORAGE if name in QUANTIZATION else name for name in names))
 
 
 def _setting_column(table: Table, name: str) -> TableColumn:

@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 
 from harness.records.prediction import (
-    OutOfMemory,
     PredictedMemory,
+    PredictedOutOfMemory,
     PredictedSpeed,
     Prediction,
     Request,
@@ -41,7 +41,7 @@ def peak_bytes(cell: Cell) -> int:
 
 def verdict(peak: int, gpu: Gpu) -> Verdict:
     fits = peak <= gpu.capacity_bytes
-    oom = OutOfMemory(
+    oom = PredictedOutOfMemory(
         phase="backward", op="aten.mm", module="lm_head",
         requested_bytes=1, allocated_bytes=2, reserved_bytes=3,
     )  # fmt: skip

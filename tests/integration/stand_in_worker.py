@@ -7,7 +7,6 @@ for a time.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
@@ -17,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 
 from harness.preflight.problems import Findings, Problem
+from harness.ranks.progress_file import Progress
 from harness.records.provenance import now
 from harness.records.record import Failure, Record, read_record
 from harness.system.files import write_atomically
@@ -102,10 +102,7 @@ def _save(
         output_dir / "record.json",
         record.model_copy(update={"ended": ended, "phase": phase}).to_json(),
     )
-    progress = {"phase": phase, "step": step, "steps": 2, "loss": 2.5, "tokens_per_second": 1234.0}
-    write_atomically(
-        output_dir / "progress.json", json.dumps(progress | {"message": "", "updated": time.time()})
-    )
+    Progress(phase, step, 2, 2.5, 1234.0).write(output_dir)
 
 
 if __name__ == "__main__":

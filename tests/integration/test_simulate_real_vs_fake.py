@@ -183,12 +183,12 @@ def workspace(
 def measure(wanted: Cell, directory: Path) -> Record:
     """Only the worker's untimed memory steps, on real tensors."""
     from harness import measuring
-    from harness.job import Job
+    from harness.measurement import Measurement
     from harness.models import model
     from harness.records import provenance
 
     directory.mkdir()
-    job = Job(provenance.new_record(wanted, []), directory)
+    job = Measurement(provenance.new_record(wanted, []), directory)
     tokenizer = model.load_tokenizer(wanted.model)
     measuring.memory_steps(job, measuring.load(job), tokenizer)
     return job.record

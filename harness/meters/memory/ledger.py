@@ -18,8 +18,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from harness.records.record import TRAINING_PHASES, Phase
+
 BLOCK_BYTES = 512
-TRAINING_PHASES = ("forward", "backward", "optimizer_step")
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
@@ -257,7 +258,7 @@ def by_category(storages: Iterable[Storage]) -> dict[str, int]:
     return total
 
 
-def training_peak(events: list[Event]) -> tuple[str, Peak] | None:
+def training_peak(events: list[Event]) -> tuple[Phase, Peak] | None:
     """The training phase with the highest peak, and that peak; None without training events."""
     peaks = phase_peaks(events)
     found = [(name, peaks[name]) for name in TRAINING_PHASES if name in peaks]

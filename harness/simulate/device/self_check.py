@@ -7,8 +7,6 @@ segmentation fault. So it is tried in a child process first, on a small problem 
 from __future__ import annotations
 
 import os
-import signal
-from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -19,7 +17,7 @@ from harness.simulate.device import fake_cuda, torch_cuda
 from harness.simulate.memory import replay
 from harness.simulate.memory.allocator import Allocator
 from harness.simulate.memory.ledger import SimulatedLedger
-from harness.system.parent_death import end_with_parent
+from harness.system.child_process import fork_to_answer, signal_text
 from matrices.catalogue.gpus import Gpu
 
 WIDTH, ROWS = 256, 96
@@ -27,31 +25,22 @@ WIDTH, ROWS = 256, 96
 
 def problem(gpu: Gpu | None) -> str | None:
     """Why simulating on `gpu` (on fake CPU tensors without one) cannot be trusted here, or None."""
-    return _in_child(lambda: _try(gpu))
-
-
-def _in_child(attempt: Callable[[], None]) -> str | None:
-    reading, writing = os.pipe()
-    parent = os.getpid()
-    child = os.fork()
-    if child == 0:
-        end_with_parent(parent)
-        os.close(reading)
-        said = ""
-        try:
-            attempt()
-        except Exception as error:
-            # Whatever happens in there is the answer.
-            said = f"{type(error).__name__}: {error}"
-        os.write(writing, " ".join(said.split())[:1000].encode())
-        os._exit(0)
-    os.close(writing)
-    with os.fdopen(reading, "rb") as pipe:
-        said = pipe.read().decode()
+    child, reading = fork_to_answer(lambda: _said(gpu))
+    with os.fdopen(reading) as pipe:
+        said = pipe.read()
     _, status = os.waitpid(child, 0)
     if os.WIFSIGNALED(status):
-        return f"the attempt died of {signal.Signals(os.WTERMSIG(status)).name}"
+        return f"the attempt died of {signal_text(os.WTERMSIG(status))}"
     return said or None
+
+
+def _said(gpu: Gpu | None) -> str:
+    try:
+        _try(gpu)
+    except Exception as error:
+        # Whatever happens in there is the answer.
+        return " ".join(f"{type(error).__name__}: {error}".split())[:1000]
+    return ""
 
 
 def _try(gpu: Gpu | None) -> None:

@@ -43,7 +43,7 @@ class Stream:
         pass
 
     def record_event(self, event: Any = None) -> Any:
-        return event or Event()
+        return event or FakeEvent()
 
     def synchronize(self) -> None:
         pass
@@ -86,7 +86,7 @@ def set_stream(stream: Stream) -> None:
     _current.stream = stream
 
 
-class Event:
+class FakeEvent:
     def __init__(self, *_: Any, **__: Any) -> None:
         pass
 
@@ -183,7 +183,7 @@ def _properties(gpu: Gpu) -> dict[str, Any]:
 def _queues() -> dict[str, Any]:
     return {
         "Stream": Stream,
-        "Event": Event,
+        "Event": FakeEvent,
         "stream": use_stream,
         "set_stream": set_stream,
         "current_stream": current_stream,

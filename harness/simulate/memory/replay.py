@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from harness.meters.memory.ledger import TRAINING_PHASES, Event, Storage
+from harness.meters.memory.ledger import Event, Storage
+from harness.records.record import TRAINING_PHASES
 from harness.simulate.memory.allocator import Allocator, Block, OutOfMemory
 from harness.simulate.memory.ledger import RELEASED
 

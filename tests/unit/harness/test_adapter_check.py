@@ -47,7 +47,7 @@ def check(name: str, arguments: dict[str, Any], in_4bit: bool = False, **adapter
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"modules_to_save": ["lm_haed"]}, "'lm_haed' matches no module.*'lm_head'"),
-    ("llama", {"modules_to_save": "lm_head"}, "not a list of module names"),
+    ("llama", {"modules_to_save": "lm_head"}, "is not a list of str"),
     ("llama", {"rank_pattern": {"q_porj": 8}}, "'q_porj' matches no adapted module.*'q_proj'"),
     ("llama", {"rank_pattern": {"q_proj": 0}}, "ranks of at least 1"),
     ("llama", {"alpha_pattern": {"up_proj": 8}}, "'up_proj' matches no adapted module"),
@@ -60,8 +60,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("tied", {"trainable_token_indices": [5]}, "head is tied"),
     ("llama", {"bias": "all"}, "no effect: no module here has a bias"),
     ("llama", {"bias": "some"}, "one of none, all, lora_only"),
-    ("llama", {"init_lora_weights": "foo"}, "PEFT refuses it: .*foo"),
-    ("llama", {"init_lora_weights": "pissa_niter_x"}, "PEFT refuses it: .*'x'"),
+    ("llama", {"init_lora_weights": "foo"}, "foo. is not true or false or one of"),
     ("llama", {"lora_bias": True, "use_dora": True}, "PEFT refuses it: .*lora_bias"),
     ("llama", {"target_parameters": ["q_proj.weight"]}, "PEFT refuses it: .*q_proj"),
     (
@@ -85,6 +84,12 @@ ACCEPTED: list[tuple[str, dict[str, Any]]] = [
         for init in (True, False, "gaussian", "orthogonal", "olora", "pissa", "mica")
     ),
 ]
+
+
+@pytest.mark.parametrize("init", ["foo", "pissa_niter_x"])
+def test_what_peft_alone_refuses_is_said_in_its_words(init: str) -> None:
+    with pytest.raises(UserError, match=f"PEFT refuses it: .*{init[-1]}"):
+        adapter_check.attach(Adapter(lora_config={"init_lora_weights": init}), skeleton("llama"))
 
 
 @pytest.mark.parametrize(("name", "arguments", "about"), REFUSED)

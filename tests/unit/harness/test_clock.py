@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from harness.meters import rates
-from harness.meters.rates import Count
+from harness.meters.rates import TokenCount
 
-ONE, TWO, THREE = Count(8, 6, 5, 1), Count(10, 10, 9, 2), Count(4, 1, 0, 1)
+ONE, TWO, THREE = TokenCount(8, 6, 5, 1), TokenCount(10, 10, 9, 2), TokenCount(4, 1, 0, 1)
 
 
 @pytest.mark.parametrize("n", [2, 3, 4, 5, 8, 37])
@@ -25,8 +25,8 @@ def test_quartiles_of_few() -> None:
 
 
 def test_total() -> None:
-    assert rates.total([ONE, TWO, THREE]) == Count(22, 17, 14, 4, 3)
-    assert rates.total([]) == Count(0, 0, 0, 0, 0)
+    assert rates.total([ONE, TWO, THREE]) == TokenCount(22, 17, 14, 4, 3)
+    assert rates.total([]) == TokenCount(0, 0, 0, 0, 0)
 
 
 def test_rates() -> None:

@@ -34,7 +34,7 @@ SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1, "num_key_value_heads": 2}
 
 
-class Seen(NamedTuple):
+class BaseBehaviour(NamedTuple):
     """One micro batch as a bare trainer hands it to its model, in plain lists."""
 
     ids: list[list[int]]
@@ -45,11 +45,13 @@ class Seen(NamedTuple):
 class Bare(SFTTrainer):
     """Notes down what it is given, and changes nothing."""
 
-    seen: list[Seen]
+    seen: list[BaseBehaviour]
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         mask = inputs["attention_mask"].tolist() if "attention_mask" in inputs else None
-        self.seen.append(Seen(inputs["input_ids"].tolist(), inputs["labels"].tolist(), mask))
+        self.seen.append(
+            BaseBehaviour(inputs["input_ids"].tolist(), inputs["labels"].tolist(), mask)
+        )
         return super().training_step(model, inputs, *args, **kwargs)
 
 
@@ -58,7 +60,7 @@ class Steps(TrainerCallback):
 
     def __init__(self) -> None:
         self.trainer: Any = None
-        self.of_steps: list[list[Seen]] = []
+        self.of_steps: list[list[BaseBehaviour]] = []
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         taken = sum(map(len, self.of_steps))
@@ -114,7 +116,7 @@ def counted(cell: Cell, network: Any, tokenizer: Any, rows: Dataset, place: Path
 
 def bare(
     cell: Cell, network: Any, tokenizer: Any, rows: Dataset, place: Path
-) -> tuple[Bare, list[list[Seen]]]:
+) -> tuple[Bare, list[list[BaseBehaviour]]]:
     """The same by TRL alone, which logs every step."""
     assert cell.train is not None
     logged = {"logging_strategy": "steps", "logging_steps": 1}
@@ -134,7 +136,7 @@ def bare(
     return trainer, steps.of_steps
 
 
-def by_hand(step: Sequence[Seen]) -> tuple[int, int, int]:
+def by_hand(step: Sequence[BaseBehaviour]) -> tuple[int, int, int]:
     """Tokens with padding, without, and predicted ones."""
     everything = text = labelled = 0
     for batch in step:

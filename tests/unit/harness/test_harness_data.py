@@ -15,9 +15,9 @@ from harness.data import dataset
 from harness.data.dataset import Read
 from matrices.cell import Data
 from matrices.errors import UserError
-from matrices.files.data_format import Layout, layout_of
+from matrices.files.data_format import RowLayout, layout_of
 
-TEXT = Layout("text", ("text",), conversational=False)
+TEXT = RowLayout("text", ("text",), conversational=False)
 ROWS = [{"text": "one", "n": 1}, {"text": "two", "n": 2}, {"text": "three", "n": 3}]
 WRITERS: dict[str, Callable[[Path], Any]] = {
     "json": lambda path: path.write_text(json.dumps(ROWS)),

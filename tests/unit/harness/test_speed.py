@@ -13,7 +13,7 @@ from harness.meters import speed
 from harness.meters import steps as steps_module
 from harness.meters.energy import Energy
 from harness.meters.foreign_cpu import foreign_share
-from harness.meters.rates import Count
+from harness.meters.rates import TokenCount
 from harness.meters.steps import Diverged, StepClock, highest
 from harness.records.provenance import new_record
 from harness.records.record import PhaseMemory, Record
@@ -30,7 +30,7 @@ def record_of(flops: int | None = None, max_length: int = 100, **train: Any) -> 
 
 
 def steps(
-    seconds: list[float], counts: list[Count] | None = None, joules: float | None = None
+    seconds: list[float], counts: list[TokenCount] | None = None, joules: float | None = None
 ) -> Any:
     counts = COUNTS[: len(seconds)] if counts is None else counts
     return SimpleNamespace(
@@ -47,11 +47,11 @@ def steps(
 
 SECONDS = [9.0, 7.0, 1.0, 2.0, 5.0]
 COUNTS = [
-    Count(100, 100, 99, 1),
-    Count(100, 90, 89, 1),
-    Count(100, 100, 99, 1),
-    Count(100, 50, 49, 1),
-    Count(100, 30, 29, 1),
+    TokenCount(100, 100, 99, 1),
+    TokenCount(100, 90, 89, 1),
+    TokenCount(100, 100, 99, 1),
+    TokenCount(100, 50, 49, 1),
+    TokenCount(100, 30, 29, 1),
 ]
 
 
@@ -95,7 +95,11 @@ def test_the_table_balances() -> None:
 def test_steps_are_filed_as_they_were_counted() -> None:
     """Steps of 3 and, at an epoch's end, 1 micro batch; the middle one learns nothing."""
     record = record_of(gradient_accumulation_steps=3, steps=3, warmup_steps=0)
-    counts = [Count(60, 50, 44, 6, 3), Count(20, 20, 0, 2, 1), Count(60, 60, 54, 6, 3)]
+    counts = [
+        TokenCount(60, 50, 44, 6, 3),
+        TokenCount(20, 20, 0, 2, 1),
+        TokenCount(60, 60, 54, 6, 3),
+    ]
     speed.fill(record, steps([1.0, 1.0, 2.0], counts))
     found = record.steps
     assert (found.micro_batches, found.samples) == ([3, 1, 3], [6, 2, 6])
@@ -151,7 +155,7 @@ def test_operations_stand_for_steps_as_long_as_those_counted() -> None:
     assert record.speed.mfu is None
     assert record.missing["speed.mfu"] == speed.NO_PEAK_RATE
     shorter = record_of(flops=2 * 10**12)
-    speed.fill(shorter, steps(SECONDS, [*COUNTS[:4], Count(99, 30, 29, 1)]))
+    speed.fill(shorter, steps(SECONDS, [*COUNTS[:4], TokenCount(99, 30, 29, 1)]))
     assert shorter.speed.tflops_per_second is None
     assert "shorter" in shorter.missing["speed.tflops_per_second"]
 
@@ -179,7 +183,7 @@ def test_the_clock_keeps_losses_and_leaves_reporting_out(monkeypatch: pytest.Mon
         clock.step_end(number)
     assert clock.seconds == [3.0, 5.0, 4.0]
     assert clock.losses == [0.75, 3.0, 0.125]
-    assert clock.counts == [Count(6, 6, 4, 2, 2)] * 3
+    assert clock.counts == [TokenCount(6, 6, 4, 2, 2)] * 3
     assert clock.meter_seconds == 300.0
 
 

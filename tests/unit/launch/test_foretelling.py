@@ -9,8 +9,8 @@ import pytest
 
 from harness.records import provenance
 from harness.records.prediction import (
-    OutOfMemory,
     PredictedMemory,
+    PredictedOutOfMemory,
     PredictedSpeed,
     Prediction,
     Verdict,
@@ -63,7 +63,7 @@ def measured(cell: Cell, peak: int | None = 100, headline: str = "ledger") -> Re
 
 
 def verdict(outcome: str) -> Verdict:
-    oom = OutOfMemory(
+    oom = PredictedOutOfMemory(
         phase="optimizer_step",
         op="aten.sqrt",
         module="",
@@ -195,7 +195,7 @@ def test_a_step_is_expected_to_take_what_past_ones_of_the_device_took() -> None:
     assert timed([failed], [past_step("Tesla T4", "t4")]) == [failed]
 
 
-def machine(monkeypatch: pytest.MonkeyPatch, gpus: list[provenance.Gpu], torch: str) -> None:
+def machine(monkeypatch: pytest.MonkeyPatch, gpus: list[provenance.NvmlGpu], torch: str) -> None:
     first = gpus[0] if gpus else None
     hardware = Hardware(
         cpu="c",
@@ -210,7 +210,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, gpus: list[provenance.Gpu], torch: 
 
 
 def test_this_machine_is_what_is_predicted_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    t4 = provenance.Gpu("Tesla T4", "u", 15 * GIB, (7, 5), "d")
+    t4 = provenance.NvmlGpu("Tesla T4", "u", 15 * GIB, (7, 5), "d")
     machine(monkeypatch, [], "2.13.0+cpu")
     assert options_here() == Options(engine="fake-cpu")
     machine(monkeypatch, [t4], "2.13.0+cpu")

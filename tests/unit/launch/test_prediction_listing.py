@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from harness.records.prediction import (
-    OutOfMemory,
     PredictedMemory,
+    PredictedOutOfMemory,
     PredictedSpeed,
     Prediction,
     RankMemory,
@@ -39,7 +39,7 @@ def verdict(gpu: str, outcome: str, retries: int = 0) -> Verdict:
             "context_bytes": GIB,
             "outcome": outcome,
             "retries": retries,
-            "oom": OutOfMemory.model_validate(oom) if outcome == "oom" else None,
+            "oom": PredictedOutOfMemory.model_validate(oom) if outcome == "oom" else None,
         }
     )
 

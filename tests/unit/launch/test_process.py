@@ -14,7 +14,6 @@ from harness.records.record import Record, Speed, read_record
 from launch.cells.finish import finish_abandoned, finish_record
 from launch.cells.watch import Outcome
 from launch.processes import workers
-from launch.processes.workers import Progress, read_progress
 from matrices.cell import Cell
 
 SIGKILL, SIGTERM = 9, 15
@@ -85,12 +84,6 @@ def test_an_abandoned_record_ended_when_its_files_were_last_touched(tmp_path: Pa
     assert record.ended == "2023-11-14T22:13:20.000+00:00"
     done = read_record(working(tmp_path, status="ok", **ENDED) / "record.json")
     assert finish_abandoned(place, done) == done
-
-
-def test_progress_ignores_keys_of_a_later_worker(tmp_path: Path) -> None:
-    assert read_progress(tmp_path) == Progress()
-    (tmp_path / "progress.json").write_text('{"phase": "train", "step": 3, "mood": "good"}')
-    assert read_progress(tmp_path) == Progress("train", 3)
 
 
 def test_kernel_kills_are_counted_in_every_place_there_is(

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
+from harness.ranks.progress_file import Progress
 from harness.records.provenance import new_record
 from harness.records.record import Memory, Record, Speed, Tokens
 from launch.display import progress
 from launch.display.progress import LiveDisplay, PlainDisplay, Schedule, clock, describe, outcome
 from launch.planning.plan import Job
-from launch.processes.workers import Progress
 from matrices.cell import Cell, Method
 
 

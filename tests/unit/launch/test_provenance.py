@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from harness.records import provenance
-from harness.records.provenance import Gpu, same_stack, stack_id, visible
+from harness.records.provenance import NvmlGpu, same_stack, stack_id, visible
 from harness.records.record import Hardware, Stack
 from matrices.cell import Cell, Data, Model, Quantization, Train
 
@@ -109,7 +109,7 @@ def test_a_cpu_build_of_torch_does_not_use_the_gpu() -> None:
     assert stack_id(CELL, cpu_only, with_gpu, 1) == stack_id(CELL, cpu_only, HARDWARE, 1)
 
 
-GPUS = [Gpu(f"gpu {n}", f"GPU-{n}{n}{n}", n, (8, 0), "1") for n in range(3)]
+GPUS = [NvmlGpu(f"gpu {n}", f"GPU-{n}{n}{n}", n, (8, 0), "1") for n in range(3)]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 from harness.meters import gpu_processes
 from harness.meters.gpu_processes import Occupant
 from harness.records import provenance
-from harness.records.provenance import Gpu, Nvml
+from harness.records.provenance import Nvml, NvmlGpu
 from launch.cells import devices
 from launch.cells.devices import Grant, Guard, Slots, given, local_devices
 from matrices.errors import UserError
@@ -168,7 +168,7 @@ class FakeNvml:
 
 
 def test_occupants_as_nvml_tells_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu = Gpu("NVIDIA A100", "GPU-aaaa", 2**36, (8, 0), "550")
+    gpu = NvmlGpu("NVIDIA A100", "GPU-aaaa", 2**36, (8, 0), "550")
     monkeypatch.setattr(provenance, "nvml", lambda: Nvml((gpu,), None))
     monkeypatch.setitem(__import__("sys").modules, "pynvml", FakeNvml())
     found = gpu_processes.occupants(["GPU-aaaa", "GPU-gone"])

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from harness.ranks.progress_file import Progress
 from harness.records.provenance import new_record
 from harness.records.record import Placement, Record, read_record
 from harness.records.store import Store, record_key
@@ -20,7 +21,6 @@ from launch.engines.slurm.submit import Array
 from launch.engines.slurm.watch import Watched, Watcher
 from launch.planning.plan import Job, plan_jobs
 from launch.processes.stop_signals import Signals
-from launch.processes.workers import Progress
 from matrices.cell import Cell
 
 CPU = Partition("cpu", True, True, (Node("n1", 2, 0),), 10, 60)

@@ -164,7 +164,7 @@ def test_pins_are_installed_once(
     assert overlay(str(tmp_path / "pins.txt"), told.append) == found, "the same pins in a file"
     assert len(pip.commands) == len(told) == 1
     [command] = pip.commands
-    assert command[1:5] == ["-m", "pip", "install", "--no-deps"]
+    assert command[1:6] == ["-P", "-m", "pip", "install", "--no-deps"]
     assert command[-2:] == ["accelerate==1.0.1", "peft==0.13.2"]
     assert overlay("peft==0.13.1", silent) != found
 

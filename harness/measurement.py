@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 import traceback
@@ -13,6 +12,7 @@ from typing import Any
 from harness import device
 from harness.meters.memory.shards import Held
 from harness.meters.steps import Diverged
+from harness.ranks.progress_file import Progress
 from harness.ranks.state_files import Reporter, record_path
 from harness.records.provenance import now
 from harness.records.record import Failure, Record, Status
@@ -25,7 +25,7 @@ PROGRESS_SECONDS = 0.5
 SAVING_SHARE = 0.02
 
 
-class Job:
+class Measurement:
     """One cell, or one rank of it, on its way to a record in `output_dir`."""
 
     def __init__(
@@ -71,10 +71,7 @@ class Job:
         if self.rank or time.monotonic() - self._progress_at < PROGRESS_SECONDS:
             return False
         self._progress_at = time.monotonic()
-        known: dict[str, Any] = dict.fromkeys(("step", "steps", "loss", "tokens_per_second"))
-        content = {"phase": self.record.phase, "message": "", **known, **figures}
-        content["updated"] = time.time()
-        write_atomically(self.output_dir / "progress.json", json.dumps(content))
+        Progress(self.record.phase or Progress.phase, **figures).write(self.output_dir)
         return True
 
     def finish(self, status: Status, reason: str | None = None) -> int:

@@ -2,8 +2,11 @@
 
 An `Engine` says what its machines have, takes orders, tells how they stand and cancels them. What
 a cell measures comes through the files of the results directory, which all machines share, so that
-the loop is the same for every engine. A cell on this machine needs no order: see
-`launch.cells.runner`, which is also what an order runs on its machine.
+the loop is the same for every engine.
+
+Cells on this machine are not ordered: the `Runner` starts them as devices become free, waits for
+what another runner measures, and sees each process end at once. Orders would put a process and a
+look at files in between. An order runs the same `Runner` on its machine.
 """
 
 from __future__ import annotations

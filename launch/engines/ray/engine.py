@@ -26,7 +26,7 @@ from launch.engines.ray.cluster import (
     has_gpus,
     living_nodes,
 )
-from launch.engines.ray.task import Errand, ProcessDied, run_errand
+from launch.engines.ray.task import ProcessDied, RayOrder, run_order
 from launch.planning.plan import Job
 from launch.processes.stop_signals import stop_signals
 from matrices.cell import Cell
@@ -75,17 +75,16 @@ class RayEngine:
             request = self._asked(Cell.model_validate_json(order.cell))
             device, cores = request.device, int(request.resources.get("CPU", 0))
             cpus = cores if cores and device == "CPU" and not own_threads else None
-            errand = Errand(
+            sent = RayOrder(
                 order=dataclasses.replace(order, cpus=cpus),
                 variables={"OMP_NUM_THREADS": own_threads},
-                resource=device,
                 amount=request.resources[device],
                 whole={node.node_id: node.resources.get(device, 0) for node in self.nodes},
             )
-            remote = ray.remote(run_errand).options(
+            remote = ray.remote(run_order).options(
                 **request.options(), max_retries=0, name=f"tunebench {order.label}"
             )
-            self.tasks[cell] = remote.remote(errand)
+            self.tasks[cell] = remote.remote(sent)
             self.states[cell] = State("waiting", self.tasks[cell].task_id().hex())
         return {cell: self.states[cell] for cell in orders}
 

@@ -34,16 +34,16 @@ STOP = {"stop": True}
 
 
 @dataclasses.dataclass(frozen=True)
-class Errand:
+class RayOrder:
     """An order as it is sent to a Ray worker.
 
-    `variables` are set in the environment of the cell, or taken away where none. `whole` says how
-    much of the resource that `order` was given makes a node whole, by the node's id.
+    `variables` are set in the environment of the cell, or taken away where none. `amount` is how
+    much the order is given of the resource that counts devices, and `whole` how much of it a node
+    has, by the node's id.
     """
 
     order: Order
     variables: Mapping[str, str | None]
-    resource: str
     amount: float
     whole: Mapping[str, float]
 
@@ -52,7 +52,7 @@ class ProcessDied(Exception):
     """The process beside Ray's worker is gone; whatever it was measuring can be repeated."""
 
 
-class Beside:
+class CellProcess:
     """The process that runs the cells of this Ray worker."""
 
     def __init__(self) -> None:
@@ -101,38 +101,38 @@ class Beside:
         return ProcessDied(f"the process that ran the cell ended with code {self.popen.wait()}")
 
 
-_beside: list[Beside] = []
+_processes: list[CellProcess] = []
 
 
-def run_errand(errand: Errand) -> dict[str, Any]:
+def run_order(sent: RayOrder) -> dict[str, Any]:
     """The Ray task: `report`, or the `error` of a user, or what is `broken`. Ray's cancel asks the
     cell to stop, and its report tells what became of it. Raises ProcessDied."""
     import ray
 
     context = ray.get_runtime_context()
     order = dataclasses.replace(
-        errand.order,
+        sent.order,
         job=context.get_task_id(),
-        exclusive=errand.whole.get(context.get_node_id()) == errand.amount,
+        exclusive=sent.whole.get(context.get_node_id()) == sent.amount,
     )
     # Ray gives this worker other devices with each task.
     devices = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES")}
     question = {
         "order": dataclasses.asdict(order),
-        "variables": {**errand.variables, **devices},
+        "variables": {**sent.variables, **devices},
     }
     # Ray cancels a task by a KeyboardInterrupt at any place of its main thread, which is Python's
     # handler of SIGINT. Before this block nothing has been ordered; in it the handler is another.
     with stop_signals((signal.SIGINT,), raising=False) as cancelled:
-        if not _beside:
-            _beside.append(Beside())
-        beside, answer = _beside[0], None
+        if not _processes:
+            _processes.append(CellProcess())
+        process, answer = _processes[0], None
         try:
-            answer = beside.ask(question, cancelled)
+            answer = process.ask(question, cancelled)
         finally:
             if answer is None or cancelled.received:
-                _beside.clear()
-                beside.close()
+                _processes.clear()
+                process.close()
     return answer
 
 

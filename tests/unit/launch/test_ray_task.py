@@ -15,14 +15,14 @@ import pytest
 
 from launch.engines.order import Order
 from launch.engines.ray import task
-from launch.engines.ray.task import Beside, Errand, run_errand
+from launch.engines.ray.task import CellProcess, RayOrder, run_order
 from matrices.cell import Cell
 
 DEADLINE_SECONDS = 60.0
-started: list[Beside] = []
+started: list[CellProcess] = []
 
 
-class Recorded(Beside):
+class Recorded(CellProcess):
     def __init__(self) -> None:
         super().__init__()
         started.append(self)
@@ -59,21 +59,21 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> None:
     started.clear()
 
 
-def errand(results: Path) -> Errand:
+def ray_order(results: Path) -> RayOrder:
     order = Order(str(results), Cell(method="base").model_dump_json(), "ray", predict=False)
-    return Errand(order, {}, "CPU", 1.0, {"n1": 1.0})
+    return RayOrder(order, {}, 1.0, {"n1": 1.0})
 
 
 @pytest.mark.parametrize("kind", [InterruptedAtStart, InterruptedAtOrder, InterruptedLater])
 def test_the_process_beside_is_stopped_whenever_the_interrupt_comes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Beside]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[CellProcess]
 ) -> None:
-    monkeypatch.setattr(task, "Beside", kind)
-    answer = run_errand(errand(tmp_path))
+    monkeypatch.setattr(task, "CellProcess", kind)
+    answer = run_order(ray_order(tmp_path))
     assert answer["report"]["stopped_by"] == signal.SIGINT
     assert answer["report"]["directory"] is None
-    [beside] = started
-    assert beside.popen.wait(DEADLINE_SECONDS) == 0
+    [process] = started
+    assert process.popen.wait(DEADLINE_SECONDS) == 0
     assert list(tmp_path.glob("*/record.json")) == []
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
@@ -81,10 +81,10 @@ def test_the_process_beside_is_stopped_whenever_the_interrupt_comes(
 def test_before_the_order_an_interrupt_ends_the_task_and_starts_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(task, "Beside", Recorded)
+    monkeypatch.setattr(task, "CellProcess", Recorded)
     monkeypatch.setattr(
         sys.modules["ray"], "get_runtime_context", lambda: signal.raise_signal(signal.SIGINT)
     )
     with pytest.raises(KeyboardInterrupt):
-        run_errand(errand(tmp_path))
+        run_order(ray_order(tmp_path))
     assert started == []

@@ -83,12 +83,15 @@ class Slots:
         allow_busy: bool = False,
         devices: Sequence[str] | None = None,
         directory: Path | None = None,
+        cores: int | None = None,
     ) -> None:
-        """`directory` holds the locks.  [default: in the cache directory, one for each host]"""
+        """`directory` holds the locks.  [default: in the cache directory, one for each host]
+        `cores` come with the devices of a cell.  [default: its share of the machine's]"""
         self.exclusive = exclusive
         self.allow_busy = allow_busy
         self.devices = tuple(local_devices() if devices is None else devices)
         self.directory = directory or cache_directory() / "slots" / socket.gethostname()
+        self._cores = cores
         self._place_in_line: FileLock | None = None
 
     def ask(self, count: int, patient: bool = True) -> Lease | None:
@@ -167,8 +170,8 @@ class Slots:
 
     def cores(self, count: int) -> int | None:
         """The processor cores that come with so many devices; none means all of them."""
-        if self.exclusive or not self.devices:
-            return None
+        if self._cores is not None or self.exclusive or not self.devices:
+            return self._cores
         return max(1, provenance.cpu_threads() * count // len(self.devices))
 
 

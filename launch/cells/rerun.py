@@ -6,10 +6,8 @@ made from it anew: a record, which may come from somebody else, is read and neve
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import os
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,20 +15,18 @@ from pathlib import Path
 
 from harness.ranks import launch_command
 from harness.ranks.launch_command import accelerate, threads_of
-from harness.ranks.launch_environment import Place
-from harness.records import provenance
+from harness.records import hub, provenance
 from harness.records.record import Record, read_record
 from harness.records.store import Entry, Store, disk_errors
-from launch.cells import accelerate_profile
-from launch.cells.devices import Grant, Lease, Slots
-from launch.cells.finish import contamination, finish_abandoned, finish_record
-from launch.cells.start import devices_here, first_record, placement
-from launch.cells.watch import POLL_SECONDS, limits_for, watch
+from launch.cells.devices import Slots
+from launch.cells.finish import finish_abandoned
+from launch.cells.runner import Runner
+from launch.cells.start import devices_here
 from launch.display.progress import Display
 from launch.planning.plan import Job, key_of, this_machine
-from launch.predict.before_run import Foretold, with_prediction
-from launch.processes.stop_signals import stop_signals
-from launch.processes.workers import Launched, Ranks
+from launch.predict.before_run import Foretold
+from launch.processes.stop_signals import Stopped
+from launch.processes.workers import Launched, Process, Ranks
 from matrices.cell import Cell, label
 from matrices.errors import UserError
 from matrices.rules.verdicts import refusals
@@ -127,64 +123,50 @@ def rerun(
     """Run the cell of a record again; gives the new record and the signal that stopped it.
 
     It is published beside the old one, on the stack that is installed now. Raises UserError when
-    the cell cannot run here or is running elsewhere, or the directory cannot be written.
+    the cell cannot run here or is running elsewhere, or the directory cannot be written, and
+    Stopped when stopped before it began.
     """
-    # Forked workers have it set too: see launch.processes.server.start_server.
-    os.environ.setdefault("OMP_NUM_THREADS", str(provenance.cpu_threads()))
     record = read_record(path)
     cell = checked(record, options.trust_code)
     if found := differences(record):
         display.message(f"the stack is not the recorded one: {found}")
+    if changed := hub.changed_since(record):
+        display.message(f"the model or the data is not the recorded one: {changed}")
     store = Store(path.absolute().parent.parent)
     store.prepare()
     threads = provenance.recorded_threads(record) or threads_of(cell)
     key = key_of(cell, threads)
-    with contextlib.ExitStack() as held:
-        signals = held.enter_context(stop_signals())
-        if not held.enter_context(store.claim(key)):
+    with store.claim(key) as claimed:
+        if not claimed:
             raise UserError(f"{key} is running at this moment, started by another runner")
         store.recover(key, finish_abandoned)
-        foretold = options.foretell([cell]) if options.foretell is not None else Foretold()
-        lease = _leased(Slots(), record, display)
-        held.callback(lease.release)
-        signals.raising = False
-        placed = placement("local", None, lease.grant)
-        first = partial(first_record, cell, grant=lease.grant, placed=placed, threads=threads)
-        working = store.start(first, key)
-        accelerate_profile.write(cell, working)
-        job = Job(cell, key, label(cell), "run", "rerun", 0, None)
-        display.begin([job])
-        display.cell_started(job)
-        began = time.monotonic()
-        gpu = provenance.uses_gpu(provenance.stack(), provenance.hardware())
-        argv = command(cell, gpu, threads, working, working, accelerate())
-        process = _launched(argv, working, store.worker_lock(key), lease.grant)
-        limits = limits_for(cell.devices, options.limit_seconds, options.phase_seconds)
-        show = partial(display.update, job)
-        ranks = Ranks(places=(Place(local_ranks=cell.ranks),))
-        outcome = watch([process], working, limits, lambda: signals.received, show, ranks)
-        finished = finish_record(working, outcome)
-        finished = finished.model_copy(update={"contaminated": contamination(finished)})
-        predicted = foretold.predictions.get(cell.cell_id)
-        entry = store.publish(working, with_prediction(finished, predicted))
-        display.cell_finished(job, entry.record, time.monotonic() - began)
-    return entry, next(iter(signals.received), None)
+    job = Job(cell, key, label(cell), "run", "rerun", store.next_attempt(key) - 1, None)
+    runner = Runner(
+        store,
+        display,
+        options.limit_seconds,
+        preflight=None,
+        foretell=options.foretell,
+        phase_seconds=options.phase_seconds,
+        slots=Slots(cores=threads * (devices_here(cell) if cell.is_distributed else 1)),
+        launch=partial(_launched, command, threads),
+    )
+    finished = runner.run([job])
+    if key not in finished.entries:
+        raise Stopped(finished.stopped_by or 0)
+    return finished.entries[key], finished.stopped_by
 
 
-def _leased(slots: Slots, record: Record, display: Display) -> Lease:
-    """The devices that the cell needs, as soon as no other runner has them."""
-    while (lease := slots.ask(devices_here(record.cell))) is None:
-        display.waiting([label(record.cell)], for_devices=True)
-        time.sleep(POLL_SECONDS)
-    return lease
-
-
-def _launched(argv: list[str], working: Path, worker_lock: Path, grant: Grant) -> Launched:
+def _launched(
+    command: MakeCommand, threads: int, cell: Cell, working: Path, worker_lock: Path, ranks: Ranks
+) -> list[Process]:
     """The command at work, holding the worker lock of its cell."""
+    gpu = provenance.uses_gpu(provenance.stack(), provenance.hardware())
+    argv = command(cell, gpu, threads, working, working, accelerate())
     with disk_errors(working.parent):
         hold = os.open(worker_lock, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(hold, fcntl.LOCK_EX)
-        return Launched(argv, working / "log.txt", hold, grant.environment)
+        return [Launched(argv, working / "log.txt", hold, ranks.environment)]
     finally:
         os.close(hold)

@@ -30,11 +30,14 @@ from launch.planning.left_out import leave_out
 from launch.planning.plan import Job, Sweep
 from launch.predict.before_run import Foretold, with_prediction
 from launch.processes.server import start_server
-from launch.processes.stop_signals import Signals, stop_signals
+from launch.processes.stop_signals import Signals, stop_signals, stopping_text
 from launch.processes.stop_signals import Stopped as Stopped
-from launch.processes.workers import free_port, start_ranks
+from launch.processes.workers import Process, Ranks, free_port, start_ranks
 from matrices.cell import Cell
 from matrices.errors import UserError
+
+# Starts the ranks of a cell in its working directory, the first of them holding the worker lock.
+Launch = Callable[[Cell, Path, Path, Ranks], list[Process]]
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ class Runner:
     one after another. `engine`, and its `job`, are recorded. `rendezvous` is where the machines of
     a cell on several of them meet, of which this is the first. `stopped` lets the engine say in a
     record why it had its cell stopped. `sweep` tells where in the matrix a problem stands.
+    `launch` starts the processes of a cell, where they are not forked from the stack's server.
     """
 
     store: Store
@@ -86,6 +90,7 @@ class Runner:
     rendezvous: Rendezvous | None = None
     stopped: Callable[[Record], Record] | None = None
     sweep: Sweep | None = None
+    launch: Launch | None = None
     running: list[Running] = field(default_factory=list)
 
     def run(self, jobs: Sequence[Job]) -> Finished:
@@ -110,6 +115,8 @@ class Runner:
 
     def _start_server(self, jobs: Sequence[Job]) -> list[Problem]:
         """Have the stack imported, and say what is wrong with the cells of these jobs."""
+        if self.launch is not None:
+            return []
         cells = [job.cell for job in jobs]
         modules = [self.worker] + ([self.preflight] if self.preflight else [])
         # It looks for GPUs when it is imported, which a process that is forked from must not do.
@@ -140,11 +147,15 @@ class Runner:
     def _run_all(self, jobs: Sequence[Job], signals: Signals) -> dict[str, Entry]:
         entries: dict[str, Entry] = {}
         waiting = deque(jobs)
+        told = False
         self.display.begin([job for job in jobs if job.action != "invalid"])
         try:
             while self.running or (waiting and not signals.received):
                 if not signals.received:
                     self._start_some(waiting, entries)
+                elif not told and self.grant is None:  # an engine's own loop says it
+                    told = True
+                    self.display.message(stopping_text(len(self.running)))
                 sentinels = [each for one in self.running for each in one.watched.sentinels]
                 if self.running:
                     connection.wait(sentinels, POLL_SECONDS)
@@ -254,7 +265,10 @@ class Runner:
             start.announce(working, meeting)
         self.display.cell_started(job)
         lock = self.store.worker_lock(job.key)
-        processes = start_ranks(self.server, self.worker, working, lock, ranks)
+        if self.launch is not None:
+            processes = self.launch(cell, working, lock, ranks)
+        else:
+            processes = start_ranks(self.server, self.worker, working, lock, ranks)
         limits = limits_for(cell.devices, self.limit_seconds, self.phase_seconds)
         return Running(
             job=job,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -40,19 +41,21 @@ from launch.commands.options import (
 from matrices.errors import UserError, nearest
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from harness.records.store import Entry
     from launch.cells.runner import Finished
     from launch.display.progress import Display
-    from launch.engines.order import Order
-    from launch.planning.plan import Job, Sweep
+    from launch.engines.engine import Engine
+    from launch.planning.plan import Sweep
     from matrices.load import Matrix
 
 # Statuses that say what a configuration does. After a run that left any other: exit code 3.
 RESULTS = ("ok", "oom", "timeout", "diverged", "invalid")
 EXIT_INCOMPLETE = 3
 ENGINES = ("local", "slurm", "ray")
+# For developers: orders run in this process, as on the node of a cluster.
+DEBUG = "debug"
 
 
 def run(
@@ -120,21 +123,14 @@ def run(
     limits = (timeout or found.timeout_seconds, phase_timeout or found.phase_timeout_seconds)
     display = display_for_stderr()
     try:
-        if engine == "slurm":
-            order = _order("slurm", sweep, limits, not no_predict, skip_predicted_oom)
-            given |= {"requeues": requeues, "exclusive": side_by_side is False}
-            jobs, finished = _on_slurm(sweep, order, display, given)
-        elif engine == "ray":
-            order = _order("ray", sweep, limits, not no_predict, skip_predicted_oom)
-            jobs, finished = _on_ray(sweep, order, display, address, resource or [])
+        predicting = (no_predict, skip_predicted_oom)
+        if engine == "local":
+            devices = (bool(side_by_side), allow_busy)
+            finished = _here(sweep, display, limits, devices, predicting)
         else:
-            jobs, finished = _here(
-                sweep,
-                display,
-                limits,
-                (bool(side_by_side), allow_busy),
-                (no_predict, skip_predicted_oom),
-            )
+            given |= {"requeues": requeues, "exclusive": side_by_side is False}
+            with _opened(engine, sweep, display, given, address, resource or []) as there:
+                finished = _there(there, sweep, display, limits, predicting)
     except ProblemsFound as error:
         # Cells share models, data and tasks, so they share problems.
         for problem in {str(each): each for each in error.problems}.values():
@@ -147,14 +143,14 @@ def run(
         raise typer.Exit(128 + stopped.number) from None
     finally:
         display.close()
-    _tell(jobs, finished, sweep.results, as_json)
-    incomplete = len(finished.entries) < len(jobs) and finished.stopped_by is None
+    _tell(finished, sweep.results, as_json)
+    incomplete = len(finished.entries) < len(finished.jobs) and finished.stopped_by is None
     code = exit_code(finished.entries, finished.stopped_by)
     raise typer.Exit(code or (EXIT_INCOMPLETE if incomplete else 0))
 
 
 def _engine(on: str | None) -> str:
-    if on is not None and on not in ENGINES:
+    if on is not None and on not in (*ENGINES, DEBUG):
         raise UserError(
             f"no such engine{nearest(on, ENGINES)}; there are {', '.join(ENGINES)}",
             where=f"--on {on}",
@@ -202,7 +198,7 @@ def _here(
     limits: tuple[float | None, float | None],
     devices: tuple[bool, bool],
     predicting: tuple[bool, bool],
-) -> tuple[list[Job], Finished]:
+) -> Finished:
     from functools import partial
 
     from harness.records.store import Store
@@ -231,51 +227,62 @@ def _here(
         past = [job.entry.record for job in jobs if job.entry is not None]
         show = show_for_stderr()
         runner.foretell = partial(foretell, show=show, skip=skip_predicted_oom, past=past)
-    finished = runner.run(jobs)
-    return list(finished.jobs), finished
+    return runner.run(jobs)
 
 
-def _order(
-    engine: Literal["slurm", "ray"],
+def _there(
+    engine: Engine,
     sweep: Sweep,
+    display: Display,
     limits: tuple[float | None, float | None],
-    predict: bool,
-    skip: bool,
-) -> Order:
+    predicting: tuple[bool, bool],
+) -> Finished:
+    from launch.engines.engine import run_on
     from launch.engines.order import Order
 
-    return Order(
+    no_predict, skip_predicted_oom = predicting
+    order = Order(
         results=str(sweep.results.absolute()),
         cell="",
-        engine=engine,
         timeout=limits[0],
         phase_timeout=limits[1],
-        predict=predict,
-        skip_predicted_oom=skip,
+        predict=not no_predict,
+        skip_predicted_oom=skip_predicted_oom,
     )
+    return run_on(engine, sweep, order, display)
 
 
-def _on_slurm(
-    sweep: Sweep, order: Order, display: Display, given: Mapping[str, Any]
-) -> tuple[list[Job], Finished]:
-    from launch.engines.slurm.engine import run_on_slurm
-    from launch.engines.slurm.submit import Resources
+@contextlib.contextmanager
+def _opened(
+    engine: str,
+    sweep: Sweep,
+    display: Display,
+    asked: Mapping[str, Any],
+    address: str | None,
+    resources: Sequence[str],
+) -> Iterator[Engine]:
+    """The engine that is asked for, as long as it is needed. Raises UserError."""
+    if engine == "slurm":
+        from launch.engines.slurm.engine import slurm_engine
+        from launch.engines.slurm.submit import Resources
 
-    return run_on_slurm(sweep, order, Resources(**given), display)
+        yield slurm_engine(sweep.results, display, Resources(**asked))
+    elif engine == "ray":
+        from launch.engines.ray.cluster import parse_resources
+        from launch.engines.ray.engine import ray_engine
+
+        with ray_engine(sweep.results, address, parse_resources(resources)) as cluster:
+            yield cluster
+    else:
+        from launch.engines.debug import DebugEngine
+
+        yield DebugEngine()
 
 
-def _on_ray(
-    sweep: Sweep, order: Order, display: Display, address: str | None, resources: list[str]
-) -> tuple[list[Job], Finished]:
-    from launch.engines.ray.cluster import parse_resources
-    from launch.engines.ray.engine import RayOptions, run_on_ray
-
-    return run_on_ray(sweep, order, RayOptions(address, parse_resources(resources)), display)
-
-
-def _tell(jobs: list[Job], finished: Finished, directory: Path, as_json: bool) -> None:
+def _tell(finished: Finished, directory: Path, as_json: bool) -> None:
     from launch.display.tables import outcome_json, outcome_text
 
+    jobs = list(finished.jobs)
     if as_json:
         print_json([outcome_json(job, finished.entries.get(job.key)) for job in jobs])
     else:

@@ -12,11 +12,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from harness.ranks.launch_command import threads_of
 from harness.records.record import Record
 from harness.records.store import Entry, Store
+from launch.cells import start
 from launch.cells.devices import given
 from launch.cells.runner import Runner
 from launch.cells.start import Rendezvous
@@ -26,8 +27,6 @@ from launch.planning.plan import Job, key_of, plan_jobs, this_machine
 from launch.predict.before_run import foretell
 from launch.processes.stop_signals import Stopped
 from matrices.cell import Cell
-
-Engine = Literal["slurm", "ray"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class Order:
 
     results: str
     cell: str
-    engine: Engine
+    engine: start.Engine = "local"
     job: str | None = None
     label: str = ""
     attempts: Mapping[str, int] = field(default_factory=dict)

@@ -14,8 +14,15 @@ from launch.planning.left_out import leave_out
 from launch.planning.plan import Job, Sweep
 from launch.processes.server import start_server
 from matrices.cell import Cell
+from matrices.rules.machine import Machine
 
 PREFLIGHT = "harness.preflight.preflight"
+
+
+def machine(gpus: bool) -> Machine:
+    """What the rules ask about, of a machine there. How many devices and machines there are is
+    asked of the engine; which GPU they are is known there, where the rules hold again."""
+    return Machine(has_gpu=gpus, packages=provenance.stack().packages, nodes=None)
 
 
 def counting(gpus: bool) -> Callable[[Record, int], bool]:

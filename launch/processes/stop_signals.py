@@ -35,12 +35,20 @@ class Signals:
 
 
 @contextlib.contextmanager
-def stop_signals() -> Iterator[Signals]:
-    """Catch Ctrl-C, SIGTERM and a lost terminal for the length of the block."""
-    signals = Signals()
-    before = {number: signal.signal(number, signals.handle) for number in STOP_SIGNALS}
+def stop_signals(numbers: Sequence[int] = STOP_SIGNALS, raising: bool = True) -> Iterator[Signals]:
+    """Catch Ctrl-C, SIGTERM and a lost terminal, or other signals, for the length of the block."""
+    signals = Signals(raising=raising)
+    before = {number: signal.signal(number, signals.handle) for number in numbers}
     try:
         yield signals
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def stopping_text(cells: int) -> str:
+    """What a run says on the first signal; `cells` are being measured at that moment."""
+    asked = "1 cell is asked to write its record"
+    if cells != 1:
+        asked = f"{cells} cells are asked to write their records"
+    return f"stopping: {asked}; a second Ctrl-C leaves at once"

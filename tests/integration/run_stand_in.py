@@ -11,11 +11,14 @@ from pathlib import Path
 from harness.records.store import Store
 from launch.cells.devices import Grant, Slots
 from launch.cells.other_machines import follow
-from launch.cells.runner import ProblemsFound, Runner
+from launch.cells.runner import Finished, ProblemsFound, Runner
 from launch.cells.start import Rendezvous, devices_here
 from launch.commands.run import exit_code
-from launch.display.progress import display_for_stderr
-from launch.planning.plan import plan_jobs
+from launch.display.progress import Display, display_for_stderr
+from launch.engines import order, remote_plan
+from launch.engines.debug import DebugEngine
+from launch.engines.engine import run_on
+from launch.planning.plan import Sweep, plan_jobs
 from launch.predict.before_run import Foretold
 from launch.processes.stop_signals import Stopped
 from matrices.cell import Cell, Data, Evaluate, Model, Train
@@ -63,6 +66,7 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, default=1, help="each cell is spread over so many")
     parser.add_argument("--port", type=int, help="that the cells' profile asks for")
     parser.add_argument("--meet", help="where machines of a cell meet: the name of one start")
+    parser.add_argument("--ordered", action="store_true", help="through an engine, in this process")
     parser.add_argument("--follow", action="store_true", help="as the second of two machines")
     asked = parser.parse_args()
     cells = [cell(asked, seed) for seed in asked.seeds]
@@ -87,6 +91,9 @@ def main() -> int:
     if asked.predicted_oom is not None:
         runner.foretell = partial(foretell, asked.predicted_oom)
     try:
+        if asked.ordered:
+            finished = ordered(cells, asked.results, worker, display)
+            return told(finished)
         slots = runner.slots or Slots()
         jobs = plan_jobs(
             cells,
@@ -106,6 +113,18 @@ def main() -> int:
         return 128 + stopped.number
     finally:
         display.close()
+    return told(finished)
+
+
+def ordered(cells: Sequence[Cell], results: Path, worker: str, display: Display) -> Finished:
+    """The cells as an engine runs them, each as on a node."""
+    order.Runner = partial(Runner, worker=worker)  # type: ignore[assignment,misc]
+    remote_plan.PREFLIGHT = worker
+    sweep = Sweep(cells, results, score_base=False)
+    return run_on(DebugEngine(), sweep, order.Order(str(results), "", predict=False), display)
+
+
+def told(finished: Finished) -> int:
     for entry in finished.entries.values():
         print(entry.record.cell.seed, entry.record.status, entry.directory.name)
     return exit_code(finished.entries, finished.stopped_by)

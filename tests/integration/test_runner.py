@@ -191,6 +191,25 @@ def test_a_signal_lets_the_worker_write_its_record_and_stops_the_sweep(
     assert signal.Signals(number).name in (found[HANGS, 1].reason or "")
     assert found[HANGS, 1].speed.step_seconds == [0.25, 0.5]
     assert nothing_unpublished(run)
+    assert "stopping: 1 cell is asked to write its record; a second Ctrl-C" in run.err
+
+
+def test_cells_that_an_engine_orders_are_those_of_a_local_run(start: Callable[..., Run]) -> None:
+    run = start("--ordered", FAILS, OK)
+    assert run.wait() == 3
+    assert {key: record.status for key, record in records(run).items()} == {
+        (FAILS, 1): "failed",
+        (OK, 1): "ok",
+    }
+    stopped = start("--ordered", OK, HANGS, DEAF)
+    worker = stopped.worker()
+    stopped.process.send_signal(signal.SIGINT)
+    assert stopped.wait() == 130
+    assert gone(worker)
+    found = records(stopped)
+    assert set(found) == {(FAILS, 1), (OK, 1), (HANGS, 1)}, "what was there is kept"
+    assert found[HANGS, 1].status == "interrupted"
+    assert nothing_unpublished(stopped)
 
 
 def test_a_second_signal_kills_a_worker_that_does_not_listen(start: Callable[..., Run]) -> None:

@@ -1,26 +1,21 @@
-"""Cells as tasks of a Ray cluster: ordered here, measured on its nodes, followed through the files
-of the shared results directory.
+"""A Ray cluster as an engine: an order is a task of Ray's.
 
-A task is never repeated by Ray itself: a node that dies is told apart here from a cell that fails,
-and the cell starts again on another node, a few times at most.
+A task is never repeated by Ray itself: what a cell does is a result, and what happens to its node
+is told as such (`died`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.records import provenance
-from harness.records.record import read_record
-from harness.records.store import Entry, Store, record_key
-from launch.cells.finish import finish_abandoned
-from launch.cells.runner import Finished, Runner
-from launch.display.progress import Display
+from harness.records.store import Store
+from launch.cells import start
+from launch.engines.engine import State
 from launch.engines.order import Order, Report
 from launch.engines.ray.cluster import (
     Asked,
@@ -31,241 +26,129 @@ from launch.engines.ray.cluster import (
     has_gpus,
     living_nodes,
 )
-from launch.engines.ray.task import Errand, ProcessDied, run_errand
-from launch.engines.remote_plan import check, counting
-from launch.engines.results_watch import Published, running
-from launch.planning.left_out import quickly_checked
-from launch.planning.plan import Job, Sweep, plan_jobs
-from launch.processes.stop_signals import Signals, stop_signals
-from launch.processes.workers import GRACE_SECONDS
+from launch.engines.ray.task import ProcessDied, RayOrder, run_order
+from launch.planning.plan import Job
+from launch.processes.stop_signals import stop_signals
+from matrices.cell import Cell
 from matrices.errors import UserError
-from matrices.rules.machine import Machine
-
-# How often a cell starts again whose node, or Ray worker, has died.
-RESTARTS = 3
-POLL_SECONDS = 0.5
-FILES_SECONDS = 1.0
-# What a shared file system may take to show here what a node has written.
-SETTLE_SECONDS = 10.0
-# What a node may take, beyond a worker's own time, to bring a stopped cell's report.
-REPORT_SECONDS = 20.0
 
 
-@dataclass(frozen=True)
-class RayOptions:
-    """The head node's address (none: RAY_ADDRESS, else a cluster on this machine), and what a
-    device is to Ray where it is no GPU."""
+class RayEngine:
+    """The cluster that this process is connected to. `tasks` are the references of the tasks that
+    are not over, `states` how all of them stand, by cell."""
 
-    address: str | None = None
-    per_device: Mapping[str, float] = field(default_factory=dict)
-
-
-def run_on_ray(
-    sweep: Sweep, order: Order, options: RayOptions, display: Display
-) -> tuple[list[Job], Finished]:
-    """Run the cells of a sweep as tasks of a Ray cluster, and wait for them.
-
-    `order` is what all their orders have in common. Raises UserError and ProblemsFound before
-    anything has started, and Stopped when stopped before that.
-    """
-    store = Store(sweep.results)
-    store.check()
-    there = Published(store).new()
-    with stop_signals(), connected(options.address), stop_signals() as signals:
-        nodes = living_nodes()
-        jobs = quickly_checked(plan(sweep, nodes, there), display, sweep)
-        to_run = [job for job in jobs if job.action in ("run", "retry")]
-        requests = {job.key: asked(job.cell, nodes, options.per_device) for job in to_run}
-        if to_run:
-            check_nodes(nodes, store)
-            jobs = check(jobs, to_run, display, sweep)
-            to_run = [job for job in jobs if job.action in ("run", "retry")]
-        signals.raising = False
-        settled = Runner(store, display, engine="ray").run([j for j in jobs if j not in to_run])
-        driver = Driver(store, display, order, nodes, there)
-        for job in to_run:
-            driver.submit(job, requests[job.key])
-        driver.follow(signals)
-    entries = settled.entries | driver.entries
-    return jobs, Finished(entries, next(iter(signals.received), settled.stopped_by))
-
-
-def plan(sweep: Sweep, nodes: Sequence[Node], there: Sequence[Entry]) -> list[Job]:
-    """The jobs, under the rules for a node of the cluster; `there` are all records.
-
-    Which kind of machine a task comes to is known when it gets there, so a record counts as this
-    cluster's when its software is that of here and it used a GPU if there are GPUs.
-    """
-    gpus = has_gpus(nodes)
-    # How many devices and machines there are is asked of Ray (`asked`).
-    machine = Machine(has_gpu=gpus, packages=provenance.stack().packages, nodes=None)
-    found = {entry.directory.name: entry for entry in there}
-    return plan_jobs(
-        sweep.cells, found, sweep.retry, sweep.score_base, machine, counts=counting(gpus)
-    )
-
-
-@dataclass
-class Task:
-    """A cell that was given to Ray. `losses` counts the nodes and workers that died under it."""
-
-    job: Job
-    request: Asked
-    began: float
-    started: bool = False
-    losses: int = 0
-
-
-class Driver:
-    """Gives cells to Ray and waits for what becomes of them. `there` are the records that the plan
-    was made from, `entries` those that come, by key."""
+    name: start.Engine = "ray"
+    title = "Ray"
+    poll_seconds = 0.2
 
     def __init__(
-        self,
-        store: Store,
-        display: Display,
-        order: Order,
-        nodes: Sequence[Node],
-        there: Sequence[Entry],
+        self, store: Store, nodes: Sequence[Node], per_device: Mapping[str, float]
     ) -> None:
-        self.store = store
-        self.display = display
-        self.order = order
-        self.nodes = nodes
-        self.tasks: dict[Any, Task] = {}
-        self.entries: dict[str, Entry] = {}
-        self.error: UserError | None = None
-        self.looked = float("-inf")
-        self.attempts: dict[str, dict[str, int]] = {}
-        for entry in there:
-            own = self.attempts.setdefault(entry.record.cell_id, {})
-            key = record_key(entry.record.cell_id, entry.record.stack_id)
-            own[key] = max(own.get(key, 0), entry.record.attempt)
+        self.store, self.nodes, self.per_device = store, nodes, per_device
+        self.tasks: dict[str, Any] = {}
+        self.states: dict[str, State] = {}
 
-    def submit(self, job: Job, request: Asked) -> None:
-        """Give Ray the cell of a job."""
-        self._start(Task(job, request, time.monotonic()))
+    @property
+    def gpus(self) -> bool:
+        return has_gpus(self.nodes)
 
-    def _start(self, task: Task) -> None:
+    def check(self, jobs: Sequence[Job]) -> None:
+        for job in jobs:
+            self._asked(job.cell)
+        if jobs:
+            check_nodes(self.nodes, self.store)
+
+    def _asked(self, cell: Cell) -> Asked:
+        return asked(cell, self.nodes, self.per_device)
+
+    def queued(self, cells: Sequence[str]) -> dict[str, State]:
+        return {}  # Ray ends the tasks of a run with it
+
+    def adding(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def submit(self, orders: Mapping[str, Order]) -> dict[str, State]:
         import ray
 
         own_threads = os.environ.get("OMP_NUM_THREADS")
-        cores = int(task.request.resources.get("CPU", 0))
-        order = dataclasses.replace(
-            self.order,
-            cell=task.job.cell.model_dump_json(),
-            label=task.job.label,
-            attempts=self.attempts.get(task.job.cell.cell_id, {}),
-            cpus=cores if cores and task.request.device == "CPU" and not own_threads else None,
-        )
-        errand = Errand(
-            order=order,
-            variables={"OMP_NUM_THREADS": own_threads},
-            resource=task.request.device,
-            amount=task.request.resources[task.request.device],
-            whole={n.node_id: n.resources.get(task.request.device, 0) for n in self.nodes},
-        )
-        # What a cell does is a result; what happens to its node is for `_lost`.
-        remote = ray.remote(run_errand).options(
-            **task.request.options(), max_retries=0, name=f"tunebench {task.job.label}"
-        )
-        self.tasks[remote.remote(errand)] = task
+        for cell, order in orders.items():
+            request = self._asked(Cell.model_validate_json(order.cell))
+            device, cores = request.device, int(request.resources.get("CPU", 0))
+            cpus = cores if cores and device == "CPU" and not own_threads else None
+            sent = RayOrder(
+                order=dataclasses.replace(order, cpus=cpus),
+                variables={"OMP_NUM_THREADS": own_threads},
+                amount=request.resources[device],
+                whole={node.node_id: node.resources.get(device, 0) for node in self.nodes},
+            )
+            remote = ray.remote(run_order).options(
+                **request.options(), max_retries=0, name=f"tunebench {order.label}"
+            )
+            self.tasks[cell] = remote.remote(sent)
+            self.states[cell] = State("waiting", self.tasks[cell].task_id().hex())
+        return {cell: self.states[cell] for cell in orders}
 
-    def follow(self, signals: Signals) -> None:
-        """Until every task has ended. The first signal cancels what waits and asks what runs to
-        write its record; the second leaves at once. Raises UserError when a node cannot write
-        results."""
+    def poll(self) -> Mapping[str, State]:
         import ray
 
-        self.display.begin([task.job for task in self.tasks.values()])
-        stop_at: float | None = None
-        while self.tasks:
-            ended, _ = ray.wait(list(self.tasks), timeout=POLL_SECONDS)
-            for reference in ended:
-                self._end(reference, self.tasks.pop(reference), stop_at is not None)
-            if stop_at is None and (signals.received or self.error):
-                stop_at = time.monotonic() + GRACE_SECONDS + REPORT_SECONDS
-                for reference in self.tasks:
-                    ray.cancel(reference, force=False)
-            if stop_at is not None and (len(signals.received) > 1 or time.monotonic() > stop_at):
-                break
-            self._look()
-        if self.error is not None:
-            raise self.error
+        cells = {reference: cell for cell, reference in self.tasks.items()}
+        over, _ = ray.wait(list(cells), num_returns=len(cells), timeout=0) if cells else ([], [])
+        for reference in over:
+            cell = cells[reference]
+            del self.tasks[cell]
+            self.states[cell] = _over(reference, cell, self.states[cell].job)
+        return self.states
 
-    def _look(self) -> None:
-        """Show how the running cells are getting on."""
-        if time.monotonic() - self.looked < FILES_SECONDS:
-            return
-        self.looked = time.monotonic()
-        short = {task.job.cell.cell_id[:12]: task for task in self.tasks.values()}
-        for seen in running(self.store, lambda key: key[:12] in short):
-            task = short[seen.key[:12]]
-            if not seen.held:
-                continue
-            if not task.started:
-                task.started, task.began = True, time.monotonic()
-                self.display.cell_started(task.job)
-            self.display.update(task.job, seen.progress)
-
-    def _end(self, reference: Any, task: Task, stopping: bool) -> None:
+    def cancel(self, cells: Sequence[str]) -> str:
         import ray
 
-        try:
-            answer = ray.get(reference)
-        except ray.exceptions.TaskCancelledError:
-            return  # it had not begun
-        except ray.exceptions.RayTaskError as error:
-            if not isinstance(error.cause, ProcessDied):
-                raise RuntimeError(f"{task.job.label} broke on its node:\n{error}") from error
-            self._lost(task, error.cause, stopping)
-            return
-        except ray.exceptions.RayError as error:
-            self._lost(task, error, stopping)
-            return
-        if "error" in answer:
-            self.error = UserError(answer["error"])
-        elif "broken" in answer:
-            raise RuntimeError(f"{task.job.label} broke on its node:\n{answer['broken']}")
-        else:
-            self._reported(task, Report(**answer["report"]))
+        for cell in cells:
+            if cell in self.tasks:
+                ray.cancel(self.tasks[cell], force=False)
+        return ""
 
-    def _reported(self, task: Task, report: Report) -> None:
-        if report.directory is None:
-            return  # stopped before it began
-        entry = _entry(Path(report.directory))
-        self.entries[task.job.key] = entry
-        self.display.cell_finished(task.job, entry.record, time.monotonic() - task.began)
-
-    def _lost(self, task: Task, error: Exception, stopping: bool) -> None:
-        """A task whose node or process died: again, unless that has happened too often."""
-        task.losses += 1
-        again = task.losses <= RESTARTS and not stopping
-        then = "it starts again" if again else "given up; the same command runs it again"
-        self.display.message(
-            f"{task.job.cell.cell_id[:12]} {task.job.label}: {_why(error)}; {then}"
-        )
-        if again:
-            task.started = False
-            self._start(task)
-        else:
-            self._keep_what_is_left(task)
-
-    def _keep_what_is_left(self, task: Task) -> None:
-        """Publish what the dead attempts of a cell have left, unless a runner has it."""
-        short = task.job.cell.cell_id[:12]
-        for key in {seen.key for seen in running(self.store, lambda key: key.startswith(short))}:
-            with self.store.claim(key) as claimed:
-                for entry in self.store.recover(key, finish_abandoned) if claimed else ():
-                    self.entries[task.job.key] = entry
+    def ending(self, cell: str) -> tuple[str, str]:
+        said = self.states[cell].why or "its task left no finished record"
+        return f"Ray: {said}", said
 
 
-def _entry(directory: Path) -> Entry:
-    """What a node has just published, once the shared file system shows it here."""
-    until = time.monotonic() + SETTLE_SECONDS
-    while not (directory / "record.json").exists() and time.monotonic() < until:
-        time.sleep(POLL_SECONDS)
-    return Entry(directory, read_record(directory / "record.json"))
+@contextlib.contextmanager
+def ray_engine(
+    results: Path, address: str | None, per_device: Mapping[str, float]
+) -> Iterator[RayEngine]:
+    """A connection to the cluster with its head node at an address (none: RAY_ADDRESS, else one on
+    this machine). `per_device` is what a device is to Ray where it is no GPU. Raises UserError
+    where there is no cluster to be had."""
+    with stop_signals(), connected(address):
+        yield RayEngine(Store(results), living_nodes(), per_device)
+
+
+def _over(reference: Any, cell: str, job: str) -> State:
+    """What became of a task."""
+    import ray
+
+    try:
+        answer = ray.get(reference)
+    except ray.exceptions.TaskCancelledError:
+        return State("cancelled", job)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, ProcessDied):
+            return State("died", job, why=_why(error.cause))
+        return State("ended", job, error=_broken(cell, error))
+    except ray.exceptions.RayError as error:
+        return State("died", job, why=_why(error))
+    if "error" in answer:
+        return State("ended", job, error=UserError(answer["error"]))
+    if "broken" in answer:
+        return State("ended", job, error=_broken(cell, answer["broken"]))
+    report = Report(**answer["report"])
+    if report.directory is None:  # stopped before it began
+        return State("cancelled", job)
+    return State("ended", job, record=Path(report.directory).name)
+
+
+def _broken(cell: str, said: object) -> RuntimeError:
+    return RuntimeError(f"{cell[:12]} broke on its node:\n{said}")
 
 
 def _why(error: Exception) -> str:

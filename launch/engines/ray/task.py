@@ -29,19 +29,21 @@ from matrices.cell import Cell
 from matrices.errors import UserError
 
 POLL_SECONDS = 0.2
+# The line that has the cell of the question before it stopped, as Ctrl-C does in `tunebench run`.
+STOP = {"stop": True}
 
 
 @dataclasses.dataclass(frozen=True)
-class Errand:
+class RayOrder:
     """An order as it is sent to a Ray worker.
 
-    `variables` are set in the environment of the cell, or taken away where none. `whole` says how
-    much of the resource that `order` was given makes a node whole, by the node's id.
+    `variables` are set in the environment of the cell, or taken away where none. `amount` is how
+    much the order is given of the resource that counts devices, and `whole` how much of it a node
+    has, by the node's id.
     """
 
     order: Order
     variables: Mapping[str, str | None]
-    resource: str
     amount: float
     whole: Mapping[str, float]
 
@@ -50,7 +52,7 @@ class ProcessDied(Exception):
     """The process beside Ray's worker is gone; whatever it was measuring can be repeated."""
 
 
-class Beside:
+class CellProcess:
     """The process that runs the cells of this Ray worker."""
 
     def __init__(self) -> None:
@@ -63,20 +65,17 @@ class Beside:
             bufsize=0,
         )
 
-    def send(self, question: Mapping[str, Any]) -> None:
-        """Raises ProcessDied."""
-        assert self.popen.stdin is not None
-        try:
-            self.popen.stdin.write(json.dumps(question).encode() + b"\n")
-        except BrokenPipeError as error:
-            raise self._died() from error
-
-    def answer(self) -> dict[str, Any]:
-        """Raises ProcessDied, and KeyboardInterrupt when Ray wants the task to stop."""
+    def ask(self, question: Mapping[str, Any], cancelled: Signals) -> dict[str, Any]:
+        """The answer to a question. Once `cancelled`, the process is told to stop, and the answer
+        says what became of the cell. Raises ProcessDied."""
         assert self.popen.stdout is not None
-        received = b""
+        self._send(question)
+        received, told = b"", False
         while not received.endswith(b"\n"):
-            # Ray's interrupt does not end a system call, so none may take long.
+            if cancelled.received and not told:
+                self._send(STOP)
+                told = True
+            # A signal does not end a system call, so none may take long.
             if not select.select([self.popen.stdout], [], [], POLL_SECONDS)[0]:
                 continue
             some = self.popen.stdout.read(65536)
@@ -86,9 +85,12 @@ class Beside:
         plain: dict[str, Any] = json.loads(received)
         return plain
 
-    def stop(self) -> None:
-        """What Ctrl-C does to `tunebench run`."""
-        self.popen.send_signal(signal.SIGINT)
+    def _send(self, line: Mapping[str, Any]) -> None:
+        assert self.popen.stdin is not None
+        try:
+            self.popen.stdin.write(json.dumps(line).encode() + b"\n")
+        except BrokenPipeError as error:
+            raise self._died() from error
 
     def close(self) -> None:
         """It ends when its input does."""
@@ -99,46 +101,39 @@ class Beside:
         return ProcessDied(f"the process that ran the cell ended with code {self.popen.wait()}")
 
 
-_beside: list[Beside] = []
+_processes: list[CellProcess] = []
 
 
-def run_errand(errand: Errand) -> dict[str, Any]:
+def run_order(sent: RayOrder) -> dict[str, Any]:
     """The Ray task: `report`, or the `error` of a user, or what is `broken`. Ray's cancel asks the
     cell to stop, and its report tells what became of it. Raises ProcessDied."""
     import ray
 
     context = ray.get_runtime_context()
     order = dataclasses.replace(
-        errand.order,
+        sent.order,
         job=context.get_task_id(),
-        exclusive=errand.whole.get(context.get_node_id()) == errand.amount,
+        exclusive=sent.whole.get(context.get_node_id()) == sent.amount,
     )
     # Ray gives this worker other devices with each task.
     devices = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES")}
     question = {
         "order": dataclasses.asdict(order),
-        "variables": {**errand.variables, **devices},
+        "variables": {**sent.variables, **devices},
     }
-    if not _beside:
-        _beside.append(Beside())
-    beside = _beside[0]
-    stopped = False
-    try:
-        beside.send(question)
-        while True:
-            try:
-                return beside.answer()
-            except KeyboardInterrupt:
-                if not stopped:
-                    beside.stop()
-                stopped = True
-    except ProcessDied:
-        stopped = True
-        raise
-    finally:
-        if stopped:
-            _beside.clear()
-            beside.close()
+    # Ray cancels a task by a KeyboardInterrupt at any place of its main thread, which is Python's
+    # handler of SIGINT. Before this block nothing has been ordered; in it the handler is another.
+    with stop_signals((signal.SIGINT,), raising=False) as cancelled:
+        if not _processes:
+            _processes.append(CellProcess())
+        process, answer = _processes[0], None
+        try:
+            answer = process.ask(question, cancelled)
+        finally:
+            if answer is None or cancelled.received:
+                _processes.clear()
+                process.close()
+    return answer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,12 +168,11 @@ def main() -> None:
     # What libraries print is for the log.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    questions: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-    threading.Thread(target=_listen, args=(questions,), daemon=True).start()
-    with stop_signals() as signals:
-        signals.raising = False
+    questions: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+    with stop_signals(raising=False) as signals:
+        threading.Thread(target=_listen, args=(questions,), daemon=True).start()
         while (question := questions.get()) is not None:
-            answer = _answer(json.loads(question), signals)
+            answer = _answer(question, signals)
             try:
                 answers.write(json.dumps(answer) + "\n")
                 answers.flush()
@@ -186,9 +180,13 @@ def main() -> None:
                 return
 
 
-def _listen(questions: queue.SimpleQueue[str | None]) -> None:
+def _listen(questions: queue.SimpleQueue[dict[str, Any] | None]) -> None:
     for line in sys.stdin:
-        questions.put(line)
+        question = json.loads(line)
+        if question == STOP:
+            os.kill(os.getpid(), signal.SIGINT)
+        else:
+            questions.put(question)
     # Ray's worker is gone: a cell that is being measured writes down what it has.
     questions.put(None)
     os.kill(os.getpid(), signal.SIGTERM)
@@ -200,8 +198,8 @@ def _answer(question: Mapping[str, Any], signals: Signals) -> dict[str, Any]:
         os.environ.pop(name, None)
         if value is not None:
             os.environ[name] = value
-    signals.raising = True
     try:
+        signals.raising = True
         if signals.received:
             raise Stopped(signals.received[0])
         return {"report": run_cell(order).as_json()}

@@ -1,123 +1,141 @@
-"""`tunebench run --on slurm`: plan here, check here, submit, and watch."""
+"""SLURM as an engine: an order is a task of a job array, which outlives this command."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
-from harness.records.store import Entry, Store
-from launch.cells.runner import Finished, Runner
+from filelock import FileLock
+
+from harness.records.store import Store
+from launch.cells import start
 from launch.display.progress import Display
-from launch.engines import remote_plan
+from launch.engines.engine import NoAnswer, State
 from launch.engines.order import Order
-from launch.engines.results_watch import Published
 from launch.engines.slurm import queue, submit
-from launch.engines.slurm.queue import JobState, NoAnswer, Partition
+from launch.engines.slurm.queue import JobState, Partition
 from launch.engines.slurm.submit import Array, Resources
-from launch.engines.slurm.watch import Watched, Watcher, answers
-from launch.planning.left_out import quickly_checked
-from launch.planning.plan import Job, Sweep, plan_jobs
-from launch.processes.stop_signals import stop_signals
+from launch.planning.plan import Job
 from matrices.errors import UserError
 
 
-def run_on_slurm(
-    sweep: Sweep, order: Order, asked: Resources, display: Display
-) -> tuple[list[Job], Finished]:
-    """Run the cells of a sweep as SLURM jobs and wait for them.
+class SlurmEngine:
+    """One partition of a SLURM cluster. `tasks` are the arrays and places in them of the cells
+    that were submitted or found, `seen` what the queue last told of them; `numbers` are SLURM's ids
+    of what was submitted, by array."""
 
-    `order` is what all their orders have in common. Jobs outlive this process: the same call goes
-    on with those that are still queued. Raises UserError and ProblemsFound before anything is
-    submitted, and Stopped when stopped before that.
-    """
-    queue.require_slurm()
-    order = dataclasses.replace(order, exclusive=asked.exclusive)
-    on = queue.partition(asked.partition)
-    store = Store(sweep.results)
-    store.check()
-    entries = Published(store).new()
-    jobs = plan_jobs(
-        sweep.cells,
-        {entry.directory.name: entry for entry in entries},
-        sweep.retry,
-        sweep.score_base,
-        submit.machine(on),
-        counts=remote_plan.counting(submit.on_gpu(on)),
-    )
-    jobs = quickly_checked(jobs, display, sweep)
-    to_run = [job for job in jobs if job.action in ("run", "retry")]
-    submit.check_fits(to_run, on, asked)
-    with stop_signals() as signals:
-        if to_run:
-            there = queued(store, to_run)
-            new = [job for job in to_run if job.cell.cell_id not in there]
-            jobs = remote_plan.check(jobs, new, display, sweep) if new else jobs
-            to_run = [job for job in jobs if job.action in ("run", "retry")]
-        signals.raising = False
-        settled = Runner(store, display).run([job for job in jobs if job not in to_run])
-        watcher = Watcher(store, display, on, {})
-        if to_run and not signals.received:
-            watcher.waiting = _submit(store, to_run, entries, order, on, asked, display)
-        watcher.watch(signals)
-    if signals.received and watcher.waiting:
-        display.message(
+    name: start.Engine = "slurm"
+    title = "SLURM"
+    poll_seconds = 5.0
+
+    def __init__(self, results: Path, display: Display, on: Partition, asked: Resources) -> None:
+        self.results, self.store = results, Store(results)
+        self.display, self.on, self.asked = display, on, asked
+        self.tasks: dict[str, tuple[Array, int]] = {}
+        self.seen: dict[str, JobState] = {}
+        self.numbers: dict[str, str] = {}
+
+    @property
+    def gpus(self) -> bool:
+        return submit.on_gpu(self.on)
+
+    def check(self, jobs: Sequence[Job]) -> None:
+        submit.check_fits(jobs, self.on, self.asked)
+
+    def queued(self, cells: Sequence[str]) -> dict[str, State]:
+        try:
+            found = submit.queued(self.store, cells)
+        except NoAnswer as error:
+            raise UserError(f"SLURM does not answer: {error}") from error
+        for cell, (array, state) in found.items():
+            self.tasks[cell] = (array, array.cells.index(cell))
+            self.seen[cell] = state
+        return {cell: _state(state) for cell, (_, state) in found.items()}
+
+    def adding(self) -> FileLock:
+        return submit.submitting(self.store)
+
+    def submit(self, orders: Mapping[str, Order]) -> dict[str, State]:
+        exclusive = self.asked.exclusive
+        full = {c: dataclasses.replace(o, exclusive=exclusive) for c, o in orders.items()}
+        for number, array in submit.submit(self.store, full, self.on, self.asked).items():
+            self.numbers[array.name] = number
+            self.tasks |= {cell: (array, index) for index, cell in enumerate(array.cells)}
+            cells = f"{len(array.cells)} cell{'' if len(array.cells) == 1 else 's'}"
+            self.display.message(
+                f"submitted {cells} to partition {self.on.name} as SLURM job {number}"
+            )
+        return {cell: State("waiting", told="submitted") for cell in orders}
+
+    def poll(self) -> dict[str, State]:
+        states = queue.queue(array.name for array, _ in self.tasks.values())
+        found = {}
+        for cell, (array, index) in self.tasks.items():
+            state = states.get((array.name, index))
+            if state is not None:
+                self.seen[cell] = state
+            found[cell] = _state(self.seen.get(cell), gone=state is None)
+        return found
+
+    def cancel(self, cells: Sequence[str]) -> str:
+        arrays = [
+            self.seen[cell].job.split("_")[0]
+            if cell in self.seen
+            else self.numbers[self.tasks[cell][0].name]
+            for cell in cells
+            if cell in self.tasks
+        ]
+        return (
             "the SLURM jobs go on without this command: "
-            f"'tunebench status {sweep.results}' shows them, "
-            f"'scancel {' '.join(watcher.jobs_left())}' cancels them, and the same command watches "
-            "them again"
+            f"'tunebench status {self.results}' shows them, "
+            f"'scancel {' '.join(dict.fromkeys(arrays))}' cancels them, and the same command "
+            "watches them again"
         )
-    found = settled.entries | watcher.entries
-    return jobs, Finished(found, next(iter(signals.received), settled.stopped_by))
+
+    def ending(self, cell: str) -> tuple[str, str]:
+        array, index = self.tasks[cell]
+        seen = self.seen.get(cell)
+        log = next(iter(submit.logs(self.store, array, index)), None)
+        said = last_line(log) if log is not None else "it wrote no log: can the node see it all?"
+        sentence = (
+            f"SLURM job {seen.job if seen else array.name} ended as {how_ended(seen)} without a "
+            f"finished record{f' ({said})' if said else ''}"
+        )
+        return f"SLURM: {how_ended(seen)}", sentence
 
 
-def queued(store: Store, jobs: Sequence[Job]) -> dict[str, tuple[Array, JobState]]:
-    """The jobs that are in the queue already, by cell_id. Raises UserError without an answer."""
-    try:
-        return submit.queued(store, [job.cell.cell_id for job in jobs])
-    except NoAnswer as error:
-        raise UserError(f"SLURM does not answer: {error}") from error
+def slurm_engine(results: Path, display: Display, asked: Resources) -> SlurmEngine:
+    """The partition that is asked for. Raises UserError when SLURM is not here or it has none."""
+    queue.require_slurm()
+    return SlurmEngine(results, display, queue.partition(asked.partition), asked)
 
 
-def _submit(
-    store: Store,
-    jobs: Sequence[Job],
-    entries: Sequence[Entry],
-    order: Order,
-    on: Partition,
-    asked: Resources,
-    display: Display,
-) -> dict[str, Watched]:
-    """Submit what is not in the queue yet; everything to wait for, by cell_id."""
-    attempts: dict[str, dict[str, int]] = {}
-    for entry in entries:
-        known = attempts.setdefault(entry.record.cell_id, {})
-        key = entry.directory.name.split(".")[0]
-        known[key] = max(known.get(key, 0), entry.record.attempt)
-    with submit.submitting(store):
-        there = queued(store, jobs)
-        # A job that ended since the plan was made has published its record before it left.
-        late = {
-            entry.record.cell_id
-            for entry in Published(store).new()
-            if answers(entry, attempts.get(entry.record.cell_id, {}), on)
-        }
-        new = [job for job in jobs if job.cell.cell_id not in there.keys() | late]
-        arrays = submit.submit(store, new, order, attempts, on, asked) if new else {}
-    if there:
-        display.message(f"{len(there)} cells are in SLURM's queue from an earlier run")
-    for job_id, array in arrays.items():
-        cells = f"{len(array.cells)} cell{'' if len(array.cells) == 1 else 's'}"
-        display.message(f"submitted {cells} to partition {on.name} as SLURM job {job_id}")
-    places = {
-        cell: (array, index) for array in arrays.values() for index, cell in enumerate(array.cells)
-    }
-    places |= {cell: (array, array.cells.index(cell)) for cell, (array, _) in there.items()}
-    numbers = {cell: job_id for job_id, array in arrays.items() for cell in array.cells}
-    waiting = {}
-    for job in jobs:
-        cell_id = job.cell.cell_id
-        array, index = places.get(cell_id, (Array("", (), ()), 0))
-        state = there[cell_id][1] if cell_id in there else None
-        seen = attempts.get(cell_id, {})
-        waiting[cell_id] = Watched(job, array, index, seen, state, numbers.get(cell_id))
-    return waiting
+def _state(seen: JobState | None, gone: bool = False) -> State:
+    """What the queue tells of a task, or last told before it had `gone`."""
+    if seen is None:
+        return State("ended", told="submitted")
+    told = "running" if seen.unfinished else "ended"
+    if seen.waiting:
+        told = f"waiting ({seen.reason})" if seen.reason else "waiting"
+    if gone or not seen.unfinished:
+        return State("ended", seen.job, told)
+    return State("waiting" if seen.waiting else "running", seen.job, told)
+
+
+def how_ended(seen: JobState | None) -> str:
+    """SLURM's word for how a job ended, with the nodes it was on."""
+    if seen is None:
+        return "unknown to the queue"
+    if seen.unfinished:  # forgotten by the queue since it was last seen
+        found = queue.ended_states([seen.job]).get(seen.job)
+        seen = found or JobState(seen.job, f"gone (last {seen.state})", nodes=seen.nodes)
+    return f"{seen.state} on {seen.nodes}" if seen.nodes else seen.state
+
+
+def last_line(log: Path) -> str:
+    """The last line of a log that is not empty."""
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - 8192))
+        lines = file.read().decode(errors="replace").splitlines()
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from harness.system.parent_death import ending_with_this
+from launch.engines.engine import NoAnswer as NoAnswer
 from matrices.errors import UserError, nearest
 
 # slurm.conf's default: without an answer from `scontrol show config` an array has at most so many.
@@ -42,10 +43,6 @@ ANSWER_SECONDS = 60
 # days-hours[:minutes[:seconds]], or minutes, minutes:seconds, hours:minutes:seconds.
 _LONG_TIME = re.compile(r"(\d+)-(\d+)(?::(\d+))?(?::(\d+))?")
 _SHORT_TIME = re.compile(r"\d+(:\d+){0,2}")
-
-
-class NoAnswer(Exception):
-    """A command of SLURM's failed; says what it said."""
 
 
 @dataclass(frozen=True)

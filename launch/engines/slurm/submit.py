@@ -29,7 +29,6 @@ from launch.engines.slurm.task import NOTICE_SECONDS, CellTask
 from launch.planning.plan import Job
 from matrices.cell import Cell
 from matrices.errors import UserError
-from matrices.rules.machine import Machine
 
 # submitit's own count is of no use here: only the task knows which signal was a time-out.
 ANY_NUMBER = 1_000_000
@@ -60,13 +59,6 @@ class Array:
     name: str
     cells: tuple[str, ...]
     labels: tuple[str, ...]
-
-
-def machine(on: Partition) -> Machine:
-    """What the rules ask about, of a node of the partition. Which devices there are is asked of
-    SLURM (`check_fits`), which GPU they are is known on the node, where the rules hold again."""
-    packages = provenance.stack().packages
-    return Machine(has_gpu=on_gpu(on), packages=packages, nodes=None)
 
 
 def on_gpu(on: Partition) -> bool:
@@ -136,38 +128,22 @@ def known_arrays(store: Store) -> list[Array]:
 
 
 def submit(
-    store: Store,
-    jobs: Sequence[Job],
-    order: Order,
-    attempts: Mapping[str, Mapping[str, int]],
-    on: Partition,
-    asked: Resources,
+    store: Store, orders: Mapping[str, Order], on: Partition, asked: Resources
 ) -> dict[str, Array]:
-    """Submit one array for every kind of request (devices and nodes) among the cells; gives them
-    by SLURM's id.
-
-    `order` is what all of them have in common, `attempts` the attempts that are there by cell_id
-    and key. Raises UserError when sbatch refuses.
-    """
-    kinds: dict[tuple[int, int], list[Job]] = {}
-    for job in jobs:
-        kinds.setdefault((job.cell.devices, job.cell.nodes), []).append(job)
+    """Submit one array for every kind of request (devices and nodes) among the cells, by cell_id;
+    gives the arrays by SLURM's id. Raises UserError when sbatch refuses."""
+    kinds: dict[tuple[int, int], list[Order]] = {}
+    for order in orders.values():
+        cell = Cell.model_validate_json(order.cell)
+        kinds.setdefault((cell.devices, cell.nodes), []).append(order)
     most = max(1, queue.max_array_size() - 1)
     arrays: dict[str, Array] = {}
     for group in kinds.values():
+        cell = Cell.model_validate_json(group[0].cell)
+        parameters = sbatch_parameters(cell, on, asked)
         for begin in range(0, len(group), most):
-            part = group[begin : begin + most]
-            orders = [_order(order, job, attempts.get(job.cell.cell_id, {})) for job in part]
-            parameters = sbatch_parameters(part[0].cell, on, asked)
-            arrays |= _submit(store, part, orders, parameters, asked.requeues)
+            arrays |= _submit(store, group[begin : begin + most], parameters, asked.requeues)
     return arrays
-
-
-def _order(common: Order, job: Job, attempts: Mapping[str, int]) -> str:
-    order = dataclasses.replace(
-        common, cell=job.cell.model_dump_json(), label=job.label, attempts=dict(attempts)
-    )
-    return json.dumps(dataclasses.asdict(order))
 
 
 def sbatch_parameters(cell: Cell, on: Partition, asked: Resources) -> dict[str, Any]:
@@ -205,18 +181,14 @@ def sbatch_parameters(cell: Cell, on: Partition, asked: Resources) -> dict[str, 
 
 
 def _submit(
-    store: Store,
-    jobs: Sequence[Job],
-    orders: Sequence[str],
-    parameters: Mapping[str, Any],
-    requeues: int,
+    store: Store, orders: Sequence[Order], parameters: Mapping[str, Any], requeues: int
 ) -> dict[str, Array]:
     import submitit
 
     array = Array(
         name=f"tunebench-{secrets.token_hex(4)}",
-        cells=tuple(job.cell.cell_id for job in jobs),
-        labels=tuple(job.label for job in jobs),
+        cells=tuple(Cell.model_validate_json(order.cell).cell_id for order in orders),
+        labels=tuple(order.label for order in orders),
     )
     folder = store.root / ".slurm" / array.name
     with disk_errors(store.root):
@@ -224,9 +196,13 @@ def _submit(
         content = dataclasses.asdict(array) | {"submitted": provenance.now()}
         write_atomically(folder / "array.json", json.dumps(content, indent=1) + "\n")
     executor = submitit.SlurmExecutor(folder, max_num_timeout=ANY_NUMBER)
-    executor.update_parameters(job_name=array.name, array_parallelism=len(jobs), **dict(parameters))
+    executor.update_parameters(
+        job_name=array.name, array_parallelism=len(orders), **dict(parameters)
+    )
     try:
-        tasks = executor.submit_array([CellTask(order, requeues) for order in orders])
+        tasks = executor.submit_array(
+            [CellTask(json.dumps(dataclasses.asdict(order)), requeues) for order in orders]
+        )
     except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
         lines = [line.strip() for line in str(error).splitlines() if "error:" in line]
         said = "; ".join(lines) or str(error).strip().splitlines()[-1]

@@ -33,6 +33,7 @@ ORDER = (
     *("launch", "launch.output", "launch.processes", "launch.planning", "launch.display"),
     *("launch.predict", "launch.fit", "launch.cells", "launch.engines"),
     *("launch.engines.results_watch", "launch.engines.remote_plan", "launch.engines.order"),
+    *("launch.engines.engine", "launch.engines.debug"),
     *("launch.engines.ray", "launch.engines.slurm", "launch.slurm_task", "launch.engines.status"),
     *("launch.commands", "launch.cli", "launch.entry"),
 )

@@ -6,20 +6,23 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from told import Told
 
-from harness.ranks.progress_file import Progress
 from harness.records.provenance import new_record
 from harness.records.record import Placement, Record, read_record
 from harness.records.store import Store, record_key
-from launch.engines.slurm import watch
+from launch.engines import engine
+from launch.engines.engine import Driver, Ordered
+from launch.engines.order import Order
+from launch.engines.results_watch import Published
+from launch.engines.slurm.engine import SlurmEngine
 from launch.engines.slurm.queue import Node, Partition
-from launch.engines.slurm.submit import Array
-from launch.engines.slurm.watch import Watched, Watcher
-from launch.planning.plan import Job, plan_jobs
+from launch.engines.slurm.submit import Array, Resources
+from launch.planning.plan import plan_jobs
 from launch.processes.stop_signals import Signals
 from matrices.cell import Cell
 
@@ -27,45 +30,14 @@ CPU = Partition("cpu", True, True, (Node("n1", 2, 0),), 10, 60)
 Queue = Callable[..., None]
 
 
-class Told:
-    """A display that remembers."""
-
-    def __init__(self) -> None:
-        self.messages: list[str] = []
-        self.started: list[str] = []
-        self.finished: list[str] = []
-
-    def message(self, text: str) -> None:
-        self.messages.append(text)
-
-    @contextlib.contextmanager
-    def busy(self, text: str) -> Iterator[None]:
-        yield
-
-    def begin(self, jobs: Sequence[Job]) -> None: ...
-
-    def cell_started(self, job: Job) -> None:
-        self.started.append(job.label)
-
-    def update(self, job: Job, progress: Progress) -> None: ...
-
-    def cell_finished(self, job: Job, record: Record, seconds: float) -> None:
-        self.finished.append(record.status)
-
-    def done_elsewhere(self, job: Job, record: Record) -> None: ...
-
-    def waiting(self, labels: Sequence[str], why: str = "") -> None: ...
-
-    def close(self) -> None: ...
-
-
 @pytest.fixture
 def queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Queue:
     """Says what the queue holds from now on; a code other than 0 is a squeue that fails."""
     (tmp_path / "bin").mkdir()
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
-    monkeypatch.setattr(watch, "QUEUE_SECONDS", 0.0)
-    monkeypatch.setattr(watch, "SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr(SlurmEngine, "poll_seconds", 0.0)
+    for name in ("FILES_SECONDS", "SETTLE_SECONDS"):
+        monkeypatch.setattr(engine, name, 0.0)
     program = tmp_path / "bin/squeue"
 
     def says(*lines: str, code: int = 0) -> None:
@@ -77,21 +49,25 @@ def queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Queue:
 
 
 @pytest.fixture
-def watcher(tmp_path: Path) -> Watcher:
+def watcher(tmp_path: Path) -> Driver:
     store = Store(tmp_path / "results")
     store.prepare()
     [job] = plan_jobs([Cell(method="base")], {})
     cell_id = job.cell.cell_id
-    array = Array("tunebench-1", (cell_id,), (job.label,))
-    return Watcher(store, Told(), CPU, {cell_id: Watched(job, array, 0, {})})
+    display = Told()
+    slurm = SlurmEngine(store.root, display, CPU, Resources())
+    slurm.tasks[cell_id] = (Array("tunebench-1", (cell_id,), (job.label,)), 0)
+    order = Order(str(store.root), "")
+    waiting = {cell_id: Ordered(job, {})}
+    return Driver(slurm, store, display, order, Published(store), waiting=waiting)
 
 
-def told(watcher: Watcher) -> Told:
+def told(watcher: Driver) -> Told:
     assert isinstance(watcher.display, Told)
     return watcher.display
 
 
-def begin(watcher: Watcher) -> Path:
+def begin(watcher: Driver) -> Path:
     """The working directory that a task on a node makes."""
     record = new_record(Cell(method="base"), ["true"])
     placed = record.model_copy(
@@ -104,7 +80,7 @@ def begin(watcher: Watcher) -> Path:
     return watcher.store.start(first, record_key(record.cell_id, record.stack_id))
 
 
-def publish(watcher: Watcher, status: str) -> None:
+def publish(watcher: Driver, status: str) -> None:
     working = begin(watcher)
     record = read_record(working / "record.json")
     changes = {"status": status, "ended": record.started, "reason": "why"}
@@ -112,7 +88,7 @@ def publish(watcher: Watcher, status: str) -> None:
 
 
 @contextlib.contextmanager
-def claimed(watcher: Watcher, working: Path) -> Iterator[None]:
+def claimed(watcher: Driver, working: Path) -> Iterator[None]:
     lock = watcher.store.claims / f"{working.name.split('.')[0]}.lock"
     held = os.open(lock, os.O_RDWR | os.O_CREAT)
     fcntl.flock(held, fcntl.LOCK_EX)
@@ -120,7 +96,7 @@ def claimed(watcher: Watcher, working: Path) -> Iterator[None]:
     os.close(held)
 
 
-def test_a_cell_is_followed_from_the_queue_to_its_record(watcher: Watcher, queue: Queue) -> None:
+def test_a_cell_is_followed_from_the_queue_to_its_record(watcher: Driver, queue: Queue) -> None:
     queue("tunebench-1|0|5_0|PENDING|Resources|")
     watcher.look()
     watcher.look()
@@ -139,7 +115,7 @@ def test_a_cell_is_followed_from_the_queue_to_its_record(watcher: Watcher, queue
 
 
 def test_an_interrupted_attempt_is_waited_for_while_its_job_is_queued(
-    watcher: Watcher, queue: Queue
+    watcher: Driver, queue: Queue
 ) -> None:
     publish(watcher, "interrupted")
     queue("tunebench-1|0|5_0|PENDING|BeginTime|")
@@ -152,7 +128,7 @@ def test_an_interrupted_attempt_is_waited_for_while_its_job_is_queued(
 
 
 def test_what_a_dead_job_left_is_kept_with_slurms_word_for_its_end(
-    watcher: Watcher, queue: Queue
+    watcher: Driver, queue: Queue
 ) -> None:
     working = begin(watcher)
     queue("tunebench-1|0|5_0|NODE_FAIL|None|n1")
@@ -167,7 +143,7 @@ def test_what_a_dead_job_left_is_kept_with_slurms_word_for_its_end(
 
 
 def test_a_job_that_leaves_nothing_is_said_with_the_end_of_its_log(
-    watcher: Watcher, queue: Queue
+    watcher: Driver, queue: Queue
 ) -> None:
     folder = watcher.store.root / ".slurm" / "tunebench-1"
     folder.mkdir(parents=True)
@@ -181,7 +157,7 @@ def test_a_job_that_leaves_nothing_is_said_with_the_end_of_its_log(
     assert "(ImportError: no torch here)" in last
 
 
-def test_a_job_the_queue_has_forgotten_is_gone(watcher: Watcher, queue: Queue) -> None:
+def test_a_job_the_queue_has_forgotten_is_gone(watcher: Driver, queue: Queue) -> None:
     queue("tunebench-1|0|5_0|RUNNING|None|n1")
     watcher.look()
     queue()
@@ -190,7 +166,7 @@ def test_a_job_the_queue_has_forgotten_is_gone(watcher: Watcher, queue: Queue) -
     assert "ended as gone (last RUNNING) on n1" in told(watcher).messages[-1]
 
 
-def test_a_queue_that_does_not_answer_ends_nothing(watcher: Watcher, queue: Queue) -> None:
+def test_a_queue_that_does_not_answer_ends_nothing(watcher: Driver, queue: Queue) -> None:
     queue("slurm_load_jobs error: Unable to contact slurm controller", code=1)
     watcher.look()
     watcher.look()
@@ -199,8 +175,9 @@ def test_a_queue_that_does_not_answer_ends_nothing(watcher: Watcher, queue: Queu
     assert "Unable to contact slurm controller; asking again" in told(watcher).messages[0]
 
 
-def test_a_signal_ends_the_watch_and_names_what_is_left(watcher: Watcher, queue: Queue) -> None:
+def test_a_signal_ends_the_watch_and_names_what_is_left(watcher: Driver, queue: Queue) -> None:
     queue("tunebench-1|0|5_0|RUNNING|None|n1")
     watcher.look()
-    watcher.watch(Signals(received=[2], raising=False))
-    assert watcher.jobs_left() == ["5"]
+    watcher.follow(Signals(received=[2], raising=False))
+    assert watcher.waiting, "it goes on"
+    assert "'scancel 5' cancels them" in told(watcher).messages[-1]

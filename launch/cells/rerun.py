@@ -27,7 +27,7 @@ from launch.cells.start import devices_here, first_record, placement
 from launch.cells.watch import POLL_SECONDS, limits_for, watch
 from launch.display.progress import Display
 from launch.planning.plan import Job, key_of, this_machine
-from launch.predict.before_run import Foretold, with_prediction
+from launch.predict.run_predictions import RunPredictions, with_prediction
 from launch.processes.stop_signals import stop_signals
 from launch.processes.workers import Launched, Ranks
 from matrices.cell import Cell, label
@@ -46,7 +46,7 @@ class Options:
 
     limit_seconds: float | None = None
     phase_seconds: float | None = None
-    foretell: Callable[[Sequence[Cell]], Foretold] | None = None
+    foretell: Callable[[Sequence[Cell]], RunPredictions] | None = None
     trust_code: bool = False
 
 
@@ -143,7 +143,7 @@ def rerun(
         if not held.enter_context(store.claim(key)):
             raise UserError(f"{key} is running at this moment, started by another runner")
         store.recover(key, finish_abandoned)
-        foretold = options.foretell([cell]) if options.foretell is not None else Foretold()
+        foretold = options.foretell([cell]) if options.foretell is not None else RunPredictions()
         lease = _leased(Slots(), record, display)
         held.callback(lease.release)
         signals.raising = False

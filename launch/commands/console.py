@@ -1,18 +1,26 @@
-"""What every command does with its standard output, standard error and stop signals."""
+"""What several commands do with matrices, standard output, standard error and stop signals."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import sys
+import threading
 import warnings
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from matrices.errors import SetAside, UserError
 from matrices.files.text import visible
+
+if TYPE_CHECKING:
+    from matrices.load import Matrix
+
+# A command that prints nothing for longer looks stuck.
+SILENT_SECONDS = 1.0
 
 
 def print_json(value: Any) -> None:
@@ -31,16 +39,33 @@ def show_set_aside() -> None:
     """From here on, show each file that a command passes over as a note, once."""
     warnings.simplefilter("always", SetAside)
     before = warnings.showwarning
-    told: set[str] = set()  # python's own registry is emptied by every change of its filters
+    shown: set[str] = set()  # python's own registry is emptied by every change of its filters
 
-    def shown(message: Warning | str, category: type[Warning], *about: Any, **more: Any) -> None:
+    def show(message: Warning | str, category: type[Warning], *about: Any, **more: Any) -> None:
         if not issubclass(category, SetAside):
             before(message, category, *about, **more)
-        elif str(message) not in told:
-            told.add(str(message))
+        elif str(message) not in shown:
+            shown.add(str(message))
             print_note(str(message))
 
-    warnings.showwarning = shown
+    warnings.showwarning = show
+
+
+def load_matrix(
+    source: str | Path, overrides: Sequence[str] = (), seeds: int | None = None
+) -> Matrix:
+    """As `matrices.load.load`, with a note when it takes long: weights of tens of gigabytes are
+    read whole the first time."""
+    from matrices.load import load
+
+    text = "reading local models and data whole for their hashes, which are then remembered"
+    timer = threading.Timer(SILENT_SECONDS, print_note, [text])
+    timer.daemon = True
+    timer.start()
+    try:
+        return load(source, overrides, seeds)
+    finally:
+        timer.cancel()
 
 
 @contextlib.contextmanager

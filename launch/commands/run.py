@@ -8,33 +8,31 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
-from launch.commands.console import print_error, print_json
-from launch.commands.engine_options import (
+from launch.commands.console import load_matrix, print_error, print_json
+from launch.commands.options import (
     AccountOption,
     AddressOption,
+    AllowBusyOption,
     ConstraintOption,
     CpusPerTaskOption,
     GresOption,
+    JsonOption,
+    MatrixArgument,
     MemOption,
+    NoPredictOption,
     OnOption,
     PartitionOption,
+    PhaseTimeoutOption,
     QosOption,
     RequeuesOption,
     ResourceOption,
-    TimeOption,
-)
-from launch.commands.options import (
-    AllowBusyOption,
-    JsonOption,
-    MatrixArgument,
-    NoPredictOption,
-    PhaseTimeoutOption,
     ResultsOption,
     RetryOption,
     SeedsOption,
     SetOption,
     SideBySideOption,
     SkipOption,
+    TimeOption,
     TimeoutOption,
 )
 from matrices.errors import UserError, nearest
@@ -181,13 +179,12 @@ def sweep_of(
 ) -> tuple[Matrix, Sweep, int]:
     """What the options name: the matrix, its cells, and how many combinations gave them. Raises
     UserError."""
-    from launch.commands.matrix_file import load
     from launch.planning.plan import Sweep, retried_statuses
     from matrices.expand import expand
     from matrices.rules.passed_through import merged
 
     statuses = retried_statuses(retry)
-    matrix = load(source, overrides or [], seeds)
+    matrix = load_matrix(source, overrides or [], seeds)
     expansion = merged(expand(matrix))
     for note in expansion.notes:
         print(f"tunebench: note: {note}", file=sys.stderr)
@@ -209,10 +206,9 @@ def _here(
     from launch.cells.devices import Slots
     from launch.cells.runner import Runner
     from launch.cells.start import devices_here
-    from launch.display.prediction_progress import show_for_stderr
     from launch.planning.left_out import quickly_checked
     from launch.planning.plan import plan_jobs
-    from launch.predict.before_run import foretell
+    from launch.predict.run_predictions import predict_run
 
     side_by_side, allow_busy = devices
     no_predict, skip_predicted_oom = predicting
@@ -229,8 +225,7 @@ def _here(
     runner = Runner(store, display, limits[0], phase_seconds=limits[1], slots=slots, sweep=sweep)
     if not no_predict:
         past = [job.entry.record for job in jobs if job.entry is not None]
-        show = show_for_stderr()
-        runner.foretell = partial(foretell, show=show, skip=skip_predicted_oom, past=past)
+        runner.foretell = partial(predict_run, display=display, skip=skip_predicted_oom, past=past)
     finished = runner.run(jobs)
     return list(finished.jobs), finished
 

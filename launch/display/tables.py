@@ -10,20 +10,10 @@ from typing import Any
 from harness.records.prediction import Prediction, Verdict
 from harness.records.record import Record
 from harness.records.store import Entry
-from launch.display.progress import clock
+from launch.display.schedule import clock
 from launch.planning.plan import Job
 from reports.records.steps_text import data_text, loss_text
-from reports.text import DASH, bytes_text
-
-
-def aligned(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Columns padded to their widest entry; the last one is left as it is."""
-    table = [list(headers), *(list(row) for row in rows)]
-    widths = [max(len(row[column]) for row in table) for column in range(len(headers) - 1)]
-    return "\n".join(
-        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]])
-        for row in table
-    )
+from reports.text import DASH, bytes_text, text_table
 
 
 def counted(words: Iterable[str]) -> str:
@@ -54,7 +44,7 @@ def plan_text(
         plural(len(jobs) - bases, "distinct cell"),
         plural(bases, "base cell"),
     ]
-    table = aligned(headers, rows)
+    table = "\n".join(text_table([headers, *rows]))
     return f"{table}\n\n{', '.join(counts)}: {counted(job.action for job in jobs)}"
 
 
@@ -120,11 +110,10 @@ def outcome_text(jobs: Sequence[Job], entries: dict[str, Entry], results: Path) 
     if any(entry.record.contaminated for entry in entries.values()):
         note += "\n? in doubt: something else used its devices; `tunebench show` says what"
     records = [entry.record for entry in entries.values()]
-    told = [text for text in (data_text(records), loss_text(records)) if text]
-    note += "".join(f"\n{text}" for text in told)
+    note += "".join(f"\n{text}" for text in (data_text(records), loss_text(records)) if text)
     headers = ("cell", "status", "peak", "tok/s", "time", "configuration", "record or reason")
     return (
-        aligned(headers, rows)
+        "\n".join(text_table([headers, *rows]))
         + f"\n\n{counted(row[1] for row in rows)}; records in {results}{note}"
         + f"\nnext: tunebench report {results}"
     )

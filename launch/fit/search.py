@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from harness.records.prediction import Prediction, Verdict
-from launch.display.prediction_progress import Show
-from launch.predict.predict import Options, predict
+from launch.display.progress import Display
+from launch.predict.predict import PredictionOptions, predict
 from matrices.cell import Cell
 
 # Beside the guess a lower one is proposed: blocks do not fill a device to the last byte.
@@ -82,7 +82,7 @@ class Search:
         points = sorted(
             (value, one.memory.peak_allocated_bytes, verdict.capacity_bytes)
             for value, one in self.known.items()
-            if one.memory.peak_allocated_bytes is not None and (verdict := judged(one))
+            if one.memory.peak_allocated_bytes is not None and (verdict := first_verdict(one))
         )
         pair = points[-2:]
         if len(pair) < 2 or pair[1][1] <= pair[0][1]:
@@ -92,23 +92,25 @@ class Search:
         return self.floor(int(min(value, FARTHEST * low)))
 
 
-def judged(prediction: Prediction) -> Verdict | None:
-    """The verdict for the GPU that was asked about."""
+def first_verdict(prediction: Prediction) -> Verdict | None:
+    """The verdict for the first GPU of a prediction; none without one."""
     return prediction.verdicts[0] if prediction.verdicts else None
 
 
 def fits(prediction: Prediction) -> bool:
-    verdict = judged(prediction)
+    verdict = first_verdict(prediction)
     return prediction.status == "predicted" and verdict is not None and verdict.outcome != "oom"
 
 
-def search_all(searches: Sequence[Search], options: Options, show: Show) -> None:
+def search_all(searches: Sequence[Search], options: PredictionOptions, display: Display) -> None:
     """Carry all searches to their end, round by round."""
     while True:
-        asked = [(search, value) for search in searches for value in search.proposals()]
-        if not asked:
+        proposed = [(search, value) for search in searches for value in search.proposals()]
+        if not proposed:
             return
-        cells = {cell.cell_id: cell for search, value in asked for cell in (search.cell_of(value),)}
-        found = {one.cell_id: one for one in predict(list(cells.values()), options, show)}
-        for search, value in asked:
+        cells = {
+            cell.cell_id: cell for search, value in proposed for cell in (search.cell_of(value),)
+        }
+        found = {one.cell_id: one for one in predict(list(cells.values()), options, display)}
+        for search, value in proposed:
             search.known[value] = found[search.cell_of(value).cell_id]

@@ -27,19 +27,18 @@ from harness.records.provenance import MEASURED_PACKAGES, NOTED_PACKAGES
 from harness.system.parent_death import ending_with_this
 from matrices.errors import UserError
 
-# What the interpreter is asked; its own packages are wanted, not those of a user's directory.
-ASK = (
+# Prints an interpreter's version and the directories of its own packages, not those of a user.
+PATHS_PROGRAM = (
     "import json, sys, sysconfig; paths = sysconfig.get_paths(); "
     "print(json.dumps([list(sys.version_info[:2]), paths['purelib'], paths['platlib']]))"
 )
 PIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(\[[A-Za-z0-9,._-]+\])?==[A-Za-z0-9.!+_-]+")
 INTERPRETER_SECONDS = 60.0
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Overlay:
-    """Directories that come before this environment's packages; none of them is this stack."""
+    """Directories that come before this environment's packages; without any it is just these."""
 
     directories: tuple[Path, ...] = ()
 
@@ -60,11 +59,11 @@ class Overlay:
     def identity(self) -> str:
         """sha256, hex, of the packages that would be executed: names, versions and, where pip
         wrote them down, the hashes of their files."""
-        told = {
+        packages = {
             name: [distribution.version, _digest(distribution.read_text("RECORD") or "")]
             for name, distribution in self.packages().items()
         }
-        text = json.dumps([told, sys.version_info[:2]], sort_keys=True)
+        text = json.dumps([packages, sys.version_info[:2]], sort_keys=True)
         return _digest(text)
 
     def unmet(self) -> list[str]:
@@ -105,8 +104,9 @@ def normalized(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def overlay(text: str | None, say: Say) -> Overlay:
-    """What `--stack TEXT` names; none is this environment as it is. `say` is told what takes long.
+def overlay(text: str | None, message: Callable[[str], None]) -> Overlay:
+    """What `--stack TEXT` names; without a text it is this environment as it is. `message` gets a
+    line about what takes long.
 
     Raises UserError when it is no stack, or cannot be had.
     """
@@ -121,13 +121,13 @@ def overlay(text: str | None, say: Say) -> Overlay:
         return Overlay((_checked(path, where),))
     if path.is_file():
         if path.suffix in (".txt", ".in"):
-            return Overlay((_installed(_pins_of_file(path, where), where, say),))
+            return Overlay((_installed(_pins_of_file(path, where), where, message),))
         if "python" in path.name:
             return _of_interpreter(str(path), where)
         raise _no_stack(where)
     pins = [part.strip() for part in text.split(",") if part.strip()]
     if pins and "==" in text:
-        return Overlay((_installed(_pins(pins, where), where, say),))
+        return Overlay((_installed(_pins(pins, where), where, message),))
     if text.startswith("python") and (program := shutil.which(text)):
         return _of_interpreter(program, where)
     raise _no_stack(where)
@@ -163,7 +163,7 @@ def _of_interpreter(program: str, where: str) -> Overlay:
     another one could not be imported."""
     try:
         done = subprocess.run(  # noqa: S603 - an interpreter the user names, no shell
-            [program, "-I", "-c", ASK],
+            [program, "-I", "-c", PATHS_PROGRAM],
             capture_output=True,
             text=True,
             timeout=INTERPRETER_SECONDS,
@@ -211,7 +211,7 @@ def _pins(pins: Sequence[str], where: str) -> list[str]:
     return sorted(pins)
 
 
-def _installed(pins: Sequence[str], where: str, say: Say) -> Path:
+def _installed(pins: Sequence[str], where: str, message: Callable[[str], None]) -> Path:
     """The overlay of these pins in the cache directory, made by pip the first time."""
     minor = "{}.{}".format(*sys.version_info[:2])
     name = _digest(json.dumps([pins, minor]))[:16]
@@ -222,7 +222,7 @@ def _installed(pins: Sequence[str], where: str, say: Say) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(target.parent / f"{name}.lock"):
             if not target.is_dir():
-                say(f"installing {', '.join(pins)} into {target}, once ...")
+                message(f"installing {', '.join(pins)} into {target}, once ...")
                 _install(pins, target, where)
     except OSError as error:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Cells to predictions: refused, remembered, or simulated in one process for all of them."""
+"""Cells to predictions: refused, read from the cache, or simulated by one process for all."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import get_args
 
 from harness.records import provenance
 from harness.records.prediction import Engine, Prediction, Request
-from launch.display.prediction_progress import Show
+from launch.display.progress import Display
 from launch.predict.cache import PredictionCache
 from launch.predict.overlays import Overlay
 from launch.predict.simulator_process import Simulation
@@ -23,9 +23,9 @@ TRAINS_NOTHING = "trains nothing: a base model is only loaded and scored"
 
 
 @dataclass(frozen=True)
-class Options:
+class PredictionOptions:
     """How to predict. `gpu` is what the libraries are told (none: an A100-80GB), `judge` are the
-    GPUs to give verdicts for. `fresh` simulates what is remembered too."""
+    GPUs to give verdicts for. `fresh` also simulates what is in the cache."""
 
     gpu: Gpu | None = None
     judge: tuple[Gpu, ...] = ()
@@ -36,11 +36,13 @@ class Options:
     fresh: bool = False
 
 
-def predict(cells: Sequence[Cell], options: Options, show: Show) -> list[Prediction]:
+def predict(
+    cells: Sequence[Cell], options: PredictionOptions, display: Display
+) -> list[Prediction]:
     """A prediction for every cell, in their order. One that could not be made says why.
 
     Takes the time of importing the stack (10 s) and seconds for each cell, unless they are
-    remembered. Raises UserError for nothing: a cell's trouble is the cell's.
+    in the cache. Raises nothing: what is wrong with a cell is in its prediction.
     """
     refused = {cell.cell_id: reason for cell in cells if (reason := refusal(cell, options.gpu))}
     if not options.overlay.directories:
@@ -54,7 +56,7 @@ def predict(cells: Sequence[Cell], options: Options, show: Show) -> list[Predict
         found = {i: known for i, cell in wanted.items() if (known := cache.get(cell))}
     missing = [cell for cell_id, cell in wanted.items() if cell_id not in found]
     if missing:
-        made = _simulate(_request(missing, options), options, show)
+        made = _simulate(_request(missing, options), options, display)
         for prediction in made.values():
             cache.put(prediction)
         found |= made
@@ -94,7 +96,7 @@ def _mistakes(cell: Cell) -> str:
     )
 
 
-def _request(cells: list[Cell], options: Options) -> Request:
+def _request(cells: list[Cell], options: PredictionOptions) -> Request:
     workers = options.workers or min(provenance.usable_cpus(), max(1, len(cells)))
     return Request(
         cells=cells,
@@ -106,16 +108,15 @@ def _request(cells: list[Cell], options: Options) -> Request:
     )
 
 
-def _simulate(request: Request, options: Options, show: Show) -> Mapping[str, Prediction]:
+def _simulate(
+    request: Request, options: PredictionOptions, display: Display
+) -> Mapping[str, Prediction]:
     simulation = Simulation(request, options.overlay.directories, SIMULATE)
     found: dict[str, Prediction] = {}
-    show.begin(len(request.cells))
-    try:
+    with display.predicting(len(request.cells)) as predicted:
         for index, prediction in simulation.answers():
             found[request.cells[index].cell_id] = prediction
-            show.predicted(prediction)
-    finally:
-        show.end()
+            predicted(prediction)
     reason = simulation.ended or "the simulating process gave no answer for this cell"
     return {
         cell.cell_id: found.get(cell.cell_id) or unpredicted(cell, "failed", reason)

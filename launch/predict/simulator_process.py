@@ -46,17 +46,17 @@ class Simulation:
         """
         with (
             tempfile.TemporaryDirectory(prefix="tunebench-") as scratch,
-            tempfile.TemporaryFile(buffering=0) as said,
+            tempfile.TemporaryFile(buffering=0) as output,
         ):
-            process = self._start(Path(scratch), said)
+            process = self._start(Path(scratch), output)
             answered = 0
             try:
                 assert process.stdout is not None
                 for line in process.stdout:
                     answer = _answer(line, len(self.request.cells))
                     if answer is None:
-                        # A library's greeting: of interest only if things go wrong.
-                        said.write(line)
+                        # What a library prints: of interest only if the process fails.
+                        output.write(line)
                         continue
                     answered += 1
                     yield answer
@@ -65,9 +65,9 @@ class Simulation:
                 _kill_group(process)
                 process.wait()
             if answered < len(self.request.cells):
-                self.ended = f"{_ending(code)}{_last_words(said)}"
+                self.ended = f"{_ending(code)}{_last_line(output)}"
 
-    def _start(self, scratch: Path, said: IO[bytes]) -> subprocess.Popen[bytes]:
+    def _start(self, scratch: Path, output: IO[bytes]) -> subprocess.Popen[bytes]:
         request = scratch / "request.json"
         request.write_text(self.request.model_dump_json())
         own = scratch / "packages"
@@ -80,7 +80,7 @@ class Simulation:
             [sys.executable, "-m", self.module, str(request)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
-            stderr=said,
+            stderr=output,
             start_new_session=True,
             preexec_fn=ending_with_this(),
             # `python -m` would look in the current directory first.
@@ -112,11 +112,11 @@ def _ending(code: int) -> str:
     return f"the simulating process ended with exit code {code} before its answer"
 
 
-def _last_words(said: IO[bytes]) -> str:
+def _last_line(output: IO[bytes]) -> str:
     """The last line of what it said, and where all of it is kept."""
-    said.seek(0, os.SEEK_END)
-    said.seek(max(0, said.tell() - LOG_BYTES))
-    text = said.read().decode(errors="replace")
+    output.seek(0, os.SEEK_END)
+    output.seek(max(0, output.tell() - LOG_BYTES))
+    text = output.read().decode(errors="replace")
     last = next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
     if not last:
         return ""

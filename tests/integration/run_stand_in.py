@@ -16,7 +16,7 @@ from launch.cells.start import Rendezvous, devices_here
 from launch.commands.run import exit_code
 from launch.display.progress import display_for_stderr
 from launch.planning.plan import plan_jobs
-from launch.predict.before_run import Foretold
+from launch.predict.run_predictions import RunPredictions
 from launch.processes.stop_signals import Stopped
 from matrices.cell import Cell, Data, Evaluate, Model, Train
 from matrices.errors import UserError
@@ -25,9 +25,11 @@ from matrices.rules.machine import Machine
 TWO_DEVICES = Machine(has_gpu=False, devices=2, nodes=2)
 
 
-def foretell(seed: int, cells: Sequence[Cell]) -> Foretold:
+def foretell(seed: int, cells: Sequence[Cell]) -> RunPredictions:
     """Predictions that name one cell to be skipped."""
-    return Foretold(skipped={cell.cell_id: "predicted OOM" for cell in cells if cell.seed == seed})
+    return RunPredictions(
+        skipped={cell.cell_id: "predicted OOM" for cell in cells if cell.seed == seed}
+    )
 
 
 def cell(asked: argparse.Namespace, seed: int) -> Cell:

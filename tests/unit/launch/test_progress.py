@@ -9,7 +9,9 @@ import pytest
 from harness.records.provenance import new_record
 from harness.records.record import Memory, Record, Speed, Tokens
 from launch.display import progress
-from launch.display.progress import LiveDisplay, PlainDisplay, Schedule, clock, describe, outcome
+from launch.display.progress import PlainDisplay
+from launch.display.schedule import Schedule, clock, describe, outcome
+from launch.display.terminal import TerminalDisplay
 from launch.planning.plan import Job
 from launch.processes.workers import Progress
 from matrices.cell import Cell, Method
@@ -107,4 +109,4 @@ def test_a_terminal_without_cursor_control_gets_plain_lines(
     monkeypatch.setenv("TERM", "dumb")
     assert isinstance(progress.display_for_stderr(), PlainDisplay)
     monkeypatch.setenv("TERM", "xterm-256color")
-    assert isinstance(progress.display_for_stderr(), LiveDisplay)
+    assert isinstance(progress.display_for_stderr(), TerminalDisplay)

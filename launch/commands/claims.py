@@ -71,7 +71,8 @@ def claims(
 
 
 def _predicted(listed: list[Claim], options: PredictionOptions) -> dict[str, Prediction]:
-    """Every cell of the claims by its id; a second round where target modules were refused."""
+    """The predictions of all cells of the claims by cell id. Target modules that are refused lead
+    to a second round."""
     from launch.display.progress import display_for_stderr
     from launch.predict.predict import predict
     from reports.claims.answers import cells_for, more_cells_for

@@ -1,4 +1,4 @@
-"""What several commands do with matrices, standard output, standard error and stop signals."""
+"""Matrices, standard output, standard error and stop signals, for all commands."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from matrices.files.text import visible
 if TYPE_CHECKING:
     from matrices.load import Matrix
 
+# Exit code of a command that could not do all of its work.
+EXIT_INCOMPLETE = 3
 # A command that prints nothing for longer looks stuck.
 SILENT_SECONDS = 1.0
 
@@ -36,7 +38,7 @@ def print_note(text: str) -> None:
 
 
 def show_set_aside() -> None:
-    """From here on, show each file that a command passes over as a note, once."""
+    """Print each file that a command passes over as a note, once."""
     warnings.simplefilter("always", SetAside)
     before = warnings.showwarning
     shown: set[str] = set()  # python's own registry is emptied by every change of its filters
@@ -54,8 +56,8 @@ def show_set_aside() -> None:
 def load_matrix(
     source: str | Path, overrides: Sequence[str] = (), seeds: int | None = None
 ) -> Matrix:
-    """As `matrices.load.load`, with a note when it takes long: weights of tens of gigabytes are
-    read whole the first time."""
+    """`matrices.load.load`, with a note when it takes long: the first time, local models and data
+    are read whole for their hashes."""
     from matrices.load import load
 
     text = "reading local models and data whole for their hashes, which are then remembered"
@@ -70,8 +72,8 @@ def load_matrix(
 
 @contextlib.contextmanager
 def stopping() -> Iterator[None]:
-    """For work that leaves nothing half done: Ctrl-C and SIGTERM end the command at once, with the
-    exit code a shell expects, and whatever the block started is ended by its own clean-up."""
+    """For work that can be stopped at any point: Ctrl-C and SIGTERM end the command at once with
+    the exit code that a shell expects. The block cleans up what it started."""
     from launch.processes.stop_signals import Stopped, stop_signals
 
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from launch.commands.console import print_json, stopping
+from launch.commands.console import EXIT_INCOMPLETE, print_json, stopping
 from launch.commands.options import (
     CountOption,
     GpusFileOption,
@@ -20,7 +20,7 @@ from launch.commands.options import (
     StackOption,
     WorkersOption,
 )
-from launch.commands.predict import EXIT_INCOMPLETE, prediction_options
+from launch.commands.predict import prediction_options
 
 
 def fit(

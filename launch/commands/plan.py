@@ -83,8 +83,8 @@ def plan(
 
 
 def _checked(jobs: Sequence[Job], thoroughly: bool) -> tuple[list[Job], list[Problem]]:
-    """The jobs as a plan shows them, and what is wrong with them: what can be told at once, or
-    all that a run would find, which takes its imports."""
+    """The jobs as a plan shows them, and the problems found: those of the quick checks, or with
+    `thoroughly` all that a run would find, which imports the stack."""
     from harness.preflight import quick_checks
     from launch.display.progress import display_for_stderr
     from launch.engines.remote_plan import problems
@@ -106,10 +106,10 @@ def _checked(jobs: Sequence[Job], thoroughly: bool) -> tuple[list[Job], list[Pro
 def _predictions(
     jobs: Sequence[Job], gpu: Sequence[str] | None, gpus_file: Path | None
 ) -> dict[str, Prediction]:
-    """Predictions for the trained cells of a plan by cell id, those made before as they are.
+    """Predictions for the trained cells of a plan, by cell id; cached ones are used.
 
-    For the GPUs that are named, else for this machine and what can run on it; where nothing can
-    (an architecture without weights, say), for the GPU that 'predict' takes.
+    For the named GPUs, else for this machine and the cells that can run on it. When none can (an
+    architecture without weights, for example), for the default GPU of `tunebench predict`.
     """
     import dataclasses
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from launch.commands.console import load_matrix, print_json, print_note, stopping
+from launch.commands.console import EXIT_INCOMPLETE, load_matrix, print_json, print_note, stopping
 from launch.commands.options import (
     EngineOption,
     ExplainOption,
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
     from harness.records.record import Record
     from launch.predict.predict import PredictionOptions
-
-EXIT_INCOMPLETE = 3
 
 
 def predict(
@@ -86,7 +84,7 @@ def predict(
     if any(prediction.status == "failed" for prediction in found):
         raise typer.Exit(EXIT_INCOMPLETE)
     if all(prediction.status == "invalid" for prediction in found):
-        # There is something to put right, and nothing else.
+        # Every cell has to be corrected first.
         raise typer.Exit(2)
 
 

@@ -82,7 +82,8 @@ def table_text(
     baseline: str | None,
     metrics: Sequence[str] = (),
 ) -> str:
-    """A table in a format, for each model and stack; a sentence when there are no rows for it."""
+    """A table in a format, one for each model and stack. Raises UserError when it would have no
+    rows."""
     from reports.output.render import render
     from reports.tables.build import TABLES, build
 
@@ -96,7 +97,7 @@ def table_text(
 def write_page(
     results: Path, file: Path, baseline: str | None, metrics: Sequence[str] = ()
 ) -> Path:
-    """Write the self-contained HTML page; its links are relative to where it is."""
+    """Write the self-contained HTML page; its links are relative to the page."""
     from harness.system.files import write_atomically
     from reports.output.page import page
     from reports.records.load import load_records

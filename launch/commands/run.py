@@ -1,4 +1,4 @@
-"""`tunebench run`: on this machine, or on an engine that has several."""
+"""`tunebench run`: run the cells of a matrix on this machine or on an engine."""
 
 from __future__ import annotations
 
@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
-from launch.commands.console import load_matrix, print_error, print_json
+from launch.commands.console import (
+    EXIT_INCOMPLETE,
+    load_matrix,
+    print_error,
+    print_json,
+    print_note,
+)
 from launch.commands.options import (
     AccountOption,
     AddressOption,
@@ -49,7 +55,6 @@ if TYPE_CHECKING:
 
 # Statuses that say what a configuration does. After a run that left any other: exit code 3.
 RESULTS = ("ok", "oom", "timeout", "diverged", "invalid")
-EXIT_INCOMPLETE = 3
 ENGINES = ("local", "slurm", "ray")
 
 
@@ -177,7 +182,7 @@ def sweep_of(
     seeds: int | None,
     retry: str | None,
 ) -> tuple[Matrix, Sweep, int]:
-    """What the options name: the matrix, its cells, and how many combinations gave them. Raises
+    """The matrix, its sweep, and the number of combinations that the options give. Raises
     UserError."""
     from launch.planning.plan import Sweep, retried_statuses
     from matrices.expand import expand
@@ -187,7 +192,7 @@ def sweep_of(
     matrix = load_matrix(source, overrides or [], seeds)
     expansion = merged(expand(matrix))
     for note in expansion.notes:
-        print(f"tunebench: note: {note}", file=sys.stderr)
+        print_note(note)
     directory = results or Path("results") / matrix.name
     sweep = Sweep(expansion.cells, directory, statuses, matrix.score_base, matrix.locate)
     return matrix, sweep, expansion.combinations
@@ -280,7 +285,7 @@ def _tell(jobs: list[Job], finished: Finished, directory: Path, as_json: bool) -
 
 
 def exit_code(entries: Mapping[str, Entry], stopped_by: int | None) -> int:
-    """Of a run that left these records."""
+    """The exit code of a run with these records."""
     if stopped_by is not None:
         return 128 + stopped_by
     complete = all(entry.record.status in RESULTS for entry in entries.values())

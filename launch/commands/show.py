@@ -53,9 +53,9 @@ def record_text(cell: str, results: Path, as_json: bool) -> str:
 
 
 def find_record(cell: str, results: Path) -> Path:
-    """The record.json of a path, or of the cell whose id starts so: its attempt in force.
+    """The record.json of a path, or of the cell whose id starts like that: its attempt in force.
 
-    Raises UserError when nothing matches, or cells of several identities do.
+    Raises UserError when no cell matches, or several do.
     """
     from reports.records.load import index, load_records
 

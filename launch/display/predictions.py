@@ -1,6 +1,6 @@
-"""Predictions as people read them: a table, and one cell's figures in full. Plain text.
+"""Predictions in plain text: a table of all cells, and all figures of one cell.
 
-Nothing here was measured, and every text says so.
+Every text says that its figures are predicted.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def expected_text(prediction: Prediction) -> str:
 
 
 def predictions_text(predictions: Sequence[Prediction], names: Mapping[str, str]) -> str:
-    """A row for every cell, and what all figures rest on."""
+    """A row for every cell, then what the figures depend on."""
     gpus = list(dict.fromkeys(v.gpu for p in predictions for v in p.verdicts))
     calibrated = any(p.speed.expected_seconds is not None for p in predictions)
     headers = ["cell", "peak", "reserved", "peak in", "steady", *gpus, "step at least"]
@@ -63,7 +63,7 @@ def _row(prediction: Prediction, gpus: list[str], calibrated: bool, name: str) -
 
 
 def footer(predictions: Iterable[Prediction]) -> str:
-    """What was executed, on which device, and what holds for every figure."""
+    """What was executed, on which device, and what is assumed for every figure."""
     made = [p for p in predictions if p.status == "predicted"]
     if not made:
         return "nothing was predicted"
@@ -80,7 +80,7 @@ def footer(predictions: Iterable[Prediction]) -> str:
 
 
 def four_bit_notes(predictions: Iterable[Prediction]) -> list[str]:
-    """A line for every model of which 4 bit holds the lesser part."""
+    """A line for every model with less than half of its weights in 4 bit."""
     shares = {
         p.cell.model.config or p.cell.model.name: p.quantized_share
         for p in predictions
@@ -102,7 +102,7 @@ def stack_text(stack: Mapping[str, str]) -> str:
 
 
 def device_text(prediction: Prediction) -> str:
-    """The simulated device, and how far off to expect the figures."""
+    """The simulated device, and the expected error of the figures."""
     if prediction.engine == "fake-cpu":
         name = "tensors of a simulated CPU"
     else:
@@ -112,7 +112,7 @@ def device_text(prediction: Prediction) -> str:
 
 
 def explanation(prediction: Prediction, name: str) -> str:
-    """One cell in full: by phase, by category, the tensors at the peak, what is assumed."""
+    """All figures of one cell: by phase, by category, the tensors at the peak, the assumptions."""
     head = f"{prediction.cell_id[:12]} {name}"
     if prediction.status != "predicted":
         return f"{head}\n  {prediction.status}: {prediction.reason}"
@@ -142,7 +142,7 @@ def explanation(prediction: Prediction, name: str) -> str:
 def _bytes_block(title: str, figures: Mapping[str, int]) -> str:
     if not figures:
         return ""
-    # As wide in every block, so that the figures of a cell stand below each other.
+    # Figures have the same width in every block, so that they stand below each other.
     rows = [
         (name.replace("_", " "), f"{bytes_text(figure):>11}", f"{figure:>15,} B")
         for name, figure in figures.items()
@@ -224,6 +224,6 @@ def _list(title: str, items: Sequence[str]) -> str:
 
 
 def failures(predictions: Iterable[Prediction]) -> list[str]:
-    """The distinct reasons of those that failed."""
+    """The distinct reasons of the predictions that failed."""
     reasons = (p.reason or "no reason given" for p in predictions if p.status == "failed")
     return list(dict.fromkeys(reasons))

@@ -1,4 +1,4 @@
-"""What a command shows of its work while it runs, on standard error."""
+"""What a command shows on standard error while it works."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ NO_CURSOR = (None, "", "dumb", "unknown")
 
 
 class Display(Protocol):
-    """Gets each event of a sweep and of a request for predictions, in their order."""
+    """Shows the events of a sweep and of a request for predictions, in the order they are
+    reported."""
 
     def message(self, text: str) -> None: ...
     def busy(self, text: str) -> contextlib.AbstractContextManager[None]: ...
@@ -56,8 +57,8 @@ def display_for_stderr() -> Display:
 
 
 class PlainDisplay:
-    """Lines for files and pipes: when a phase changes, when a cell ends, and every 30 s between;
-    of predictions at the start, at the end, and every 5 s between."""
+    """Plain lines for files and pipes. For cells: when a phase changes, when a cell ends, and every
+    30 s in between. For predictions: at the start, at the end, and every 5 s in between."""
 
     def __init__(self) -> None:
         self.schedule = Schedule()
@@ -129,4 +130,4 @@ class PlainDisplay:
         self.waited_for.add(for_devices)
 
     def close(self) -> None:
-        """Nothing to put back."""
+        """Does nothing: there is no live line to remove."""

@@ -1,4 +1,4 @@
-"""How far a sweep or a request for predictions is, in words."""
+"""The progress of a sweep and of a request for predictions, in words."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def waiting_text(labels: Sequence[str], for_devices: bool) -> str:
 
 
 class Schedule:
-    """How far the sweep is, and how long the rest takes if cells go on as they went."""
+    """Counts the cells of a sweep and estimates when it ends."""
 
     def __init__(self) -> None:
         self.jobs: dict[str, Job] = {}
@@ -72,23 +72,24 @@ class Schedule:
         self.running[job.key] = time.monotonic()
 
     def end(self, job: Job, seconds: float | None) -> None:
-        """Count a cell as done; seconds is none if it was not run here."""
+        """Count a cell as done. `seconds` is None when it did not run here."""
         self.position(job)
         self.running.pop(job.key, None)
         if self.jobs.pop(job.key, None) is not None and seconds is not None:
             self.seconds.setdefault(job.cell.method, []).append(seconds)
 
     def elapsed(self, job: Job) -> float:
-        """Seconds since a running cell began; 0 for another."""
+        """Seconds since a running cell began; 0 for a cell that does not run."""
         now = time.monotonic()
         return now - self.running.get(job.key, now)
 
     def remaining(self) -> float | None:
-        """Seconds until the sweep ends, the running cells counted among those left.
+        """Seconds until the sweep ends, with the running cells included.
 
-        A cell is expected to take the mean of the finished ones of its method, or of all if there
-        is none yet, and as many to go on side by side as do now. None before any has finished.
-        A display may ask from another thread, so what it walks through is copied.
+        Every cell is expected to take the mean of the finished cells of its method, or of all
+        finished cells when its method has none. The number of cells side by side is expected to
+        stay. None before a cell has finished. A display may call this from another thread, so lists
+        are copied first.
         """
         durations = [second for seconds in list(self.seconds.values()) for second in seconds]
         if not durations:
@@ -102,7 +103,7 @@ class Schedule:
         return max(0.0, sum(expected) - spent) / max(1, len(self.running))
 
     def position(self, job: Job) -> str:
-        """Cells are numbered as they begin."""
+        """`[2/8]`: cells are numbered in the order they begin."""
         number = self.numbers.setdefault(job.key, len(self.numbers) + 1)
         return f"[{number}/{self.total}]"
 
@@ -112,7 +113,7 @@ class Schedule:
 
 
 class PredictionCount:
-    """How many of the cells of a request are predicted, which was the last, and since when."""
+    """Counts the predicted cells of a request; remembers the last one and the start time."""
 
     def __init__(self, total: int) -> None:
         self.total = total

@@ -1,4 +1,4 @@
-"""The lists that the command line prints: plans, outcomes of runs, findings. Plain text."""
+"""The lists that the command line prints in plain text: plans and outcomes of runs."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def plural(count: int, noun: str) -> str:
 def plan_text(
     jobs: Sequence[Job], combinations: int, predictions: Mapping[str, Prediction] | None = None
 ) -> str:
-    """Every cell with its identity, what happens to it, what it is predicted to need and where
-    that fits, and why."""
+    """Every cell with its identity, the action, the predicted peak with a verdict for each GPU, and
+    the reason."""
     headers = ["cell", "action", "configuration", "why"]
     rows = [[job.cell.cell_id[:12], job.action, job.label, job.why] for job in jobs]
     found = predictions or {}
@@ -71,7 +71,7 @@ def verdict_text(verdict: Verdict) -> str:
 
 
 def seconds_taken(record: Record) -> float | None:
-    """Seconds from start to end; none while it has not ended."""
+    """Seconds from start to end; None for a record without an end."""
     from datetime import datetime
 
     if record.ended is None:
@@ -82,7 +82,8 @@ def seconds_taken(record: Record) -> float | None:
 
 
 def outcome_row(job: Job, entry: Entry | None) -> tuple[str, ...]:
-    """cell, status, peak, tokens/s, time, configuration, and where the record is or why not."""
+    """cell, status, peak, tokens/s, time, configuration, and the record's directory or the
+    reason."""
     if entry is None:
         return (job.cell.cell_id[:12], "not run", DASH, DASH, DASH, job.label, DASH)
     record = entry.record
@@ -103,7 +104,7 @@ def outcome_row(job: Job, entry: Entry | None) -> tuple[str, ...]:
 
 
 def outcome_text(jobs: Sequence[Job], entries: dict[str, Entry], results: Path) -> str:
-    """What every cell of a run came to, and where to look next."""
+    """The outcome of every cell of a run, and the next command."""
     rows = [outcome_row(job, entries.get(job.key)) for job in jobs]
     meters = {entry.record.memory.headline for entry in entries.values()}
     note = "\npeak is live tensor bytes by the ledger: no GPU here" if "ledger" in meters else ""

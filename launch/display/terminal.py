@@ -1,4 +1,4 @@
-"""The display on a terminal: lines at its bottom that are redrawn, finished cells above them."""
+"""The display on a terminal: redrawn lines at the bottom, finished cells above them."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ from matrices.files.text import visible
 
 STYLES = {"ok": "green", "interrupted": "yellow", "invalid": "yellow"}
 SEPARATOR = " · "
-# On a narrow terminal the longest part of a line keeps so many columns, and so many parts stay.
+# On a narrow terminal the longest part keeps this many columns, and this many parts are kept.
 LEAST_NAME = 12
 LEAST_PARTS = 3
 BAR_WIDTH = 24
-# A bar is left out where it would leave less than this for the words beside it.
+# There is no bar when the words beside it would have fewer columns than this.
 LEAST_BESIDE_BAR = 48
 
 
 class TerminalDisplay:
-    """A line for each running cell, one for what is waited for, one for predictions, and the
-    sweep's progress, redrawn four times a second by a thread."""
+    """One line for each running cell, then a line for what is waited for, for predictions and for
+    the sweep. A thread redraws them four times a second."""
 
     def __init__(self) -> None:
         self.console = Console(stderr=True, highlight=False)
@@ -102,7 +102,7 @@ class TerminalDisplay:
         self._show()
 
     def close(self) -> None:
-        """Take the lines away and give the terminal its cursor back."""
+        """Remove the live lines and show the terminal's cursor again."""
         if self.live is not None:
             self.live.stop()
             self.live = None
@@ -119,7 +119,7 @@ class TerminalDisplay:
         if not (self.schedule.jobs or self.running or self.activity or self.predictions):
             self.close()
         elif self.live is None:
-            # What is printed to standard output is no part of the display.
+            # Results go to standard output as they are.
             self.live = Live(self, console=self.console, transient=True, redirect_stdout=False)
             self.live.start()
 
@@ -141,8 +141,8 @@ class TerminalDisplay:
 
 
 def _line(parts: Sequence[str], width: int) -> Text:
-    """The parts on one line of `width` columns. Where they are too wide the longest is cut, then
-    those before the last are left out."""
+    """The parts on one line of `width` columns. When they are too wide, parts before the last are
+    left out, then the longest is cut."""
     texts = [visible(" ".join(part.split())) for part in parts]
     while True:
         longest = max(range(len(texts)), key=lambda place: cell_len(texts[place]))
@@ -155,7 +155,7 @@ def _line(parts: Sequence[str], width: int) -> Text:
 
 
 def _cut(text: str, width: int) -> str:
-    """The text in at most `width` columns, with an ellipsis where it is cut."""
+    """The text in at most `width` columns, with an ellipsis when it is cut."""
     return text if cell_len(text) <= width else set_cell_size(text, width - 1).rstrip() + "…"
 
 

@@ -1,4 +1,5 @@
-"""Which methods fit on a GPU, at which batch and length, what binds, and what would help."""
+"""Which methods fit on a GPU, at which batch and length, what takes the memory, and what would
+help."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ from matrices.rules.adapt import spread_over
 METHODS = ("full", "lora", "qlora")
 SHARED: tuple[Parallelism, ...] = ("ddp", "fsdp", "zero2", "zero3")
 DEFAULT_LENGTH = 2048
-# Where a model does not limit its positions, or does not say.
+# For a model that does not limit its positions, or whose limit is not known.
 LONGEST_LENGTH = 131_072
 LARGEST_BATCH = 1024
 LENGTH_UNIT = 256
@@ -34,8 +35,8 @@ LENGTH_UNIT = 256
 
 @dataclass(frozen=True)
 class FitRequest:
-    """What `tunebench fit` searches. `longest`: search the longest sequence at micro batch 1 too;
-    none means with one GPU."""
+    """What `tunebench fit` searches. `longest`: also search the longest sequence at micro batch 1;
+    None means only with one GPU."""
 
     model: str
     gpu: Gpu
@@ -49,8 +50,8 @@ class FitRequest:
 
 @dataclass(frozen=True)
 class FitRow:
-    """One method under one kind of parallelism. `shown` is the prediction its figures come from:
-    the largest that fits, or the smallest that does not."""
+    """The result for one method and one kind of parallelism. `shown` is the prediction of the
+    figures: of the largest cell that fits, or of the smallest when none fits."""
 
     cell: Cell
     micro_batch: int | None
@@ -86,8 +87,8 @@ class FitResult:
 
 
 def fit(request: FitRequest, options: PredictionOptions, display: Display) -> FitResult:
-    """Search for every method and kind of parallelism. Raises UserError for a model that nobody
-    knows, and for settings that contradict each other."""
+    """Search for every method and kind of parallelism. Raises UserError for an unknown model and
+    for settings that contradict each other."""
     settings = model_settings(request.model)
     limit = positions(settings)
     length = request.max_length or min(DEFAULT_LENGTH, limit or DEFAULT_LENGTH)
@@ -110,7 +111,8 @@ def fit(request: FitRequest, options: PredictionOptions, display: Display) -> Fi
 
 
 def checked_methods(names: Sequence[str]) -> tuple[str, ...]:
-    """Methods of repeated or comma-separated options, all without any. Raises UserError."""
+    """The methods of repeated or comma-separated options; all methods without an option. Raises
+    UserError."""
     wanted = [part.strip() for name in names for part in name.split(",") if part.strip()]
     for name in wanted:
         if name not in METHODS:
@@ -138,7 +140,7 @@ def checked_parallelism(names: Sequence[str], count: int) -> tuple[Parallelism, 
 def model_settings(name: str) -> dict[str, str]:
     """The settings of section `model` for a name, a hub id or the path of a config.json.
 
-    Raises UserError for what is none of them.
+    Raises UserError for anything else.
     """
     path = Path(name).expanduser()
     if path.is_dir() and (path / "config.json").is_file():
@@ -161,7 +163,8 @@ def model_settings(name: str) -> dict[str, str]:
 
 
 def positions(settings: Mapping[str, str]) -> int | None:
-    """Positions of the model, where its config is at hand and limits them."""
+    """The number of positions of the model; None when its config is not at hand or sets no
+    limit."""
     path = Path(settings["config"]) if "config" in settings else None
     path = path or models.architecture_path(settings["name"])
     if path is None:

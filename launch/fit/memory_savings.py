@@ -59,8 +59,8 @@ class MemorySaving:
 def memory_savings(
     start: Cell, qlora: Cell, count: int, options: PredictionOptions, display: Display
 ) -> list[MemorySaving]:
-    """Every change to a cell that does not fit, predicted. `qlora` is the same cell on a 4-bit
-    base, `count` the number of GPUs."""
+    """Predict every change to a cell that does not fit. `qlora` is the same cell on a 4-bit base,
+    `count` is the number of GPUs."""
     changes = list(_cells(start, qlora, count))
     cells = {cell.cell_id: cell for _, cell, _, _ in changes if cell is not None}
     found = {one.cell_id: one for one in predict(list(cells.values()), options, display)}
@@ -83,7 +83,8 @@ def memory_savings(
 
 
 def _cells(start: Cell, qlora: Cell, count: int) -> Iterator[tuple[str, Cell | None, str, str]]:
-    """Name, cell (none when nothing changes), the change in words, and why there is none."""
+    """The name, the changed cell (None for no change), the change in words, and why there is
+    none."""
     parallelism: Parallelism = "ddp" if count > 1 else "single"
     current = spread_over(start, parallelism, count)
     yield "as asked", current, label(current), ""
@@ -128,7 +129,7 @@ def _halve_batch(cell: Cell) -> tuple[Cell, str] | str:
     batch, accumulation = cell.train.micro_batch_size, cell.train.gradient_accumulation_steps
     if batch == 1:
         return "the micro batch is 1 already"
-    # The same number of sequences in a step where the batch is even, else the next more.
+    # An even batch keeps the number of sequences in a step; an odd one gets a few more.
     half = batch // 2
     steps = -(-batch * accumulation // half)
     changed = _train(cell, micro_batch_size=half, gradient_accumulation_steps=steps)

@@ -1,4 +1,4 @@
-"""What fits, as people read it. Every figure is predicted."""
+"""What fits, in plain text. Every figure is predicted."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from matrices.catalogue.gpus import Gpu
 from matrices.cell import Cell
 from reports.text import DASH, GIB, bytes_text, one_line, signed, text_table
 
-# What most often helps where a category is the largest at the peak, whatever the length.
+# What usually helps when a category is the largest at the peak, at any length.
 HELPS = {
     "weights": "qlora, or sharding over more GPUs",
     "quantized_weights": "sharding over more GPUs, or a smaller model",
@@ -23,7 +23,7 @@ HELPS = {
 
 
 def fit_text(found: FitResult) -> str:
-    """The table, what each change saves when nothing fits, and what the figures rest on."""
+    """The table, what each change saves when nothing fits, and what the figures depend on."""
     request, gpu = found.request, found.request.gpu
     count = f"{request.count} x " if request.count > 1 else ""
     checkpointing = _checkpointing(found.rows[0].cell)
@@ -84,7 +84,8 @@ def _verdict(row: FitRow, length: int) -> str:
 
 
 def _binding(row: FitRow) -> tuple[str, str]:
-    """What is too large, and what to try. Where no length fits it is not the length's share."""
+    """The category that is too large, and what to try. When no length fits, only categories that do
+    not depend on the length count."""
     held = row.shown.memory.by_category
     if row.lengths_tried and row.longest is None:
         held = {name: held[name] for name in held if name in HELPS} or held
@@ -124,7 +125,7 @@ def _saving(saving: MemorySaving, first: bool) -> tuple[str, str, str, str]:
 
 
 def price_text(gpu: Gpu, count: int) -> str:
-    """What the GPUs cost by the hour, with the date of the price; empty without one."""
+    """The price of the GPUs by the hour, with its date; empty without a price."""
     if gpu.price_usd_per_hour is None:
         return ""
     total = gpu.price_usd_per_hour * count

@@ -1,8 +1,9 @@
-"""Another software stack to predict under, laid over this environment and changing nothing in it.
+"""Another software stack to predict under. It is laid over this environment and changes nothing in
+it.
 
-A stack is a directory of packages, as `pip install --no-deps --target DIR` makes one, or what
-another interpreter has installed, or a set of pins that such a directory is made of. Its packages
-come first on the import path; everything it lacks comes from the current environment.
+A stack is a directory of packages (`pip install --no-deps --target DIR`), the packages of another
+interpreter, or a set of pins from which such a directory is made. Its packages come first on the
+import path; all others come from this environment.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from harness.records.provenance import MEASURED_PACKAGES, NOTED_PACKAGES
 from harness.system.parent_death import ending_with_this
 from matrices.errors import UserError
 
-# Prints an interpreter's version and the directories of its own packages, not those of a user.
+# Prints an interpreter's version and the directories of its packages, without the user's.
 PATHS_PROGRAM = (
     "import json, sys, sysconfig; paths = sysconfig.get_paths(); "
     "print(json.dumps([list(sys.version_info[:2]), paths['purelib'], paths['platlib']]))"
@@ -38,12 +39,13 @@ INTERPRETER_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Overlay:
-    """Directories that come before this environment's packages; without any it is just these."""
+    """Directories that come before this environment's packages on the import path."""
 
     directories: tuple[Path, ...] = ()
 
     def packages(self) -> dict[str, importlib.metadata.Distribution]:
-        """Normalized name to distribution as the simulation would find it, the overlay's first."""
+        """Distributions by normalized name, as the simulation would find them: the overlay's
+        first."""
         found: dict[str, importlib.metadata.Distribution] = {}
         for directory in self.directories:
             for distribution in importlib.metadata.distributions(path=[str(directory)]):
@@ -57,8 +59,8 @@ class Overlay:
         return found
 
     def identity(self) -> str:
-        """sha256, hex, of the packages that would be executed: names, versions and, where pip
-        wrote them down, the hashes of their files."""
+        """sha256, hex, of the packages that would be executed: names, versions and the RECORD
+        files."""
         packages = {
             name: [distribution.version, _digest(distribution.read_text("RECORD") or "")]
             for name, distribution in self.packages().items()
@@ -67,7 +69,7 @@ class Overlay:
         return _digest(text)
 
     def unmet(self) -> list[str]:
-        """What the overlay's packages ask for and would not get, one line each."""
+        """Requirements of the overlay's packages that are not met, one line each."""
         from packaging.requirements import Requirement
 
         if not self.directories:
@@ -105,10 +107,10 @@ def normalized(name: str) -> str:
 
 
 def overlay(text: str | None, message: Callable[[str], None]) -> Overlay:
-    """What `--stack TEXT` names; without a text it is this environment as it is. `message` gets a
-    line about what takes long.
+    """The overlay that `--stack TEXT` names; an empty one without a text. `message` is called
+    before slow work.
 
-    Raises UserError when it is no stack, or cannot be had.
+    Raises UserError when it is not a stack, or cannot be installed.
     """
     if text is None:
         return Overlay()
@@ -159,8 +161,8 @@ def _checked(directory: Path, where: str) -> Path:
 
 
 def _of_interpreter(program: str, where: str) -> Overlay:
-    """The site-packages of another interpreter of the same minor version: compiled packages of
-    another one could not be imported."""
+    """The site-packages of another interpreter. It must have the same minor version, as compiled
+    packages of another one cannot be imported."""
     try:
         done = subprocess.run(  # noqa: S603 - an interpreter the user names, no shell
             [program, "-I", "-c", PATHS_PROGRAM],
@@ -212,7 +214,7 @@ def _pins(pins: Sequence[str], where: str) -> list[str]:
 
 
 def _installed(pins: Sequence[str], where: str, message: Callable[[str], None]) -> Path:
-    """The overlay of these pins in the cache directory, made by pip the first time."""
+    """The overlay of these pins in the cache directory; pip makes it the first time."""
     minor = "{}.{}".format(*sys.version_info[:2])
     name = _digest(json.dumps([pins, minor]))[:16]
     target = cache_directory() / "stacks" / name
@@ -234,7 +236,8 @@ def _installed(pins: Sequence[str], where: str, message: Callable[[str], None]) 
 
 
 def _install(pins: Iterable[str], target: Path, where: str) -> None:
-    """Into another directory first: the overlay is whole or not there."""
+    """Installs into a scratch directory and renames it, so that an overlay is whole or not
+    there."""
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".making-") as scratch:
         made = Path(scratch) / "overlay"
         command = [sys.executable, "-m", "pip", "install", "--no-deps", "--quiet", "--no-input"]

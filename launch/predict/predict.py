@@ -1,4 +1,4 @@
-"""Cells to predictions: refused, read from the cache, or simulated by one process for all."""
+"""Predictions of cells: refused, read from the cache, or simulated in one process."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ TRAINS_NOTHING = "trains nothing: a base model is only loaded and scored"
 
 @dataclass(frozen=True)
 class PredictionOptions:
-    """How to predict. `gpu` is what the libraries are told (none: an A100-80GB), `judge` are the
-    GPUs to give verdicts for. `fresh` also simulates what is in the cache."""
+    """How to predict. `gpu` is the GPU that the libraries see (None: an A100-80GB), `judge` are the
+    GPUs to give verdicts for. `fresh` ignores the cache."""
 
     gpu: Gpu | None = None
     judge: tuple[Gpu, ...] = ()
@@ -39,10 +39,10 @@ class PredictionOptions:
 def predict(
     cells: Sequence[Cell], options: PredictionOptions, display: Display
 ) -> list[Prediction]:
-    """A prediction for every cell, in their order. One that could not be made says why.
+    """A prediction for every cell, in their order. One that could not be made gives the reason.
 
-    Takes the time of importing the stack (10 s) and seconds for each cell, unless they are
-    in the cache. Raises nothing: what is wrong with a cell is in its prediction.
+    Takes 10 s for the imports and seconds for each cell that is not in the cache. Raises nothing
+    for a cell with a problem: its prediction says so.
     """
     refused = {cell.cell_id: reason for cell in cells if (reason := refusal(cell, options.gpu))}
     if not options.overlay.directories:
@@ -67,7 +67,7 @@ def predict(
 
 
 def checked_engine(name: str | None) -> Engine | None:
-    """Raises UserError for a word that is no engine."""
+    """Raises UserError for an unknown engine."""
     for engine in get_args(Engine):
         if name == engine:
             return engine  # type: ignore[no-any-return]
@@ -88,7 +88,7 @@ def refusal(cell: Cell, gpu: Gpu | None) -> str:
 
 
 def _mistakes(cell: Cell) -> str:
-    """What the installed libraries would not take of what is passed through to them."""
+    """Arguments that the installed libraries refuse."""
     return "; ".join(
         str(error)
         for class_name, arguments in passed_through.given(cell)
@@ -125,7 +125,7 @@ def _simulate(
 
 
 def unpredicted(cell: Cell, status: str, reason: str) -> Prediction:
-    """The answer for a cell that nothing was executed for."""
+    """The prediction of a cell that was not simulated."""
     return Prediction.model_validate(
         {"cell_id": cell.cell_id, "cell": cell, "stack": {}, "status": status, "reason": reason}
     )

@@ -26,15 +26,15 @@ COUNTED_BY: dict[Engine, str] = {"fake-cuda": "cuda_allocated", "fake-cpu": "led
 
 @dataclass(frozen=True)
 class RunPredictions:
-    """Predictions by cell id, and the reasons of the cells that are not started, by cell id."""
+    """Predictions by cell id, and the reasons why cells are not started, by cell id."""
 
     predictions: Mapping[str, Prediction] = field(default_factory=dict)
     skipped: Mapping[str, str] = field(default_factory=dict)
 
 
 def options_for_this_machine(gpu: Gpu | None = None) -> PredictionOptions:
-    """How to predict for this machine: for its GPU, and without one for its CPU, where the ledger
-    counts what a fake CPU holds."""
+    """Options to predict for this machine: for its GPU, or without one for its CPU, where the
+    ledger counts what a fake CPU holds."""
     stack, hardware = provenance.stack(), provenance.hardware()
     has_gpu = provenance.uses_gpu(stack, hardware)
     gpu = gpu or gpu_of_this_machine()
@@ -52,8 +52,8 @@ def predict_run(
     options: PredictionOptions | None = None,
     past: Sequence[Record] = (),
 ) -> RunPredictions:
-    """Predict what is trained of these cells, the time of a step by what `past` ones took. With
-    `skip`, name those that would run out of memory on this machine."""
+    """Predict the trained cells among these. The records `past` calibrate the time of a step. With
+    `skip`, name the cells that would run out of memory on this machine."""
     trained = [cell for cell in cells if cell.method != "base"]
     if not trained:
         return RunPredictions()
@@ -64,7 +64,7 @@ def predict_run(
 
 
 def with_step_times(predictions: Sequence[Prediction], past: Sequence[Record]) -> list[Prediction]:
-    """The predictions with the step times that records of their devices make likely."""
+    """The predictions with the step times that records of the same device give."""
     steps: dict[str | None, list[Step]] = {}
     for device in {prediction.device for prediction in predictions}:
         names = {
@@ -80,7 +80,7 @@ def with_step_times(predictions: Sequence[Prediction], past: Sequence[Record]) -
 
 
 def _is_called(name: str, device: str | None) -> bool:
-    """Whether a record's device is the one of a prediction; without one that is this machine."""
+    """Whether `name` is the device of a prediction; None is the CPU of this machine."""
     if device is None:
         return name == device_name(provenance.hardware())
     try:
@@ -90,10 +90,10 @@ def _is_called(name: str, device: str | None) -> bool:
 
 
 def out_of_memory(prediction: Prediction, available_bytes: int | None = None) -> str:
-    """Why a cell is predicted to run out of memory here; empty when it is not, or nobody knows.
+    """Why a cell is predicted to run out of memory here; empty when it is not predicted to.
 
-    On a CPU the predicted peak is held against the host memory that is free now (bytes): what
-    libraries and the process itself need comes on top, so a cell that is let through may fail.
+    On a CPU the predicted peak is compared with the host memory that is free now (bytes). Libraries
+    and the process itself need more, so a cell that passes may still fail.
     """
     for verdict in prediction.verdicts:
         if verdict.outcome == "oom":
@@ -118,7 +118,7 @@ def out_of_memory(prediction: Prediction, available_bytes: int | None = None) ->
 
 
 def with_prediction(record: Record, prediction: Prediction | None) -> Record:
-    """The record with what was predicted and the error; or with the reason why there is none."""
+    """The record with its prediction and the error, or with the reason why there is none."""
     if record.cell.method == "base":
         return record
     if prediction is None:

@@ -1,6 +1,7 @@
-"""The simulating process: `python -m harness.simulate REQUEST.json`, started, read and stopped.
+"""The simulating process: `python -m harness.simulate REQUEST.json`.
 
-One process for all cells of a request: it imports the stack once and forks a child for each cell.
+There is one process for all cells of a request. It imports the stack once and forks a child for
+each cell.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ from harness.records.prediction import Prediction, Request
 from harness.system.parent_death import ending_with_this
 
 ROOT = Path(__file__).resolve().parents[2]
-# The project's own packages: found first, so that no other stack's can stand in for them.
+# The project's own packages come first, so that those of another stack cannot replace them.
 OWN_PACKAGES = ("matrices", "harness")
 LOG_BYTES = 65536
 
 
 class Simulation:
-    """One request and its answers. `ended` is none while all is well; when the process died before
-    it had answered every cell, it says how."""
+    """One request and its answers. `ended` is set when the process ended before it had answered
+    every cell; it says how."""
 
     def __init__(self, request: Request, overlay: Sequence[Path], module: str) -> None:
         self.request = request
@@ -39,10 +40,9 @@ class Simulation:
         self.ended: str | None = None
 
     def answers(self) -> Iterator[tuple[int, Prediction]]:
-        """Index of a cell in the request and its prediction, as each comes.
+        """The index of a cell in the request and its prediction, one by one.
 
-        Whatever leaves this generator (the last answer, an exception, Ctrl-C) leaves no process
-        behind.
+        The process is killed when the generator ends, also by an exception or Ctrl-C.
         """
         with (
             tempfile.TemporaryDirectory(prefix="tunebench-") as scratch,
@@ -89,7 +89,7 @@ class Simulation:
 
 
 def _answer(line: bytes, cells: int) -> tuple[int, Prediction] | None:
-    """A line of the protocol; none for anything else."""
+    """The answer on a line; None for a line that is not one."""
     try:
         plain: Any = json.loads(line)
         index, prediction = (
@@ -113,7 +113,7 @@ def _ending(code: int) -> str:
 
 
 def _last_line(output: IO[bytes]) -> str:
-    """The last line of what it said, and where all of it is kept."""
+    """The last line of the output, and the file that keeps all of it."""
     output.seek(0, os.SEEK_END)
     output.seek(max(0, output.tell() - LOG_BYTES))
     text = output.read().decode(errors="replace")

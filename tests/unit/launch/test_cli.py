@@ -15,7 +15,8 @@ import typer
 from harness.records.provenance import new_record, now
 from harness.records.store import Store, record_key
 from launch.cli import app
-from launch.commands.run import EXIT_INCOMPLETE, exit_code
+from launch.commands.console import EXIT_INCOMPLETE
+from launch.commands.run import exit_code
 from launch.display.tables import counted, outcome_row
 from launch.planning.plan import Job
 from matrices.cell import Adapter, Cell, Data, Train

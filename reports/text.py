@@ -1,11 +1,15 @@
-"""How settings and figures read; only here do bytes become MiB or GiB."""
+"""How settings, figures and tables read; only here do bytes become MiB or GiB."""
 
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Collection, Iterable, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from matrices.files.text import visible
 from matrices.language.labels import PATHS
 
 SHORT_NAMES = {
@@ -106,3 +110,66 @@ def one_line(text: str, longest: int = 300) -> str:
     """Text from outside on one line, cut where it gets too long to read in a table."""
     joined = printable(text)
     return joined if len(joined) <= longest else joined[: longest - 1] + "…"
+
+
+# Between two columns of a table.
+GAP = "  "
+# A last column that has less room than this on a terminal is not folded.
+LEAST_FOLDED = 20
+
+
+def text_table(
+    rows: Iterable[Sequence[str]],
+    right: Collection[int] = (),
+    indent: str = "",
+    ruled: bool = False,
+) -> list[str]:
+    """A plain table: one string for each row, of several lines where a cell has several.
+
+    A column is as wide as its widest cell, counted in columns of a terminal; those numbered in
+    `right` are flush right. `ruled` puts dashes under the first row, two more than its words are
+    wide. Control characters are escaped. On a terminal that is too narrow for the last column,
+    that column is folded.
+    """
+    table = [[visible(cell).split("\n") for cell in row] for row in rows]
+    widths = [
+        max(_width(line) for cell in column for line in cell) for column in zip(*table, strict=True)
+    ]
+    if ruled:
+        headings = (2 + max(map(_width, heading)) for heading in table[0])
+        widths = [max(pair) for pair in zip(widths, headings, strict=True)]
+    if widths and sys.stdout.isatty():
+        taken = len(indent) + sum(len(GAP) + width for width in widths[:-1])
+        table = [[*row[:-1], _folded(row[-1], taken)] for row in table]
+
+    def padded(line: str, place: int) -> str:
+        space = " " * (widths[place] - _width(line))
+        return space + line if place in right else line + space
+
+    def printed(cells: Iterable[str]) -> str:
+        texts = [padded(line, place) for place, line in enumerate(cells)]
+        return (indent + GAP.join(texts)).rstrip(" ")
+
+    lines = ["\n".join(map(printed, zip_longest(*row, fillvalue=""))) for row in table]
+    return [lines[0], printed("-" * width for width in widths), *lines[1:]] if ruled else lines
+
+
+def _width(text: str) -> int:
+    """Columns that a line takes on a terminal."""
+    if text.isascii():
+        return len(text)
+    from rich.cells import cell_len
+
+    return cell_len(text)
+
+
+def _folded(lines: Sequence[str], taken: int) -> list[str]:
+    """The lines of a last cell in what a terminal has left beside `taken` columns."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console()
+    room = console.width - taken
+    if room < LEAST_FOLDED:
+        return list(lines)
+    return [part.plain for line in lines for part in Text(line).wrap(console, room)] or [""]

@@ -24,7 +24,7 @@ from launch.cells.runner import Runner
 from launch.cells.start import devices_here
 from launch.display.progress import Display
 from launch.planning.plan import Job, key_of, this_machine
-from launch.predict.before_run import Foretold
+from launch.predict.run_predictions import RunPredictions
 from launch.processes.stop_signals import Stopped
 from launch.processes.workers import Launched, Process, Ranks
 from matrices.cell import Cell, label
@@ -43,7 +43,7 @@ class Options:
 
     limit_seconds: float | None = None
     phase_seconds: float | None = None
-    foretell: Callable[[Sequence[Cell]], Foretold] | None = None
+    foretell: Callable[[Sequence[Cell]], RunPredictions] | None = None
     trust_code: bool = False
 
 

@@ -28,7 +28,7 @@ from launch.planning import preflight
 from launch.planning.left_out import ProblemsFound as ProblemsFound
 from launch.planning.left_out import leave_out
 from launch.planning.plan import Job, Sweep
-from launch.predict.before_run import Foretold, with_prediction
+from launch.predict.run_predictions import RunPredictions, with_prediction
 from launch.processes.server import start_server
 from launch.processes.stop_signals import Signals, stop_signals, stopping_text
 from launch.processes.stop_signals import Stopped as Stopped
@@ -80,8 +80,8 @@ class Runner:
     limit_seconds: float | None = None
     worker: str = "harness.worker"
     preflight: str | None = "harness.preflight.preflight"
-    foretell: Callable[[Sequence[Cell]], Foretold] | None = None
-    foretold: Foretold = field(default_factory=Foretold)
+    foretell: Callable[[Sequence[Cell]], RunPredictions] | None = None
+    foretold: RunPredictions = field(default_factory=RunPredictions)
     phase_seconds: float | None = None
     engine: Engine = "local"
     job: str | None = None

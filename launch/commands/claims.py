@@ -1,4 +1,4 @@
-"""`tunebench claims`: numbers that people have read, each one checked."""
+"""`tunebench claims`: published numbers, each one checked."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from matrices.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from harness.records.prediction import Prediction
-    from launch.predict.predict import Options
+    from launch.predict.predict import PredictionOptions
     from reports.claims.language import Claim
 
 FORMATS = ("text", "md")
@@ -56,27 +56,28 @@ def claims(
             f"{format_!r} is none of {', '.join(FORMATS)}{nearest(format_, FORMATS)}",
             key="--format",
         )
-    asked = read_claims(file)
+    listed = read_claims(file)
     records = None if results is None else load_records(results)
     options = prediction_options(None, None, stack, no_self_check, None, workers)
     with stopping():
-        predictions = _predicted(asked, options)
-    answers = [answer(claim, predictions, records) for claim in asked]
+        predictions = _predicted(listed, options)
+    answers = [answer(claim, predictions, records) for claim in listed]
     if as_json:
         print_json([each.model_dump(mode="json") for each in answers])
         return
     versions = next((p.stack for p in predictions.values() if p.stack), {})
-    told = answers_text if format_ == "text" else answers_markdown
-    print(told(answers, versions))
+    text_of = answers_text if format_ == "text" else answers_markdown
+    print(text_of(answers, versions))
 
 
-def _predicted(asked: list[Claim], options: Options) -> dict[str, Prediction]:
-    """Every cell of the claims by its id; a second round where target modules were refused."""
-    from launch.display.prediction_progress import show_for_stderr
+def _predicted(listed: list[Claim], options: PredictionOptions) -> dict[str, Prediction]:
+    """The predictions of all cells of the claims by cell id. Target modules that are refused lead
+    to a second round."""
+    from launch.display.progress import display_for_stderr
     from launch.predict.predict import predict
     from reports.claims.answers import cells_for, more_cells_for
 
-    show = show_for_stderr()
-    found = {made.cell_id: made for made in predict(cells_for(asked), options, show)}
-    more = [cell for cell in more_cells_for(asked, found) if cell.cell_id not in found]
-    return found | {made.cell_id: made for made in predict(more, options, show)}
+    display = display_for_stderr()
+    found = {made.cell_id: made for made in predict(cells_for(listed), options, display)}
+    more = [cell for cell in more_cells_for(listed, found) if cell.cell_id not in found]
+    return found | {made.cell_id: made for made in predict(more, options, display)}

@@ -1,18 +1,28 @@
-"""What every command does with its standard output, standard error and stop signals."""
+"""Matrices, standard output, standard error and stop signals, for all commands."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import sys
+import threading
 import warnings
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from matrices.errors import SetAside, UserError
 from matrices.files.text import visible
+
+if TYPE_CHECKING:
+    from matrices.load import Matrix
+
+# Exit code of a command that could not do all of its work.
+EXIT_INCOMPLETE = 3
+# A command that prints nothing for longer looks stuck.
+SILENT_SECONDS = 1.0
 
 
 def print_json(value: Any) -> None:
@@ -28,25 +38,42 @@ def print_note(text: str) -> None:
 
 
 def show_set_aside() -> None:
-    """From here on, show each file that a command passes over as a note, once."""
+    """Print each file that a command passes over as a note, once."""
     warnings.simplefilter("always", SetAside)
     before = warnings.showwarning
-    told: set[str] = set()  # python's own registry is emptied by every change of its filters
+    shown: set[str] = set()  # python's own registry is emptied by every change of its filters
 
-    def shown(message: Warning | str, category: type[Warning], *about: Any, **more: Any) -> None:
+    def show(message: Warning | str, category: type[Warning], *about: Any, **more: Any) -> None:
         if not issubclass(category, SetAside):
             before(message, category, *about, **more)
-        elif str(message) not in told:
-            told.add(str(message))
+        elif str(message) not in shown:
+            shown.add(str(message))
             print_note(str(message))
 
-    warnings.showwarning = shown
+    warnings.showwarning = show
+
+
+def load_matrix(
+    source: str | Path, overrides: Sequence[str] = (), seeds: int | None = None
+) -> Matrix:
+    """`matrices.load.load`, with a note when it takes long: the first time, local models and data
+    are read whole for their hashes."""
+    from matrices.load import load
+
+    text = "reading local models and data whole for their hashes, which are then remembered"
+    timer = threading.Timer(SILENT_SECONDS, print_note, [text])
+    timer.daemon = True
+    timer.start()
+    try:
+        return load(source, overrides, seeds)
+    finally:
+        timer.cancel()
 
 
 @contextlib.contextmanager
 def stopping() -> Iterator[None]:
-    """For work that leaves nothing half done: Ctrl-C and SIGTERM end the command at once, with the
-    exit code a shell expects, and whatever the block started is ended by its own clean-up."""
+    """For work that can be stopped at any point: Ctrl-C and SIGTERM end the command at once with
+    the exit code that a shell expects. The block cleans up what it started."""
     from launch.processes.stop_signals import Stopped, stop_signals
 
     try:

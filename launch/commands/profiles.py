@@ -1,4 +1,4 @@
-"""The command that shows the accelerate profiles that come with tunebench."""
+"""`tunebench profiles`: the accelerate profiles that come with tunebench."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def profiles(
     tunebench profiles zero2 > mine.yaml; tunebench profiles zero2.json > zero2.json
     """
     from launch.cells import accelerate_profile
-    from launch.display.tables import aligned
+    from reports.text import text_table
 
     if name is not None:
         print(accelerate_profile.text(name), end="")
@@ -37,4 +37,4 @@ def profiles(
     if as_json:
         print_json([{"name": each, "what": what} for each, what in found])
     else:
-        print(aligned(("profile", "what it does"), found))
+        print("\n".join(text_table([("profile", "what it does"), *found])))

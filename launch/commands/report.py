@@ -1,14 +1,20 @@
-"""The commands that read results: tables, one record, and how right the predictions were."""
+"""`tunebench report`: the tables of a results directory."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from launch.commands.options import JsonOption
+from matrices.errors import UserError
+
+if TYPE_CHECKING:
+    from reports.records.load import Result
+
+FIRST_TABLE = "methods"
 
 
 def report(
@@ -53,12 +59,12 @@ def report(
     tunebench report results/ --metric acc_norm --metric acc
     tunebench report results/ --page report.html
     """
-    from launch.commands.reporting import print_table, write_all, write_page
     from reports.output.render import check_format
+    from reports.records.load import load_records
 
     check_format(format_)
     if table is not None:
-        print_table(results, table, format_, baseline, metric or [])
+        print(table_text(load_records(results), table, format_, baseline, metric or []))
         return
     if page is not None:
         paths = [write_page(results, page, baseline, metric or [])]
@@ -69,50 +75,60 @@ def report(
         print(f"tunebench: wrote {path}", file=sys.stderr)
 
 
-def show(
-    cell: Annotated[
-        str,
-        typer.Argument(
-            metavar="CELL", help="A record's directory, its record.json, or the start of a cell id."
-        ),
-    ],
-    results: Annotated[Path, typer.Option("--results", help="Where to look for a cell id.")] = Path(
-        "results"
-    ),
-    as_json: JsonOption = False,
-) -> None:
-    """Print one record readably.
+def table_text(
+    results: list[Result],
+    name: str,
+    format: str,
+    baseline: str | None,
+    metrics: Sequence[str] = (),
+) -> str:
+    """A table in a format, one for each model and stack. Raises UserError when it would have no
+    rows."""
+    from reports.output.render import render
+    from reports.tables.build import TABLES, build
 
-    What ran, memory by phase, speed, scores beside the base model's, and the command.
-
-    \b
-    tunebench show 4f0c22
-    tunebench show results/quickstart/4f0c22d9a1b3-494adca8
-    """
-    from launch.commands.reporting import record_text
-
-    print(record_text(cell, results, as_json))
+    tables = build(results, name, baseline, metrics)
+    if not tables:
+        needs = ", ".join(TABLES[name].needs)
+        raise UserError(f"nothing for the table {name}: it is about cells of method {needs}")
+    return "\n\n".join(render(table, format).rstrip("\n") for table in tables)
 
 
-def calibration(
-    results: Annotated[Path, typer.Argument(help="A results directory.")],
-    as_json: JsonOption = False,
-) -> None:
-    """Say how far predictions were from what was measured, family by family.
-
-    A family is a kind of model, method, 4-bit format, optimizer and way to spread, on one device.
-    The error is predicted / measured - 1.
-
-    \b
-    tunebench calibration results/
-    tunebench calibration results/my-sweep --json | jq '.[].memory.worst'
-    """
-    from launch.commands.console import print_json
-    from reports.predictions.errors import calibration_text, families
+def write_page(
+    results: Path, file: Path, baseline: str | None, metrics: Sequence[str] = ()
+) -> Path:
+    """Write the self-contained HTML page; its links are relative to the page."""
+    from harness.system.files import write_atomically
+    from reports.output.page import page
     from reports.records.load import load_records
+    from reports.tables.build import build_all
 
-    found = families(load_records(results))
-    if as_json:
-        print_json([family.as_json() for family in found])
-    else:
-        print(calibration_text(found))
+    records = load_records(results)
+    tables = build_all(records, baseline, metrics)
+    text = page(records, tables, file.parent, results.resolve().name, metrics)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, text)
+    except OSError as error:
+        raise UserError(f"cannot write the page: {error.strerror}", where=str(file)) from error
+    return file
+
+
+def write_all(
+    results: Path,
+    output: Path,
+    baseline: str | None,
+    format: str,
+    metrics: Sequence[str] = (),
+) -> list[Path]:
+    """Write the whole report, and print the method comparison if there is one."""
+    from reports.output.render import render
+    from reports.output.write import write_report
+    from reports.records.load import load_records
+    from reports.tables.build import build_all
+
+    paths = write_report(results, output, baseline, metrics)
+    for table in build_all(load_records(results), baseline, metrics):
+        if table.name == FIRST_TABLE:
+            print(render(table, format))
+    return paths

@@ -1,4 +1,4 @@
-"""`tunebench run`: on this machine, or on an engine that has several."""
+"""`tunebench run`: run the cells of a matrix on this machine or on an engine."""
 
 from __future__ import annotations
 
@@ -9,33 +9,37 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from launch.commands.console import print_error, print_json
-from launch.commands.engine_options import (
+from launch.commands.console import (
+    EXIT_INCOMPLETE,
+    load_matrix,
+    print_error,
+    print_json,
+    print_note,
+)
+from launch.commands.options import (
     AccountOption,
     AddressOption,
+    AllowBusyOption,
     ConstraintOption,
     CpusPerTaskOption,
     GresOption,
+    JsonOption,
+    MatrixArgument,
     MemOption,
+    NoPredictOption,
     OnOption,
     PartitionOption,
+    PhaseTimeoutOption,
     QosOption,
     RequeuesOption,
     ResourceOption,
-    TimeOption,
-)
-from launch.commands.options import (
-    AllowBusyOption,
-    JsonOption,
-    MatrixArgument,
-    NoPredictOption,
-    PhaseTimeoutOption,
     ResultsOption,
     RetryOption,
     SeedsOption,
     SetOption,
     SideBySideOption,
     SkipOption,
+    TimeOption,
     TimeoutOption,
 )
 from matrices.errors import UserError, nearest
@@ -52,7 +56,6 @@ if TYPE_CHECKING:
 
 # Statuses that say what a configuration does. After a run that left any other: exit code 3.
 RESULTS = ("ok", "oom", "timeout", "diverged", "invalid")
-EXIT_INCOMPLETE = 3
 ENGINES = ("local", "slurm", "ray")
 # For developers: orders run in this process, as on the node of a cluster.
 DEBUG = "debug"
@@ -175,18 +178,17 @@ def sweep_of(
     seeds: int | None,
     retry: str | None,
 ) -> tuple[Matrix, Sweep, int]:
-    """What the options name: the matrix, its cells, and how many combinations gave them. Raises
+    """The matrix, its sweep, and the number of combinations that the options give. Raises
     UserError."""
-    from launch.commands.matrix_file import load
     from launch.planning.plan import Sweep, retried_statuses
     from matrices.expand import expand
     from matrices.rules.passed_through import merged
 
     statuses = retried_statuses(retry)
-    matrix = load(source, overrides or [], seeds)
+    matrix = load_matrix(source, overrides or [], seeds)
     expansion = merged(expand(matrix))
     for note in expansion.notes:
-        print(f"tunebench: note: {note}", file=sys.stderr)
+        print_note(note)
     directory = results or Path("results") / matrix.name
     sweep = Sweep(expansion.cells, directory, statuses, matrix.score_base, matrix.locate)
     return matrix, sweep, expansion.combinations
@@ -205,10 +207,9 @@ def _here(
     from launch.cells.devices import Slots
     from launch.cells.runner import Runner
     from launch.cells.start import devices_here
-    from launch.display.prediction_progress import show_for_stderr
     from launch.planning.left_out import quickly_checked
     from launch.planning.plan import plan_jobs
-    from launch.predict.before_run import foretell
+    from launch.predict.run_predictions import predict_run
 
     side_by_side, allow_busy = devices
     no_predict, skip_predicted_oom = predicting
@@ -225,8 +226,7 @@ def _here(
     runner = Runner(store, display, limits[0], phase_seconds=limits[1], slots=slots, sweep=sweep)
     if not no_predict:
         past = [job.entry.record for job in jobs if job.entry is not None]
-        show = show_for_stderr()
-        runner.foretell = partial(foretell, show=show, skip=skip_predicted_oom, past=past)
+        runner.foretell = partial(predict_run, display=display, skip=skip_predicted_oom, past=past)
     return runner.run(jobs)
 
 
@@ -292,7 +292,7 @@ def _tell(finished: Finished, directory: Path, as_json: bool) -> None:
 
 
 def exit_code(entries: Mapping[str, Entry], stopped_by: int | None) -> int:
-    """Of a run that left these records."""
+    """The exit code of a run with these records."""
     if stopped_by is not None:
         return 128 + stopped_by
     complete = all(entry.record.status in RESULTS for entry in entries.values())

@@ -1,4 +1,4 @@
-"""The command that looks at a sweep while it runs."""
+"""`tunebench status`: where the cells of a sweep stand."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from launch.commands.console import print_json, print_note
+from launch.commands.console import load_matrix, print_json, print_note
 from launch.commands.options import JsonOption, ResultsOption, SeedsOption, SetOption
 from matrices.errors import UserError
 
@@ -38,7 +38,6 @@ def status(
     tunebench status my-sweep.yaml --seeds 3
     tunebench status results/my-sweep --json | jq '.[] | select(.state == "waiting")'
     """
-    from launch.commands.matrix_file import load
     from launch.engines.status import look, status_text, statuses
     from launch.planning.plan import plan_jobs
     from matrices.expand import expand
@@ -49,7 +48,7 @@ def status(
             raise UserError("name a results directory, or a matrix and its --results", where=target)
         directory = Path(target)
     else:
-        matrix = load(target, set_ or [], seeds)
+        matrix = load_matrix(target, set_ or [], seeds)
         directory = results or Path("results") / matrix.name
         jobs = plan_jobs(expand(matrix).cells, {}, score_base=matrix.score_base)
         cells = [job.cell for job in jobs]

@@ -1,6 +1,6 @@
-"""Predictions as people read them: a table, and one cell's figures in full. Plain text.
+"""Predictions in plain text: a table of all cells, and all figures of one cell.
 
-Nothing here was measured, and every text says so.
+Every text says that its figures are predicted.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from harness.records.prediction import Prediction
 from harness.records.record import MOSTLY_IN_4BIT, PHASES
-from launch.display.tables import aligned, counted, verdict_text
-from reports.text import DASH, bytes_text, count_text, one_line, seconds_text
+from launch.display.tables import counted, verdict_text
+from reports.text import DASH, bytes_text, count_text, one_line, seconds_text, text_table
 
 FOOTER_PACKAGES = ("transformers", "peft", "trl", "accelerate", "bitsandbytes", "torch")
 EXPLAINED_TENSORS = 8
@@ -32,13 +32,13 @@ def expected_text(prediction: Prediction) -> str:
 
 
 def predictions_text(predictions: Sequence[Prediction], names: Mapping[str, str]) -> str:
-    """A row for every cell, and what all figures rest on."""
+    """A row for every cell, then what the figures depend on."""
     gpus = list(dict.fromkeys(v.gpu for p in predictions for v in p.verdicts))
     calibrated = any(p.speed.expected_seconds is not None for p in predictions)
     headers = ["cell", "peak", "reserved", "peak in", "steady", *gpus, "step at least"]
     headers += ["expected"] if calibrated else []
     rows = [_row(p, gpus, calibrated, names[p.cell_id]) for p in predictions]
-    table = aligned([*headers, "configuration"], rows)
+    table = "\n".join(text_table([[*headers, "configuration"], *rows]))
     states = counted(p.status for p in predictions)
     return f"{table}\n\n{states}; every figure is predicted, none measured\n{footer(predictions)}"
 
@@ -46,7 +46,8 @@ def predictions_text(predictions: Sequence[Prediction], names: Mapping[str, str]
 def _row(prediction: Prediction, gpus: list[str], calibrated: bool, name: str) -> list[str]:
     memory = prediction.memory
     reason = one_line(prediction.reason or "")
-    told = f"{name}: {prediction.status}, {reason}" if prediction.status != "predicted" else name
+    if prediction.status != "predicted":
+        name = f"{name}: {prediction.status}, {reason}"
     verdicts = {verdict.gpu: verdict_text(verdict) for verdict in prediction.verdicts}
     return [
         prediction.cell_id[:12],
@@ -57,12 +58,12 @@ def _row(prediction: Prediction, gpus: list[str], calibrated: bool, name: str) -
         *(verdicts.get(gpu, DASH) for gpu in gpus),
         floor_text(prediction),
         *([expected_text(prediction)] if calibrated else []),
-        told,
+        name,
     ]
 
 
 def footer(predictions: Iterable[Prediction]) -> str:
-    """What was executed, on which device, and what holds for every figure."""
+    """What was executed, on which device, and what is assumed for every figure."""
     made = [p for p in predictions if p.status == "predicted"]
     if not made:
         return "nothing was predicted"
@@ -79,7 +80,7 @@ def footer(predictions: Iterable[Prediction]) -> str:
 
 
 def four_bit_notes(predictions: Iterable[Prediction]) -> list[str]:
-    """A line for every model of which 4 bit holds the lesser part."""
+    """A line for every model with less than half of its weights in 4 bit."""
     shares = {
         p.cell.model.config or p.cell.model.name: p.quantized_share
         for p in predictions
@@ -101,7 +102,7 @@ def stack_text(stack: Mapping[str, str]) -> str:
 
 
 def device_text(prediction: Prediction) -> str:
-    """The simulated device, and how far off to expect the figures."""
+    """The simulated device, and the expected error of the figures."""
     if prediction.engine == "fake-cpu":
         name = "tensors of a simulated CPU"
     else:
@@ -111,7 +112,7 @@ def device_text(prediction: Prediction) -> str:
 
 
 def explanation(prediction: Prediction, name: str) -> str:
-    """One cell in full: by phase, by category, the tensors at the peak, what is assumed."""
+    """All figures of one cell: by phase, by category, the tensors at the peak, the assumptions."""
     head = f"{prediction.cell_id[:12]} {name}"
     if prediction.status != "predicted":
         return f"{head}\n  {prediction.status}: {prediction.reason}"
@@ -141,12 +142,12 @@ def explanation(prediction: Prediction, name: str) -> str:
 def _bytes_block(title: str, figures: Mapping[str, int]) -> str:
     if not figures:
         return ""
-    width = max(len(name) for name in figures)
-    lines = [
-        f"    {name.replace('_', ' '):<{width}}  {bytes_text(figure):>11}  {figure:>15,} B"
+    # Figures have the same width in every block, so that they stand below each other.
+    rows = [
+        (name.replace("_", " "), f"{bytes_text(figure):>11}", f"{figure:>15,} B")
         for name, figure in figures.items()
     ]
-    return "\n".join([f"  {title}", *lines])
+    return "\n".join([f"  {title}", *text_table(rows, indent="    ")])
 
 
 def _tensors(prediction: Prediction) -> str:
@@ -155,7 +156,7 @@ def _tensors(prediction: Prediction) -> str:
         return ""
     rows = [
         (
-            f"    {bytes_text(tensor.bytes)}",
+            bytes_text(tensor.bytes),
             tensor.category.replace("_", " "),
             f"{tensor.dtype}[{', '.join(map(str, tensor.shape))}]",
             tensor.op,
@@ -163,8 +164,8 @@ def _tensors(prediction: Prediction) -> str:
         )
         for tensor in top
     ]
-    header = ("    bytes", "category", "tensor", "made by", "in")
-    return f"  largest tensors at the peak\n{aligned(header, rows)}"
+    header = ("bytes", "category", "tensor", "made by", "in")
+    return "\n".join(["  largest tensors at the peak", *text_table([header, *rows], indent="    ")])
 
 
 def _ranks(prediction: Prediction) -> str:
@@ -172,7 +173,7 @@ def _ranks(prediction: Prediction) -> str:
         return ""
     rows = [
         (
-            f"    {rank.rank}",
+            str(rank.rank),
             bytes_text(rank.peak_allocated_bytes),
             bytes_text(rank.peak_reserved_bytes),
             bytes_text(rank.steady_allocated_bytes),
@@ -180,8 +181,8 @@ def _ranks(prediction: Prediction) -> str:
         )
         for rank in prediction.per_rank
     ]
-    header = ("    rank", "peak", "reserved", "steady", "host")
-    return f"  ranks\n{aligned(header, rows)}"
+    header = ("rank", "peak", "reserved", "steady", "host")
+    return "\n".join(["  ranks", *text_table([header, *rows], indent="    ")])
 
 
 def _verdicts(prediction: Prediction) -> str:
@@ -220,3 +221,9 @@ def _counts(prediction: Prediction) -> str:
 
 def _list(title: str, items: Sequence[str]) -> str:
     return "\n".join([f"  {title}", *(f"    - {item}" for item in items)]) if items else ""
+
+
+def failures(predictions: Iterable[Prediction]) -> list[str]:
+    """The distinct reasons of the predictions that failed."""
+    reasons = (p.reason or "no reason given" for p in predictions if p.status == "failed")
+    return list(dict.fromkeys(reasons))

@@ -1,4 +1,4 @@
-"""The lists that the command line prints: plans, outcomes of runs, findings. Plain text."""
+"""The lists that the command line prints in plain text: plans and outcomes of runs."""
 
 from __future__ import annotations
 
@@ -10,20 +10,10 @@ from typing import Any
 from harness.records.prediction import Prediction, Verdict
 from harness.records.record import Record
 from harness.records.store import Entry
-from launch.display.progress import clock
+from launch.display.schedule import clock
 from launch.planning.plan import Job
 from reports.records.steps_text import data_text, loss_text
-from reports.text import DASH, bytes_text
-
-
-def aligned(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Columns padded to their widest entry; the last one is left as it is."""
-    table = [list(headers), *(list(row) for row in rows)]
-    widths = [max(len(row[column]) for row in table) for column in range(len(headers) - 1)]
-    return "\n".join(
-        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]])
-        for row in table
-    )
+from reports.text import DASH, bytes_text, text_table
 
 
 def counted(words: Iterable[str]) -> str:
@@ -38,8 +28,8 @@ def plural(count: int, noun: str) -> str:
 def plan_text(
     jobs: Sequence[Job], combinations: int, predictions: Mapping[str, Prediction] | None = None
 ) -> str:
-    """Every cell with its identity, what happens to it, what it is predicted to need and where
-    that fits, and why."""
+    """Every cell with its identity, the action, the predicted peak with a verdict for each GPU, and
+    the reason."""
     headers = ["cell", "action", "configuration", "why"]
     rows = [[job.cell.cell_id[:12], job.action, job.label, job.why] for job in jobs]
     found = predictions or {}
@@ -54,7 +44,7 @@ def plan_text(
         plural(len(jobs) - bases, "distinct cell"),
         plural(bases, "base cell"),
     ]
-    table = aligned(headers, rows)
+    table = "\n".join(text_table([headers, *rows]))
     return f"{table}\n\n{', '.join(counts)}: {counted(job.action for job in jobs)}"
 
 
@@ -81,7 +71,7 @@ def verdict_text(verdict: Verdict) -> str:
 
 
 def seconds_taken(record: Record) -> float | None:
-    """Seconds from start to end; none while it has not ended."""
+    """Seconds from start to end; None for a record without an end."""
     from datetime import datetime
 
     if record.ended is None:
@@ -92,7 +82,8 @@ def seconds_taken(record: Record) -> float | None:
 
 
 def outcome_row(job: Job, entry: Entry | None) -> tuple[str, ...]:
-    """cell, status, peak, tokens/s, time, configuration, and where the record is or why not."""
+    """cell, status, peak, tokens/s, time, configuration, and the record's directory or the
+    reason."""
     if entry is None:
         return (job.cell.cell_id[:12], "not run", DASH, DASH, DASH, job.label, DASH)
     record = entry.record
@@ -113,18 +104,17 @@ def outcome_row(job: Job, entry: Entry | None) -> tuple[str, ...]:
 
 
 def outcome_text(jobs: Sequence[Job], entries: dict[str, Entry], results: Path) -> str:
-    """What every cell of a run came to, and where to look next."""
+    """The outcome of every cell of a run, and the next command."""
     rows = [outcome_row(job, entries.get(job.key)) for job in jobs]
     meters = {entry.record.memory.headline for entry in entries.values()}
     note = "\npeak is live tensor bytes by the ledger: no GPU here" if "ledger" in meters else ""
     if any(entry.record.contaminated for entry in entries.values()):
         note += "\n? in doubt: something else used its devices; `tunebench show` says what"
     records = [entry.record for entry in entries.values()]
-    told = [text for text in (data_text(records), loss_text(records)) if text]
-    note += "".join(f"\n{text}" for text in told)
+    note += "".join(f"\n{text}" for text in (data_text(records), loss_text(records)) if text)
     headers = ("cell", "status", "peak", "tok/s", "time", "configuration", "record or reason")
     return (
-        aligned(headers, rows)
+        "\n".join(text_table([headers, *rows]))
         + f"\n\n{counted(row[1] for row in rows)}; records in {results}{note}"
         + f"\nnext: tunebench report {results}"
     )

@@ -21,10 +21,9 @@ from launch.cells import start
 from launch.cells.devices import given
 from launch.cells.runner import Runner
 from launch.cells.start import Rendezvous
-from launch.display.prediction_progress import show_for_stderr
 from launch.display.progress import PlainDisplay
 from launch.planning.plan import Job, key_of, plan_jobs, this_machine
-from launch.predict.before_run import foretell
+from launch.predict.run_predictions import predict_run
 from launch.processes.stop_signals import Stopped
 from matrices.cell import Cell
 
@@ -98,7 +97,7 @@ def run_cell(
         stopped=stopped,
     )
     if order.predict:
-        runner.foretell = partial(foretell, show=show_for_stderr(), skip=order.skip_predicted_oom)
+        runner.foretell = partial(predict_run, display=display, skip=order.skip_predicted_oom)
     try:
         finished = runner.run([job])
     except Stopped as signal:

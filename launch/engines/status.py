@@ -12,14 +12,14 @@ from harness.ranks.progress_file import Progress
 from harness.records.attempts import in_force_by
 from harness.records.record import RankState
 from harness.records.store import Entry, Store
-from launch.display.progress import clock, describe
-from launch.display.tables import aligned, counted, seconds_taken
+from launch.display.schedule import clock, describe
+from launch.display.tables import counted, seconds_taken
 from launch.engines.results_watch import Published, Running, running
 from launch.engines.slurm import submit
 from launch.engines.slurm.queue import JobState, NoAnswer
 from launch.planning.plan import labels
 from matrices.cell import Cell
-from reports.text import DASH
+from reports.text import DASH, text_table
 
 State = Literal["running", "waiting", "left behind", "not started", "done"]
 ORDER: tuple[State, ...] = ("running", "waiting", "left behind", "not started", "done")
@@ -150,7 +150,7 @@ def status_text(found: Sequence[CellStatus], results: Path) -> str:
     note = "\nleft behind: its runner died; the next run of the cell keeps it as interrupted"
     head = f"{results}: {counted(states)}"
     headers = ("cell", "state", "where", "configuration", "")
-    return f"{head}\n\n{aligned(headers, rows)}" + (note if left else "")
+    return "\n".join([head, "", *text_table([headers, *rows])]) + (note if left else "")
 
 
 def _row(each: CellStatus) -> tuple[str, ...]:

@@ -1,7 +1,8 @@
-"""The search for the largest value that still fits, by simulating what it proposes.
+"""The search for the largest value that fits, by simulating candidates.
 
-A search proposes a few values at a time, so that many searches share one simulation's imports.
-Straight lines only say where to look next: what fits is always what a simulation said fits.
+A search proposes a few values at a time, so that many searches share the imports of one simulation.
+Straight lines only choose the next candidates: whether a value fits is always decided by a
+simulation.
 """
 
 from __future__ import annotations
@@ -10,13 +11,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from harness.records.prediction import Prediction, Verdict
-from launch.display.prediction_progress import Show
-from launch.predict.predict import Options, predict
+from launch.display.progress import Display
+from launch.predict.predict import PredictionOptions, predict
 from matrices.cell import Cell
 
-# Beside the guess a lower one is proposed: blocks do not fill a device to the last byte.
+# A lower value is proposed beside the guess: blocks do not fill a device to the last byte.
 LOWER_AIM = 0.9
-# A guess looks at most this many times farther than what is known to fit.
+# A guess is at most this many times the largest value that is known to fit.
 FARTHEST = 16
 
 
@@ -37,7 +38,7 @@ class Search:
 
     @property
     def failure(self) -> Prediction | None:
-        """A simulation that failed: nobody knows whether its cell fits, so nothing more does."""
+        """A simulation that failed. It is unknown whether its cell fits, so the search ends."""
         return next((one for one in self.known.values() if one.status == "failed"), None)
 
     @property
@@ -47,7 +48,7 @@ class Search:
         return min((value for value in misfits if value > above), default=None)
 
     def proposals(self) -> list[int]:
-        """The values to simulate next; empty when the answer is known."""
+        """The values to simulate next; empty when the search is over."""
         low, high = self.largest, self.smallest_misfit
         if self.failure is not None:
             return []
@@ -62,7 +63,7 @@ class Search:
             guess = self._guess(low, 1.0)
             wanted = [guess, guess + self.unit, self._guess(low, LOWER_AIM)]
             return self._new([min(max(value, low + self.unit), self.cap) for value in wanted])
-        # Evenly between what fits and what does not: a quarter is left, whatever the curve.
+        # Three values at equal distances: a quarter of the interval is left, whatever the curve.
         quarters = [self.floor(low + (high - low) * part // 4) for part in (1, 2, 3)]
         return self._new([min(max(value, low + self.unit), high - self.unit) for value in quarters])
 
@@ -82,7 +83,7 @@ class Search:
         points = sorted(
             (value, one.memory.peak_allocated_bytes, verdict.capacity_bytes)
             for value, one in self.known.items()
-            if one.memory.peak_allocated_bytes is not None and (verdict := judged(one))
+            if one.memory.peak_allocated_bytes is not None and (verdict := first_verdict(one))
         )
         pair = points[-2:]
         if len(pair) < 2 or pair[1][1] <= pair[0][1]:
@@ -92,23 +93,25 @@ class Search:
         return self.floor(int(min(value, FARTHEST * low)))
 
 
-def judged(prediction: Prediction) -> Verdict | None:
-    """The verdict for the GPU that was asked about."""
+def first_verdict(prediction: Prediction) -> Verdict | None:
+    """The verdict for the first GPU of a prediction; None without GPUs."""
     return prediction.verdicts[0] if prediction.verdicts else None
 
 
 def fits(prediction: Prediction) -> bool:
-    verdict = judged(prediction)
+    verdict = first_verdict(prediction)
     return prediction.status == "predicted" and verdict is not None and verdict.outcome != "oom"
 
 
-def search_all(searches: Sequence[Search], options: Options, show: Show) -> None:
-    """Carry all searches to their end, round by round."""
+def search_all(searches: Sequence[Search], options: PredictionOptions, display: Display) -> None:
+    """Run all searches to their end, round by round."""
     while True:
-        asked = [(search, value) for search in searches for value in search.proposals()]
-        if not asked:
+        proposed = [(search, value) for search in searches for value in search.proposals()]
+        if not proposed:
             return
-        cells = {cell.cell_id: cell for search, value in asked for cell in (search.cell_of(value),)}
-        found = {one.cell_id: one for one in predict(list(cells.values()), options, show)}
-        for search, value in asked:
+        cells = {
+            cell.cell_id: cell for search, value in proposed for cell in (search.cell_of(value),)
+        }
+        found = {one.cell_id: one for one in predict(list(cells.values()), options, display)}
+        for search, value in proposed:
             search.known[value] = found[search.cell_of(value).cell_id]

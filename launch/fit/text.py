@@ -1,19 +1,19 @@
-"""What fits, as people read it. Every figure is predicted."""
+"""What fits, in plain text. Every figure is predicted."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from launch.display.predictions import footer
-from launch.display.tables import aligned, verdict_text
-from launch.fit.advice import Rung
-from launch.fit.answer import Answer, Row
-from launch.fit.search import fits, judged
+from launch.display.tables import verdict_text
+from launch.fit.fit import FitResult, FitRow
+from launch.fit.memory_savings import MemorySaving
+from launch.fit.search import first_verdict, fits
 from matrices.catalogue.gpus import Gpu
 from matrices.cell import Cell
-from reports.text import DASH, GIB, bytes_text, one_line, signed
+from reports.text import DASH, GIB, bytes_text, one_line, signed, text_table
 
-# What most often helps where a category is the largest at the peak, whatever the length.
+# What usually helps when a category is the largest at the peak, at any length.
 HELPS = {
     "weights": "qlora, or sharding over more GPUs",
     "quantized_weights": "sharding over more GPUs, or a smaller model",
@@ -22,25 +22,25 @@ HELPS = {
 }
 
 
-def answer_text(found: Answer) -> str:
-    """The table, the ladder when nothing fits, and what the figures rest on."""
-    question, gpu = found.question, found.question.gpu
-    count = f"{question.count} x " if question.count > 1 else ""
+def fit_text(found: FitResult) -> str:
+    """The table, what each change saves when nothing fits, and what the figures depend on."""
+    request, gpu = found.request, found.request.gpu
+    count = f"{request.count} x " if request.count > 1 else ""
     checkpointing = _checkpointing(found.rows[0].cell)
     head = (
-        f"{question.model} on {count}{gpu.name}, sequences of {found.max_length} tokens, "
+        f"{request.model} on {count}{gpu.name}, sequences of {found.max_length} tokens, "
         f"{checkpointing}: predicted"
     )
     lengths = any(row.longest is not None for row in found.rows)
     headers = ["method", "4-bit", "spread", "largest batch x length"]
     headers += ["longest at batch 1"] if lengths else []
     headers += ["predicted peak / usable", "binds", "verdict"]
-    table = aligned(headers, [_row(row, gpu, found.max_length, lengths) for row in found.rows])
-    parts = [head, "", table]
-    if found.ladder:
-        parts += ["", _ladder(found.ladder)]
+    rows = [_row(row, gpu, found.max_length, lengths) for row in found.rows]
+    parts = [head, "", *text_table([headers, *rows])]
+    if found.savings:
+        parts += ["", *_savings(found.savings)]
     parts += ["", footer(found.predictions)]
-    price = price_text(gpu, question.count)
+    price = price_text(gpu, request.count)
     return "\n".join([*parts, price] if price else parts)
 
 
@@ -49,7 +49,7 @@ def _checkpointing(cell: Cell) -> str:
     return f"gradient checkpointing {'on' if on else 'off'}"
 
 
-def _row(row: Row, gpu: Gpu, length: int, lengths: bool) -> list[str]:
+def _row(row: FitRow, gpu: Gpu, length: int, lengths: bool) -> list[str]:
     quantization = row.cell.quantization
     four_bit = DASH
     if quantization is not None:
@@ -69,22 +69,23 @@ def _row(row: Row, gpu: Gpu, length: int, lengths: bool) -> list[str]:
     return [*cells, *([longest] if lengths else []), both, binds, _verdict(row, length)]
 
 
-def _verdict(row: Row, length: int) -> str:
+def _verdict(row: FitRow, length: int) -> str:
     if not row.possible:
         return f"{row.shown.status}: {one_line(row.shown.reason or '', 120)}"
-    verdict = judged(row.shown)
+    verdict = first_verdict(row.shown)
     if row.micro_batch is None and fits(row.shown):
         return f"does not fit at {length} tokens; fits at {row.longest:,}"
     if verdict is not None and fits(row.shown):
         return verdict_text(verdict)
     everywhere = " at any length" if row.lengths_tried and row.longest is None else ""
     category, advice = _binding(row)
-    told = f": {category.replace('_', ' ')}" if category else ""
-    return f"does not fit{everywhere}{told}{advice}"
+    binding = f": {category.replace('_', ' ')}" if category else ""
+    return f"does not fit{everywhere}{binding}{advice}"
 
 
-def _binding(row: Row) -> tuple[str, str]:
-    """What is too large, and what to try. Where no length fits it is not the length's share."""
+def _binding(row: FitRow) -> tuple[str, str]:
+    """The category that is too large, and what to try. When no length fits, only categories that do
+    not depend on the length count."""
     held = row.shown.memory.by_category
     if row.lengths_tried and row.longest is None:
         held = {name: held[name] for name in held if name in HELPS} or held
@@ -98,30 +99,33 @@ def _binding(row: Row) -> tuple[str, str]:
     return category, f"; try {HELPS.get(category, shorter)}"
 
 
-def _ladder(rungs: Sequence[Rung]) -> str:
-    first = next((rung for rung in rungs if rung.fits), None)
-    rows = [_rung(rung, rung is first) for rung in rungs]
-    table = aligned(("  rung", "predicted peak", "saves", "change"), rows)
+def _savings(savings: Sequence[MemorySaving]) -> list[str]:
+    first = next((saving for saving in savings if saving.fits), None)
+    rows = [_saving(saving, saving is first) for saving in savings]
     ending = (
         f"first fits at: {first.name}" if first else "no rung fits: a larger GPU, or more of them"
     )
-    return f"nothing fits; each rung keeps the changes above it\n{table}\n  {ending}"
+    return [
+        "nothing fits; each rung keeps the changes above it",
+        *text_table([("rung", "predicted peak", "saves", "change"), *rows], indent="  "),
+        f"  {ending}",
+    ]
 
 
-def _rung(rung: Rung, first: bool) -> tuple[str, str, str, str]:
-    if rung.prediction is None:
-        told = f"{rung.change}: {rung.why}" if rung.change else rung.why
-        return f"  {rung.name}", DASH, DASH, one_line(told, 140)
-    saving = DASH
-    if rung.saving_bytes is not None:
-        saving = f"{signed(rung.saving_bytes / GIB, 2)} GiB"
-    mark = "  <- fits" if first else ("  (fits)" if rung.fits else "")
-    peak = bytes_text(rung.prediction.memory.peak_allocated_bytes)
-    return f"  {rung.name}", peak, saving, f"{rung.change}{mark}"
+def _saving(saving: MemorySaving, first: bool) -> tuple[str, str, str, str]:
+    if saving.prediction is None:
+        reason = f"{saving.change}: {saving.why}" if saving.change else saving.why
+        return saving.name, DASH, DASH, one_line(reason, 140)
+    difference = DASH
+    if saving.saving_bytes is not None:
+        difference = f"{signed(saving.saving_bytes / GIB, 2)} GiB"
+    mark = "  <- fits" if first else ("  (fits)" if saving.fits else "")
+    peak = bytes_text(saving.prediction.memory.peak_allocated_bytes)
+    return saving.name, peak, difference, f"{saving.change}{mark}"
 
 
 def price_text(gpu: Gpu, count: int) -> str:
-    """What the GPUs cost by the hour, with the date of the price; empty without one."""
+    """The price of the GPUs by the hour, with its date; empty without a price."""
     if gpu.price_usd_per_hour is None:
         return ""
     total = gpu.price_usd_per_hour * count

@@ -1,6 +1,6 @@
-"""Predictions that were made before, by everything that could change them.
+"""The cache of predictions, keyed by everything that can change them.
 
-One JSON file each in the cache directory, written whole; a file that cannot be read is made again.
+One JSON file for each prediction, written atomically. A file that cannot be read is replaced.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ SOURCES = ("*.py", "*.json", "*.yaml")
 
 @functools.cache
 def source_hash() -> str:
-    """sha256, hex, of the code and the facts that a prediction is made by: all of it, since what
-    trains is what is simulated."""
+    """sha256, hex, of all code and data files that a prediction depends on."""
     digest = hashlib.sha256()
     for package in OWN_PACKAGES:
         paths = (path for pattern in SOURCES for path in (ROOT / package).rglob(pattern))
@@ -35,7 +34,7 @@ def source_hash() -> str:
 
 
 class PredictionCache:
-    """Predictions made under one stack, for one request's options."""
+    """The cached predictions of one stack and one set of options."""
 
     def __init__(self, request: Request, stack_identity: str) -> None:
         self.directory = cache_directory() / "predictions"
@@ -51,12 +50,12 @@ class PredictionCache:
             found = Prediction.model_validate_json(self.path(cell).read_text())
         except (OSError, ValidationError):
             return None
-        # The path of a local model is no part of its identity, and is part of the answer.
+        # The path of a local model is not part of its identity, but it is part of the answer.
         return found.model_copy(update={"cell": cell})
 
     def put(self, prediction: Prediction) -> None:
-        """Keep a prediction; one that failed, or was refused, may go better another time. A cache
-        that cannot be written costs time, nothing else."""
+        """Keep a prediction. Failed and refused ones are not kept, as they may succeed another
+        time. A cache that cannot be written is ignored."""
         if prediction.status != "predicted":
             return
         with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""Which GPUs to predict for: named on the command line, or this machine's own."""
+"""The GPUs to predict for: those named on the command line, or the GPU of this machine."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from matrices.errors import UserError
 SAME_MEMORY = 0.05
 
 
-def chosen(names: Sequence[str], file: Path | None) -> tuple[Gpu, ...]:
-    """The GPUs of these names, a user's file of figures over the catalogue. Raises UserError."""
+def named_gpus(names: Sequence[str], file: Path | None) -> tuple[Gpu, ...]:
+    """The GPUs with these names. A user's file adds to the catalogue and overrides it. Raises
+    UserError."""
     if file is not None:
-        gpus.gpus(file)  # a mistake in it is told even when nothing of it is asked for
+        gpus.gpus(file)  # raises for a mistake in it even when none of its GPUs is named
     return tuple(dict.fromkeys(gpus.gpu(name, file) for name in names))
 
 
-def this_machines(file: Path | None = None) -> Gpu | None:
-    """The GPU that torch would train on here; none without one, or when the catalogue does not
-    know it."""
+def gpu_of_this_machine(file: Path | None = None) -> Gpu | None:
+    """The GPU that torch would train on here; None without one, or when the catalogue lacks it."""
     stack, hardware = provenance.stack(), provenance.hardware()
     seen = provenance.nvml().gpus
     if not seen or not provenance.uses_gpu(stack, hardware):

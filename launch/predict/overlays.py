@@ -1,8 +1,9 @@
-"""Another software stack to predict under, laid over this environment and changing nothing in it.
+"""Another software stack to predict under. It is laid over this environment and changes nothing in
+it.
 
-A stack is a directory of packages, as `pip install --no-deps --target DIR` makes one, or what
-another interpreter has installed, or a set of pins that such a directory is made of. Its packages
-come first on the import path; everything it lacks comes from the current environment.
+A stack is a directory of packages (`pip install --no-deps --target DIR`), the packages of another
+interpreter, or a set of pins from which such a directory is made. Its packages come first on the
+import path; all others come from this environment.
 """
 
 from __future__ import annotations
@@ -27,24 +28,24 @@ from harness.system.child_process import python_module, run
 from matrices.errors import UserError
 from matrices.files.cache import cache_directory, cache_errors
 
-# What the interpreter is asked; its own packages are wanted, not those of a user's directory.
-ASK = (
+# Prints an interpreter's version and the directories of its packages, without the user's.
+PATHS_PROGRAM = (
     "import json, sys, sysconfig; paths = sysconfig.get_paths(); "
     "print(json.dumps([list(sys.version_info[:2]), paths['purelib'], paths['platlib']]))"
 )
 PIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(\[[A-Za-z0-9,._-]+\])?==[A-Za-z0-9.!+_-]+")
 INTERPRETER_SECONDS = 60.0
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Overlay:
-    """Directories that come before this environment's packages; none of them is this stack."""
+    """Directories that come before this environment's packages on the import path."""
 
     directories: tuple[Path, ...] = ()
 
     def packages(self) -> dict[str, importlib.metadata.Distribution]:
-        """Normalized name to distribution as the simulation would find it, the overlay's first."""
+        """Distributions by normalized name, as the simulation would find them: the overlay's
+        first."""
         found: dict[str, importlib.metadata.Distribution] = {}
         for directory in self.directories:
             for distribution in importlib.metadata.distributions(path=[str(directory)]):
@@ -58,17 +59,17 @@ class Overlay:
         return found
 
     def identity(self) -> str:
-        """sha256, hex, of the packages that would be executed: names, versions and, where pip
-        wrote them down, the hashes of their files."""
-        told = {
+        """sha256, hex, of the packages that would be executed: names, versions and the RECORD
+        files."""
+        packages = {
             name: [distribution.version, _digest(distribution.read_text("RECORD") or "")]
             for name, distribution in self.packages().items()
         }
-        text = json.dumps([told, sys.version_info[:2]], sort_keys=True)
+        text = json.dumps([packages, sys.version_info[:2]], sort_keys=True)
         return _digest(text)
 
     def unmet(self) -> list[str]:
-        """What the overlay's packages ask for and would not get, one line each."""
+        """Requirements of the overlay's packages that are not met, one line each."""
         from packaging.requirements import Requirement
 
         if not self.directories:
@@ -105,10 +106,11 @@ def normalized(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def overlay(text: str | None, say: Say) -> Overlay:
-    """What `--stack TEXT` names; none is this environment as it is. `say` is told what takes long.
+def overlay(text: str | None, message: Callable[[str], None]) -> Overlay:
+    """The overlay that `--stack TEXT` names; an empty one without a text. `message` is called
+    before slow work.
 
-    Raises UserError when it is no stack, or cannot be had.
+    Raises UserError when it is not a stack, or cannot be installed.
     """
     if text is None:
         return Overlay()
@@ -121,13 +123,13 @@ def overlay(text: str | None, say: Say) -> Overlay:
         return Overlay((_checked(path, where),))
     if path.is_file():
         if path.suffix in (".txt", ".in"):
-            return Overlay((_installed(_pins_of_file(path, where), where, say),))
+            return Overlay((_installed(_pins_of_file(path, where), where, message),))
         if "python" in path.name:
             return _of_interpreter(str(path), where)
         raise _no_stack(where)
     pins = [part.strip() for part in text.split(",") if part.strip()]
     if pins and "==" in text:
-        return Overlay((_installed(_pins(pins, where), where, say),))
+        return Overlay((_installed(_pins(pins, where), where, message),))
     if text.startswith("python") and (program := shutil.which(text)):
         return _of_interpreter(program, where)
     raise _no_stack(where)
@@ -159,10 +161,10 @@ def _checked(directory: Path, where: str) -> Path:
 
 
 def _of_interpreter(program: str, where: str) -> Overlay:
-    """The site-packages of another interpreter of the same minor version: compiled packages of
-    another one could not be imported."""
+    """The site-packages of another interpreter. It must have the same minor version, as compiled
+    packages of another one cannot be imported."""
     try:
-        done = run([program, "-I", "-c", ASK], INTERPRETER_SECONDS)
+        done = run([program, "-I", "-c", PATHS_PROGRAM], INTERPRETER_SECONDS)
         done.check_returncode()
         version, *paths = json.loads(done.stdout)
     except (OSError, ValueError, subprocess.SubprocessError) as error:
@@ -206,8 +208,8 @@ def _pins(pins: Sequence[str], where: str) -> list[str]:
     return sorted(pins)
 
 
-def _installed(pins: Sequence[str], where: str, say: Say) -> Path:
-    """The overlay of these pins in the cache directory, made by pip the first time."""
+def _installed(pins: Sequence[str], where: str, message: Callable[[str], None]) -> Path:
+    """The overlay of these pins in the cache directory; pip makes it the first time."""
     minor = "{}.{}".format(*sys.version_info[:2])
     name = _digest(json.dumps([pins, minor]))[:16]
     target = cache_directory() / "stacks" / name
@@ -217,13 +219,14 @@ def _installed(pins: Sequence[str], where: str, say: Say) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(target.parent / f"{name}.lock"):
             if not target.is_dir():
-                say(f"installing {', '.join(pins)} into {target}, once ...")
+                message(f"installing {', '.join(pins)} into {target}, once ...")
                 _install(pins, target, where)
     return target
 
 
 def _install(pins: Iterable[str], target: Path, where: str) -> None:
-    """Into another directory first: the overlay is whole or not there."""
+    """Installs into a scratch directory and renames it, so that an overlay is whole or not
+    there."""
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".making-") as scratch:
         made = Path(scratch) / "overlay"
         options = ["--no-deps", "--quiet", "--no-input", "--disable-pip-version-check"]

@@ -1,4 +1,4 @@
-"""Cells to predictions: refused, remembered, or simulated in one process for all of them."""
+"""Predictions of cells: refused, read from the cache, or simulated in one process."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import get_args
 
 from harness.records import provenance
 from harness.records.prediction import Engine, Prediction, Request
-from launch.display.prediction_progress import Show
+from launch.display.progress import Display
 from launch.predict.cache import PredictionCache
 from launch.predict.overlays import Overlay
 from launch.predict.simulator_process import Simulation
@@ -23,9 +23,9 @@ TRAINS_NOTHING = "trains nothing: a base model is only loaded and scored"
 
 
 @dataclass(frozen=True)
-class Options:
-    """How to predict. `gpu` is what the libraries are told (none: an A100-80GB), `judge` are the
-    GPUs to give verdicts for. `fresh` simulates what is remembered too."""
+class PredictionOptions:
+    """How to predict. `gpu` is the GPU that the libraries see (None: an A100-80GB), `judge` are the
+    GPUs to give verdicts for. `fresh` ignores the cache."""
 
     gpu: Gpu | None = None
     judge: tuple[Gpu, ...] = ()
@@ -36,11 +36,13 @@ class Options:
     fresh: bool = False
 
 
-def predict(cells: Sequence[Cell], options: Options, show: Show) -> list[Prediction]:
-    """A prediction for every cell, in their order. One that could not be made says why.
+def predict(
+    cells: Sequence[Cell], options: PredictionOptions, display: Display
+) -> list[Prediction]:
+    """A prediction for every cell, in their order. One that could not be made gives the reason.
 
-    Takes the time of importing the stack (10 s) and seconds for each cell, unless they are
-    remembered. Raises UserError for nothing: a cell's trouble is the cell's.
+    Takes 10 s for the imports and seconds for each cell that is not in the cache. Raises nothing
+    for a cell with a problem: its prediction says so.
     """
     refused = {cell.cell_id: reason for cell in cells if (reason := refusal(cell, options.gpu))}
     if not options.overlay.directories:
@@ -54,7 +56,7 @@ def predict(cells: Sequence[Cell], options: Options, show: Show) -> list[Predict
         found = {i: known for i, cell in wanted.items() if (known := cache.get(cell))}
     missing = [cell for cell_id, cell in wanted.items() if cell_id not in found]
     if missing:
-        made = _simulate(_request(missing, options), options, show)
+        made = _simulate(_request(missing, options), options, display)
         for prediction in made.values():
             cache.put(prediction)
         found |= made
@@ -65,7 +67,7 @@ def predict(cells: Sequence[Cell], options: Options, show: Show) -> list[Predict
 
 
 def checked_engine(name: str | None) -> Engine | None:
-    """Raises UserError for a word that is no engine."""
+    """Raises UserError for an unknown engine."""
     for engine in get_args(Engine):
         if name == engine:
             return engine  # type: ignore[no-any-return]
@@ -86,7 +88,7 @@ def refusal(cell: Cell, gpu: Gpu | None) -> str:
 
 
 def _mistakes(cell: Cell) -> str:
-    """What the installed libraries would not take of what is passed through to them."""
+    """Arguments that the installed libraries refuse."""
     return "; ".join(
         str(error)
         for class_name, arguments in passed_through.given(cell)
@@ -94,7 +96,7 @@ def _mistakes(cell: Cell) -> str:
     )
 
 
-def _request(cells: list[Cell], options: Options) -> Request:
+def _request(cells: list[Cell], options: PredictionOptions) -> Request:
     workers = options.workers or min(provenance.usable_cpus(), max(1, len(cells)))
     return Request(
         cells=cells,
@@ -106,16 +108,15 @@ def _request(cells: list[Cell], options: Options) -> Request:
     )
 
 
-def _simulate(request: Request, options: Options, show: Show) -> Mapping[str, Prediction]:
+def _simulate(
+    request: Request, options: PredictionOptions, display: Display
+) -> Mapping[str, Prediction]:
     simulation = Simulation(request, options.overlay.directories, SIMULATE)
     found: dict[str, Prediction] = {}
-    show.begin(len(request.cells))
-    try:
+    with display.predicting(len(request.cells)) as predicted:
         for index, prediction in simulation.answers():
             found[request.cells[index].cell_id] = prediction
-            show.predicted(prediction)
-    finally:
-        show.end()
+            predicted(prediction)
     reason = simulation.ended or "the simulating process gave no answer for this cell"
     return {
         cell.cell_id: found.get(cell.cell_id) or unpredicted(cell, "failed", reason)
@@ -124,7 +125,7 @@ def _simulate(request: Request, options: Options, show: Show) -> Mapping[str, Pr
 
 
 def unpredicted(cell: Cell, status: str, reason: str) -> Prediction:
-    """The answer for a cell that nothing was executed for."""
+    """The prediction of a cell that was not simulated."""
     return Prediction.model_validate(
         {"cell_id": cell.cell_id, "cell": cell, "stack": {}, "status": status, "reason": reason}
     )

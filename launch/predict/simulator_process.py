@@ -1,6 +1,7 @@
-"""The simulating process: `python -m harness.simulate REQUEST.json`, started, read and stopped.
+"""The simulating process: `python -m harness.simulate REQUEST.json`.
 
-One process for all cells of a request: it imports the stack once and forks a child for each cell.
+There is one process for all cells of a request. It imports the stack once and forks a child for
+each cell.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from harness.system.child_process import how_it_ended, kill_group, python_module
 from matrices.files.cache import cache_directory
 
 ROOT = Path(__file__).resolve().parents[2]
-# The project's own packages: found first, so that no other stack's can stand in for them.
+# The project's own packages come first, so that those of another stack cannot replace them.
 OWN_PACKAGES = ("matrices", "harness")
 LOG_BYTES = 65536
 
 
 class Simulation:
-    """One request and its answers. `ended` is none while all is well; when the process died before
-    it had answered every cell, it says how."""
+    """One request and its answers. `ended` is set when the process ended before it had answered
+    every cell; it says how."""
 
     def __init__(self, request: Request, overlay: Sequence[Path], module: str) -> None:
         self.request = request
@@ -36,24 +37,23 @@ class Simulation:
         self.ended: str | None = None
 
     def answers(self) -> Iterator[tuple[int, Prediction]]:
-        """Index of a cell in the request and its prediction, as each comes.
+        """The index of a cell in the request and its prediction, one by one.
 
-        Whatever leaves this generator (the last answer, an exception, Ctrl-C) leaves no process
-        behind.
+        The process is killed when the generator ends, also by an exception or Ctrl-C.
         """
         with (
             tempfile.TemporaryDirectory(prefix="tunebench-") as scratch,
-            tempfile.TemporaryFile(buffering=0) as said,
+            tempfile.TemporaryFile(buffering=0) as output,
         ):
-            process = self._start(Path(scratch), said)
+            process = self._start(Path(scratch), output)
             answered = 0
             try:
                 assert process.stdout is not None
                 for line in process.stdout:
                     answer = _answer(line, len(self.request.cells))
                     if answer is None:
-                        # A library's greeting: of interest only if things go wrong.
-                        said.write(line)
+                        # What a library prints: of interest only if the process fails.
+                        output.write(line)
                         continue
                     answered += 1
                     yield answer
@@ -62,9 +62,9 @@ class Simulation:
                 kill_group(process.pid)
                 process.wait()
             if answered < len(self.request.cells):
-                self.ended = f"the simulating process {how_it_ended(code)}{_last_words(said)}"
+                self.ended = f"the simulating process {how_it_ended(code)}{_last_line(output)}"
 
-    def _start(self, scratch: Path, said: IO[bytes]) -> subprocess.Popen[bytes]:
+    def _start(self, scratch: Path, output: IO[bytes]) -> subprocess.Popen[bytes]:
         request = scratch / "request.json"
         request.write_text(self.request.model_dump_json())
         own = scratch / "packages"
@@ -76,13 +76,13 @@ class Simulation:
         return start(
             python_module(self.module, str(request)),
             stdout=subprocess.PIPE,
-            stderr=said,
+            stderr=output,
             environment={"PYTHONPATH": os.pathsep.join(path)},
         )
 
 
 def _answer(line: bytes, cells: int) -> tuple[int, Prediction] | None:
-    """A line of the protocol; none for anything else."""
+    """The answer on a line; None for a line that is not one."""
     try:
         plain: Any = json.loads(line)
         index, prediction = (
@@ -94,11 +94,11 @@ def _answer(line: bytes, cells: int) -> tuple[int, Prediction] | None:
     return (index, prediction) if isinstance(index, int) and 0 <= index < cells else None
 
 
-def _last_words(said: IO[bytes]) -> str:
-    """The last line of what it said, and where all of it is kept."""
-    said.seek(0, os.SEEK_END)
-    said.seek(max(0, said.tell() - LOG_BYTES))
-    text = said.read().decode(errors="replace")
+def _last_line(output: IO[bytes]) -> str:
+    """The last line of the output, and the file that keeps all of it."""
+    output.seek(0, os.SEEK_END)
+    output.seek(max(0, output.tell() - LOG_BYTES))
+    text = output.read().decode(errors="replace")
     last = next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
     if not last:
         return ""

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from reports.claims.language import Answer, Claim, Reading, figure_text
-from reports.text import DASH, printable
+from reports.text import DASH, printable, text_table
 
 ORDER = ("reproduced", "refuted", "not testable")
 BASIS = {
@@ -19,16 +19,13 @@ BASIS = {
 
 def answers_text(answers: Sequence[Answer], stack: Mapping[str, str]) -> str:
     """Every claim on a line, with what was found under which assumptions below it."""
-    width = max(len(answer.claim.id) for answer in answers)
-    says = max(len(subject(answer.claim)) for answer in answers)
+    rows = [
+        (f"{answer.verdict:<12}", answer.claim.id, subject(answer.claim), found_text(answer))
+        for answer in answers
+    ]
     lines = []
-    for answer in answers:
-        found = found_text(answer)
-        lines.append(
-            f"{answer.verdict:<12}  {answer.claim.id:<{width}}  {subject(answer.claim):<{says}}"
-            f"  {found}".rstrip()
-        )
-        lines += [f"{'':14}{line}" for line in details(answer)]
+    for answer, row in zip(answers, text_table(rows), strict=True):
+        lines += [row, *(f"{'':14}{line}" for line in details(answer))]
     return "\n".join([*lines, "", *footer(answers, stack)])
 
 

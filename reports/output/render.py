@@ -18,7 +18,7 @@ from reports.output.html import Html, tag
 from reports.records.load import Result
 from reports.statistics.intervals import Estimate
 from reports.tables.model import Row, Table, TableColumn, Text, mark_text
-from reports.text import DASH, harmless, printable
+from reports.text import harmless, printable, text_table
 
 FORMATS = ("md", "csv", "html", "latex", "text")
 TEXT_WIDTH = 110
@@ -267,28 +267,15 @@ def _latex(table: Table) -> str:
 
 
 def _text(table: Table) -> str:
-    from tabulate import tabulate
-
     name = printable(table.title)
     lines = [name, "=" * len(name), ""]
     for title, columns, places in table.panels(by_part=True):
-        head = [_wrapped_heading(column) for column in columns]
-        texts = [[printable(text) for text in _at(column, places)] for column in columns]
+        head = [*map(_wrapped_heading, columns), "Cell"]
+        texts = [[printable(text).strip() for text in _at(column, places)] for column in columns]
         ids = [_ids(table.rows[place]) for place in places]
-        sides = ["right" if column.estimates else "left" for column in columns]
-        rows = [list(row) for row in zip(*texts, ids, strict=True)]
+        right = [place for place, column in enumerate(columns) if column.estimates]
         lines += [printable(title)] if title else []
-        lines.append(
-            tabulate(
-                rows,
-                headers=[*head, "Cell"],
-                tablefmt="simple",
-                colalign=[*sides, "left"],
-                disable_numparse=True,
-                missingval=DASH,
-            )
-        )
-        lines.append("")
+        lines += [*text_table([head, *zip(*texts, ids, strict=True)], right, ruled=True), ""]
     for number, note in enumerate(table.notes, 1):
         lines += _wrap(f"{mark_text([number])} {note}")
     for sentence in table.caption:

@@ -14,7 +14,7 @@ from harness.records.record import Record
 from matrices.cell import Cell
 from matrices.errors import UserError
 from reports.records.load import Result, index
-from reports.text import DASH
+from reports.text import DASH, text_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -160,11 +160,7 @@ def calibration_text(found: Sequence[Family]) -> str:
         )
         for one in ordered
     ]
-    widths = [max(len(row[i]) for row in (headers, *rows)) for i in range(len(headers))]
-    lines = [
-        "  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip()
-        for row in (headers, *rows)
-    ]
+    lines = text_table([headers, *rows])
     return "\n".join([*lines, "", "error: predicted / measured - 1; + is predicted too high"])
 
 

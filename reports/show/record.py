@@ -27,6 +27,7 @@ from reports.text import (
     seconds_text,
     setting_text,
     signed,
+    text_table,
 )
 
 WIDTH = 100
@@ -63,21 +64,6 @@ def _command(result: Result) -> list[str]:
 def _section(title: str, lines: Iterable[str]) -> str:
     told = list(lines)
     return "\n".join([title, *told, ""]) if told else ""
-
-
-def _aligned(rows: Sequence[tuple[str, ...]], right: Sequence[int] = ()) -> list[str]:
-    """Rows in columns, indented by two; the columns in `right` are flush right."""
-    if not rows:
-        return []
-    widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
-    return [
-        "  "
-        + "  ".join(
-            cell.rjust(width) if place in right else cell.ljust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
 
 
 def _facts(title: str, facts: Mapping[str, str]) -> str:
@@ -209,7 +195,7 @@ def _bars(figures: Mapping[str, int | None], mark: str = "") -> list[str]:
         )
         for name, figure in figures.items()
     ]
-    return _aligned(rows, right=(1,))
+    return text_table(rows, right=(1,), indent="  ")
 
 
 def _predicted(record: Record) -> list[str]:
@@ -252,7 +238,7 @@ def _memory(record: Record) -> str:
             lines += ["", f"  {title}", *_bars(known)]
     if memory.top_tensors:
         lines += ["", "  largest tensors live at that peak of the ledger"]
-        lines += _aligned(
+        lines += text_table(
             [
                 (
                     bytes_text(tensor.bytes),
@@ -264,6 +250,7 @@ def _memory(record: Record) -> str:
                 for tensor in memory.top_tensors
             ],
             right=(0,),
+            indent="  ",
         )
     return _section("Memory", lines)
 
@@ -279,7 +266,7 @@ def _ledger_moment(memory: Memory) -> str:
 def _ranks(record: Record) -> str:
     rows = rank_rows(record)
     width = len(rows[0]) if rows else 0
-    lines = _aligned(rows, right=(0, *range(3, width)))
+    lines = text_table(rows, right=(0, *range(3, width)), indent="  ")
     for fact in rank_facts(record):
         lines += textwrap.wrap(f"  {fact}", WIDTH, subsequent_indent="      ")
     return _section("Ranks: peak memory by phase, parameters held, tokens, bytes a step", lines)
@@ -339,7 +326,7 @@ def _quality(result: Result, found: Mapping[str, Result]) -> str:
             name = printable(metric_text(metric))
             title = printable(task) + (" (group)" if scores.subtasks else "")
             rows.append((title, name, told, *against, f"{scores.n} documents"))
-    lines = notes + (_aligned(rows) if len(rows) > 1 else [])
+    lines = notes + (text_table(rows, indent="  ") if len(rows) > 1 else [])
     if len(rows) > 1:
         lines.append("  [95 % interval over documents; differences pair the same documents]")
         absent = [role for role in result.record.base_cell_ids if role not in found]

@@ -23,9 +23,9 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 import accuracy_text as text  # noqa: E402
 import published  # noqa: E402
 
-from launch.display.prediction_progress import show_for_stderr  # noqa: E402
+from launch.display.progress import display_for_stderr  # noqa: E402
 from launch.predict.overlays import Overlay, overlay  # noqa: E402
-from launch.predict.predict import Options, predict  # noqa: E402
+from launch.predict.predict import PredictionOptions, predict  # noqa: E402
 
 DATA = ROOT / "tests" / "data" / "published_measurements"
 STACK = (
@@ -45,9 +45,11 @@ def main() -> None:
     told = yaml.safe_load(DATA.with_suffix(".yaml").read_text())
     vocabulary = {name: entry["size"] for name, entry in told["vocabulary"].items()}
     cells = published.cells(rows, vocabulary)
-    show = show_for_stderr()
-    then = predict(cells, Options(overlay=overlay(arguments.stack, show.message)), show)
-    now = predict(cells, Options(overlay=Overlay()), show)
+    display = display_for_stderr()
+    then = predict(
+        cells, PredictionOptions(overlay=overlay(arguments.stack, display.message)), display
+    )
+    now = predict(cells, PredictionOptions(overlay=Overlay()), display)
     # DeepSpeed logs to standard output.
     with contextlib.redirect_stdout(sys.stderr):
         others = other_tools(rows, vocabulary, arguments.deepspeed)

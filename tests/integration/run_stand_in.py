@@ -19,7 +19,7 @@ from launch.engines import order, remote_plan
 from launch.engines.debug import DebugEngine
 from launch.engines.engine import run_on
 from launch.planning.plan import Sweep, plan_jobs
-from launch.predict.before_run import Foretold
+from launch.predict.run_predictions import RunPredictions
 from launch.processes.stop_signals import Stopped
 from matrices.cell import Cell, Data, Evaluate, Model, Train
 from matrices.errors import UserError
@@ -28,9 +28,11 @@ from matrices.rules.machine import Machine
 TWO_DEVICES = Machine(has_gpu=False, devices=2, nodes=2)
 
 
-def foretell(seed: int, cells: Sequence[Cell]) -> Foretold:
+def foretell(seed: int, cells: Sequence[Cell]) -> RunPredictions:
     """Predictions that name one cell to be skipped."""
-    return Foretold(skipped={cell.cell_id: "predicted OOM" for cell in cells if cell.seed == seed})
+    return RunPredictions(
+        skipped={cell.cell_id: "predicted OOM" for cell in cells if cell.seed == seed}
+    )
 
 
 def cell(asked: argparse.Namespace, seed: int) -> Cell:

@@ -12,9 +12,9 @@ import pytest
 import yaml
 
 from harness.records.prediction import Prediction
-from launch.display.prediction_progress import Silent
+from launch.display.progress import PlainDisplay
 from launch.predict.overlays import overlay
-from launch.predict.predict import Options, predict
+from launch.predict.predict import PredictionOptions, predict
 
 DATA = Path(__file__).parents[1] / "data" / "published_measurements"
 ALL_ROWS = published.read(DATA.with_suffix(".csv"))
@@ -69,11 +69,11 @@ class Compared:
 @pytest.fixture(scope="module")
 def predicted() -> dict[str, Compared]:
     """All rows in one request, under the measured stack, which pip installs into a cache."""
-    show = Silent()
+    display = PlainDisplay()
     found = predict(
         published.cells(ROWS, VOCABULARY),
-        Options(overlay=overlay(STACK, show.message), fresh=True),
-        show,
+        PredictionOptions(overlay=overlay(STACK, display.message), fresh=True),
+        display,
     )
     return {row.row_id: Compared(row, made) for row, made in zip(ROWS, found, strict=True)}
 

@@ -15,10 +15,12 @@ import typer
 from harness.records.provenance import new_record, now
 from harness.records.store import Store, record_key
 from launch.cli import app
-from launch.commands.run import EXIT_INCOMPLETE, exit_code
-from launch.display.tables import aligned, counted, outcome_row
+from launch.commands.console import EXIT_INCOMPLETE
+from launch.commands.run import exit_code
+from launch.display.tables import counted, outcome_row
 from launch.planning.plan import Job
 from matrices.cell import Adapter, Cell, Data, Train
+from reports.text import text_table
 
 MATRIX = """\
 name: small
@@ -300,5 +302,5 @@ def test_what_was_not_measured_is_a_dash() -> None:
 
 
 def test_columns_are_aligned_and_counts_sorted() -> None:
-    assert aligned(("a", "b"), [("xyz", "1"), ("é", "22")]) == "a    b\nxyz  1\né    22"
+    assert text_table([("a", "b"), ("xyz", "1"), ("é", "22")]) == ["a    b", "xyz  1", "é    22"]
     assert counted(["keep", "run", "run"]) == "2 run, 1 keep"

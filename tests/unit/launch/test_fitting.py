@@ -1,4 +1,4 @@
-"""`tunebench fit`: what is searched, and the ladder when nothing fits."""
+"""`tunebench fit`: what is searched, and what each change saves when nothing fits."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from typing import Any
 import pytest
 
 from harness.records.prediction import PredictedMemory, Prediction, Verdict
-from launch.display.prediction_progress import Silent
-from launch.fit import advice, search
-from launch.fit import answer as fitting
-from launch.fit.advice import climb
-from launch.fit.answer import (
-    Question,
-    answer,
-    answer_json,
+from launch.display.progress import PlainDisplay
+from launch.fit import fit as fitting
+from launch.fit import memory_savings as changes
+from launch.fit import search
+from launch.fit.fit import (
+    FitRequest,
     checked_methods,
     checked_parallelism,
+    fit_json,
     model_settings,
     positions,
     templates,
 )
-from launch.fit.text import answer_text, price_text
-from launch.predict.predict import Options
+from launch.fit.memory_savings import memory_savings
+from launch.fit.text import fit_text, price_text
+from launch.predict.predict import PredictionOptions
 from matrices.catalogue import models
 from matrices.catalogue.gpus import gpu
 from matrices.cell import Cell
@@ -50,13 +50,15 @@ def simple(cell: Cell) -> int:
 
 
 def simulated(peak: Peak) -> Callable[..., list[Prediction]]:
-    def predict(cells: Sequence[Cell], options: Options, show: object) -> list[Prediction]:
+    def predict(
+        cells: Sequence[Cell], options: PredictionOptions, show: object
+    ) -> list[Prediction]:
         return [_prediction(cell, peak(cell), options) for cell in cells]
 
     return predict
 
 
-def _prediction(cell: Cell, peak: int, options: Options) -> Prediction:
+def _prediction(cell: Cell, peak: int, options: PredictionOptions) -> Prediction:
     [judged] = options.judge
     verdict = Verdict(
         gpu=judged.name,
@@ -82,19 +84,21 @@ def _prediction(cell: Cell, peak: int, options: Options) -> Prediction:
 
 
 @pytest.fixture
-def ask(monkeypatch: pytest.MonkeyPatch) -> Callable[..., fitting.Answer]:
-    def asked(question: Question, peak: Peak = simple) -> fitting.Answer:
-        for module in (search, advice):
+def ask(monkeypatch: pytest.MonkeyPatch) -> Callable[..., fitting.FitResult]:
+    def asked(request: FitRequest, peak: Peak = simple) -> fitting.FitResult:
+        for module in (search, changes):
             monkeypatch.setattr(module, "predict", simulated(peak))
-        return answer(question, Options(gpu=question.gpu, judge=(question.gpu,)), Silent())
+        return fitting.fit(
+            request, PredictionOptions(gpu=request.gpu, judge=(request.gpu,)), PlainDisplay()
+        )
 
     return asked
 
 
 def test_every_method_gets_its_largest_batch_and_longest_sequence(
-    ask: Callable[..., fitting.Answer],
+    ask: Callable[..., fitting.FitResult],
 ) -> None:
-    found = ask(Question("llama-3.1-8b", A100))
+    found = ask(FitRequest("llama-3.1-8b", A100))
     rows = {row.cell.method: row for row in found.rows}
     left = {method: A100.capacity_bytes // 2**20 - held * 1024
             for method, held in (("full", 64), ("lora", 16), ("qlora", 4))}  # fmt: skip
@@ -103,23 +107,23 @@ def test_every_method_gets_its_largest_batch_and_longest_sequence(
         assert row.longest == left[method] // 256 * 256
         assert search.fits(row.shown)
     assert found.max_length == 2048
-    assert found.ladder == []
+    assert found.savings == []
     assert rows["full"].binds == ("weights", "backward")
     assert rows["qlora"].binds == ("activations", "backward")
 
 
 def test_a_length_that_does_not_fit_still_says_what_would(ask: Callable[..., Any]) -> None:
-    found = ask(Question("llama-3.1-8b", A100, max_length=32_768, methods=("full",)))
+    found = ask(FitRequest("llama-3.1-8b", A100, max_length=32_768, methods=("full",)))
     [row] = found.rows
     assert row.micro_batch is None
     assert row.longest == (A100.capacity_bytes // 2**20 - 64 * 1024) // 256 * 256
-    assert "does not fit at 32768 tokens; fits at " in answer_text(found)
+    assert "does not fit at 32768 tokens; fits at " in fit_text(found)
 
 
 def test_several_gpus_are_shared_in_every_way_without_searching_lengths(
     ask: Callable[..., Any],
 ) -> None:
-    found = ask(Question("llama-3.1-8b", T4, count=2))
+    found = ask(FitRequest("llama-3.1-8b", T4, count=2))
     ways = [(row.cell.method, row.cell.parallelism, row.cell.devices) for row in found.rows]
     assert ways == [
         (method, way, 2)
@@ -132,15 +136,15 @@ def test_several_gpus_are_shared_in_every_way_without_searching_lengths(
     assert stored == {"ddp": "uint8", "zero2": "uint8", "fsdp": "bf16", "zero3": "bf16"}
 
 
-def test_nothing_fits_and_the_ladder_says_what_would(ask: Callable[..., Any]) -> None:
+def test_nothing_fits_and_each_change_says_what_it_saves(ask: Callable[..., Any]) -> None:
     overrides = ("micro_batch_size=8", "gradient_checkpointing=false")
-    question = Question("llama-3.1-8b", T4, methods=("lora",), overrides=overrides, longest=False)
-    found = ask(question)
+    request = FitRequest("llama-3.1-8b", T4, methods=("lora",), overrides=overrides, longest=False)
+    found = ask(request)
     assert [row.micro_batch for row in found.rows] == [None]
     peaks = {
-        rung.name: rung.prediction.memory.peak_allocated_bytes
-        for rung in found.ladder
-        if rung.prediction is not None
+        saving.name: saving.prediction.memory.peak_allocated_bytes
+        for saving in found.savings
+        if saving.prediction is not None
     }
     assert list(peaks) == [
         "as asked", "qlora", "smaller micro batch", "shorter sequences", "gradient checkpointing",
@@ -148,29 +152,29 @@ def test_nothing_fits_and_the_ladder_says_what_would(ask: Callable[..., Any]) ->
     ]  # fmt: skip
     # 16 + 16 GiB; 4 + 16; half the micro batch; half the length.
     assert [peaks[name] / GIB for name in list(peaks)[:4]] == [32, 20, 12, 8]
-    savings = [rung.saving_bytes for rung in found.ladder[:4]]
+    savings = [saving.saving_bytes for saving in found.savings[:4]]
     assert savings == [None, 12 * GIB, 8 * GIB, 4 * GIB]
-    fits = [rung.name for rung in found.ladder if rung.fits]
+    fits = [saving.name for saving in found.savings if saving.fits]
     assert fits[0] == "smaller micro batch"
-    text = answer_text(found)
+    text = fit_text(found)
     assert "first fits at: smaller micro batch" in text
     assert "micro batch 8 -> 4, accumulation 1 -> 2  <- fits" in text
     assert "does not fit: weights; try qlora" in text
-    told = answer_json(found)
-    assert told["rows"][0]["fits"] is False
-    assert [rung["rung"] for rung in told["ladder"]] == list(peaks)
+    texts = fit_json(found)
+    assert texts["rows"][0]["fits"] is False
+    assert [rung["rung"] for rung in texts["ladder"]] == list(peaks)
 
 
-def test_every_rung_changes_one_thing_and_keeps_the_rest(ask: Callable[..., Any]) -> None:
+def test_each_change_keeps_those_before_it(ask: Callable[..., Any]) -> None:
     cells = templates({"name": "llama-3.1-8b"}, 4096, ("target_modules=all-linear",))
-    rungs = climb_with(simple, cells["lora"], cells["qlora"])
-    told = {rung.name: (rung.change, rung.why) for rung in rungs}
-    assert told["smaller micro batch"][0] == "micro batch 2 -> 1, accumulation 1 -> 2"
-    assert told["gradient checkpointing"] == ("", "it is on already")
-    assert told["lower rank"][0] == "rank 16 -> 8"
-    assert told["fewer target modules"][0] == "target_modules all-linear -> attention"
-    assert told["8-bit or paged optimizer"][0] == "optimizer adamw_torch -> paged_adamw_8bit"
-    last = rungs[-1].prediction
+    found = savings_with(simple, cells["lora"], cells["qlora"])
+    texts = {saving.name: (saving.change, saving.why) for saving in found}
+    assert texts["smaller micro batch"][0] == "micro batch 2 -> 1, accumulation 1 -> 2"
+    assert texts["gradient checkpointing"] == ("", "it is on already")
+    assert texts["lower rank"][0] == "rank 16 -> 8"
+    assert texts["fewer target modules"][0] == "target_modules all-linear -> attention"
+    assert texts["8-bit or paged optimizer"][0] == "optimizer adamw_torch -> paged_adamw_8bit"
+    last = found[-1].prediction
     assert last is not None
     cell = last.cell
     assert cell.method == "qlora"
@@ -183,34 +187,38 @@ def test_every_rung_changes_one_thing_and_keeps_the_rest(ask: Callable[..., Any]
     assert cell.quantization.quant_storage == "bf16"
 
 
-def test_a_rung_with_nothing_to_change_says_so() -> None:
+def test_a_change_that_is_not_possible_says_so() -> None:
     changes = ("rank=4", "target_modules=qv", "optimizer=adamw_8bit", "micro_batch_size=1")
     cells = templates({"name": "llama-3.1-8b"}, 128, changes)
-    told = {rung.name: rung.why for rung in climb_with(simple, cells["qlora"], cells["qlora"])}
-    assert told["qlora"] == "it is qlora already"
-    assert told["smaller micro batch"] == "the micro batch is 1 already"
-    assert told["shorter sequences"] == "sequences are 128 tokens already"
-    assert told["lower rank"] == "there is no rank to lower"
-    assert told["fewer target modules"] == "there are no fewer to name"
-    assert told["8-bit or paged optimizer"] == "adamw_8bit keeps little already"
+    texts = {
+        saving.name: saving.why for saving in savings_with(simple, cells["qlora"], cells["qlora"])
+    }
+    assert texts["qlora"] == "it is qlora already"
+    assert texts["smaller micro batch"] == "the micro batch is 1 already"
+    assert texts["shorter sequences"] == "sequences are 128 tokens already"
+    assert texts["lower rank"] == "there is no rank to lower"
+    assert texts["fewer target modules"] == "there are no fewer to name"
+    assert texts["8-bit or paged optimizer"] == "adamw_8bit keeps little already"
 
 
-def climb_with(peak: Peak, start: Cell, qlora: Cell) -> list[advice.Rung]:
+def savings_with(peak: Peak, start: Cell, qlora: Cell) -> list[changes.MemorySaving]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(advice, "predict", simulated(peak))
-        return climb(start, qlora, 1, Options(gpu=T4, judge=(T4,)), Silent())
+        patch.setattr(changes, "predict", simulated(peak))
+        return memory_savings(
+            start, qlora, 1, PredictionOptions(gpu=T4, judge=(T4,)), PlainDisplay()
+        )
 
 
 def test_odd_micro_batches_keep_at_least_their_sequences() -> None:
     cells = templates({"name": "llama-3.1-8b"}, 128, ("micro_batch_size=5",))
-    rungs = climb_with(simple, cells["qlora"], cells["qlora"])
-    assert rungs[2].change == "micro batch 5 -> 2, accumulation 1 -> 3"
+    found = savings_with(simple, cells["qlora"], cells["qlora"])
+    assert found[2].change == "micro batch 5 -> 2, accumulation 1 -> 3"
 
 
 def test_what_nobody_can_simulate_is_a_mistake_of_the_question(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def refuse(cells: Sequence[Cell], options: Options, show: object) -> list[Prediction]:
+    def refuse(cells: Sequence[Cell], options: PredictionOptions, show: object) -> list[Prediction]:
         return [
             Prediction(
                 cell_id=cell.cell_id, cell=cell, stack={}, status="invalid", reason="unheard of"
@@ -220,7 +228,9 @@ def test_what_nobody_can_simulate_is_a_mistake_of_the_question(
 
     monkeypatch.setattr(search, "predict", refuse)
     with pytest.raises(UserError, match="--model some/model: unheard of"):
-        answer(Question("some/model", T4), Options(gpu=T4, judge=(T4,)), Silent())
+        fitting.fit(
+            FitRequest("some/model", T4), PredictionOptions(gpu=T4, judge=(T4,)), PlainDisplay()
+        )
 
 
 def test_a_model_is_a_name_a_hub_id_or_a_config(tmp_path: Path) -> None:
@@ -241,7 +251,7 @@ def test_a_model_is_a_name_a_hub_id_or_a_config(tmp_path: Path) -> None:
 
 
 def test_the_length_follows_the_models_limit(ask: Callable[..., Any]) -> None:
-    found = ask(Question("gpt2", A100, methods=("lora",)))
+    found = ask(FitRequest("gpt2", A100, methods=("lora",)))
     assert found.max_length == 1024
     [row] = found.rows
     assert row.longest == 1024

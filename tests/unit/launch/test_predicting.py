@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from harness.records.prediction import Prediction
-from launch.display.prediction_progress import Count, PlainShow, Silent
+from launch.display.progress import PlainDisplay
+from launch.display.schedule import PredictionCount
 from launch.predict import predict as predicting
 from launch.predict.overlays import Overlay
-from launch.predict.predict import TRAINS_NOTHING, Options, checked_engine, predict
+from launch.predict.predict import TRAINS_NOTHING, PredictionOptions, checked_engine, predict
 from launch.predict.simulator_process import ROOT
 from matrices.catalogue.gpus import gpu
 from matrices.cell import Adapter, Cell, Data, Model, Train
@@ -46,45 +49,45 @@ def statuses(found: list[Prediction]) -> list[str]:
     return [one.status for one in found]
 
 
-class Told(Silent):
-    """Keeps what a person would have been shown."""
+class RecordingDisplay(PlainDisplay):
+    """Keeps what a person would be shown."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.totals: list[int] = []
-        self.labels: list[str] = []
+        self.cell_ids: list[str] = []
 
-    def begin(self, total: int) -> None:
+    @contextlib.contextmanager
+    def predicting(self, total: int) -> Iterator[Callable[[Prediction], None]]:
         self.totals.append(total)
-
-    def predicted(self, prediction: Prediction) -> None:
-        self.labels.append(prediction.cell_id)
+        yield lambda prediction: self.cell_ids.append(prediction.cell_id)
 
 
 def test_answers_come_in_the_order_of_the_cells_whatever_order_they_came_in() -> None:
     cells = [lora(rank=rank) for rank in (64, 8, 32, 16)]
-    told = Told()
-    found = predict(cells, Options(judge=(T4,)), told)
+    display = RecordingDisplay()
+    found = predict(cells, PredictionOptions(judge=(T4,)), display)
     assert [one.cell_id for one in found] == [cell.cell_id for cell in cells]
-    assert told.labels == [cell.cell_id for cell in reversed(cells)]
+    assert display.cell_ids == [cell.cell_id for cell in reversed(cells)]
     # 8 GiB and a MiB for each of 2 x 512 tokens; the stand-in's arithmetic.
     assert {one.memory.peak_allocated_bytes for one in found} == {9 * 2**30}
     assert [one.verdicts[0].outcome for one in found] == ["fits"] * 4
 
 
 def test_what_cannot_be_simulated_is_answered_without_a_process() -> None:
-    told = Told()
+    display = RecordingDisplay()
     long = lora(data=Data(max_length=200_000))
-    found = predict([Cell(method="base"), lora(), long], Options(), told)
+    found = predict([Cell(method="base"), lora(), long], PredictionOptions(), display)
     assert statuses(found) == ["invalid", "predicted", "invalid"]
     assert found[0].reason == TRAINS_NOTHING
     assert "sequence-needs-positions: " in (found[2].reason or "")
-    assert told.totals == [1]
-    assert predict([Cell(method="base")], Options(), told)[0].status == "invalid"
-    assert told.totals == [1], "nothing to simulate starts nothing"
+    assert display.totals == [1]
+    assert predict([Cell(method="base")], PredictionOptions(), display)[0].status == "invalid"
+    assert display.totals == [1], "nothing to simulate starts nothing"
 
 
 def test_a_cell_refused_by_the_simulation_is_that_cells_alone() -> None:
-    found = predict([lora(INVALID), lora()], Options(), Silent())
+    found = predict([lora(INVALID), lora()], PredictionOptions(), PlainDisplay())
     assert [(one.status, one.reason) for one in found] == [
         ("invalid", "as the test asked"),
         ("predicted", None),
@@ -93,7 +96,7 @@ def test_a_cell_refused_by_the_simulation_is_that_cells_alone() -> None:
 
 def test_a_process_that_dies_leaves_its_answers_and_its_last_words(tmp_path: Path) -> None:
     # It answers from the last to the first.
-    found = predict([lora(rank=4), lora(DIES), lora()], Options(), Silent())
+    found = predict([lora(rank=4), lora(DIES), lora()], PredictionOptions(), PlainDisplay())
     assert statuses(found) == ["failed", "failed", "predicted"]
     log = tmp_path / "cache/logs/simulate.txt"
     assert found[0].reason == (
@@ -104,12 +107,15 @@ def test_a_process_that_dies_leaves_its_answers_and_its_last_words(tmp_path: Pat
 
 
 def test_what_libraries_print_is_no_answer() -> None:
-    assert statuses(predict([lora(CHATTY), lora()], Options(), Silent())) == ["predicted"] * 2
+    assert (
+        statuses(predict([lora(CHATTY), lora()], PredictionOptions(), PlainDisplay()))
+        == ["predicted"] * 2
+    )
 
 
 def test_a_module_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(predicting, "SIMULATE", "no_such_module")
-    [found] = predict([lora()], Options(), Silent())
+    [found] = predict([lora()], PredictionOptions(), PlainDisplay())
     assert found.status == "failed"
     assert "exit code 1" in (found.reason or "")
     assert "No module named no_such_module" in (found.reason or "")
@@ -130,7 +136,8 @@ def test_the_stack_is_executed_and_does_not_replace_tunebench(tmp_path: Path) ->
     (tmp_path / "over/harness").mkdir()
     (tmp_path / "over/harness/__init__.py").write_text("raise ImportError('the wrong harness')")
     [here, there] = [
-        predict([lora()], options, Silent())[0] for options in (Options(), Options(overlay=over))
+        predict([lora()], options, PlainDisplay())[0]
+        for options in (PredictionOptions(), PredictionOptions(overlay=over))
     ]
     assert there.stack["peft"] == "0.0.1"
     assert here.stack["peft"] != "0.0.1"
@@ -139,29 +146,33 @@ def test_the_stack_is_executed_and_does_not_replace_tunebench(tmp_path: Path) ->
 
 
 def test_the_second_time_is_remembered_by_what_could_change_it(tmp_path: Path) -> None:
-    told = Told()
-    options = Options(judge=(T4,))
-    first = predict([lora(), lora(INVALID)], options, told)
-    again = predict([lora(), lora(INVALID)], options, told)
+    display = RecordingDisplay()
+    options = PredictionOptions(judge=(T4,))
+    first = predict([lora(), lora(INVALID)], options, display)
+    again = predict([lora(), lora(INVALID)], options, display)
     assert first == again
-    assert told.totals == [2, 1], "what was not predicted is tried again"
-    predict([lora()], Options(judge=(T4,), workers=1), told)
-    assert told.totals == [2, 1], "how many at once changes nothing"
-    predict([lora(rank=16)], options, told)
-    predict([lora()], Options(judge=(gpu("l4"),)), told)
-    predict([lora()], Options(judge=(T4,), engine="fake-cpu"), told)
-    predict([lora()], Options(judge=(T4,), overlay=overlay_of(tmp_path / "o", peft="1")), told)
-    predict([lora()], Options(judge=(T4,), fresh=True), told)
-    assert told.totals == [2, 1, 1, 1, 1, 1, 1]
+    assert display.totals == [2, 1], "what was not predicted is tried again"
+    predict([lora()], PredictionOptions(judge=(T4,), workers=1), display)
+    assert display.totals == [2, 1], "how many at once changes nothing"
+    predict([lora(rank=16)], options, display)
+    predict([lora()], PredictionOptions(judge=(gpu("l4"),)), display)
+    predict([lora()], PredictionOptions(judge=(T4,), engine="fake-cpu"), display)
+    predict(
+        [lora()],
+        PredictionOptions(judge=(T4,), overlay=overlay_of(tmp_path / "o", peft="1")),
+        display,
+    )
+    predict([lora()], PredictionOptions(judge=(T4,), fresh=True), display)
+    assert display.totals == [2, 1, 1, 1, 1, 1, 1]
 
 
 def test_a_broken_memory_is_made_again(tmp_path: Path) -> None:
-    told = Told()
-    [first] = predict([lora()], Options(), told)
+    display = RecordingDisplay()
+    [first] = predict([lora()], PredictionOptions(), display)
     [file] = (tmp_path / "cache/predictions").glob("*.json")
     file.write_text("{")
-    assert predict([lora()], Options(), told) == [first]
-    assert told.totals == [1, 1]
+    assert predict([lora()], PredictionOptions(), display) == [first]
+    assert display.totals == [1, 1]
     assert json.loads(file.read_text())["cell_id"] == first.cell_id
 
 
@@ -170,7 +181,7 @@ def test_a_cache_that_cannot_be_written_costs_only_time(
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TUNEBENCH_CACHE", str(tmp_path / "file"))
-    assert statuses(predict([lora()], Options(), Silent())) == ["predicted"]
+    assert statuses(predict([lora()], PredictionOptions(), PlainDisplay())) == ["predicted"]
 
 
 def test_engines_are_checked() -> None:
@@ -181,7 +192,7 @@ def test_engines_are_checked() -> None:
 
 
 def test_what_a_person_reads_meanwhile(capsys: pytest.CaptureFixture[str]) -> None:
-    predict([lora(), lora(rank=4)], Options(), PlainShow())
+    predict([lora(), lora(rank=4)], PredictionOptions(), PlainDisplay())
     captured = capsys.readouterr()
     assert captured.out == ""
     first, last = captured.err.splitlines()
@@ -190,8 +201,9 @@ def test_what_a_person_reads_meanwhile(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_a_line_about_the_work_in_hand() -> None:
-    count = Count()
-    count.begin(3)
-    [answer] = predict([lora()], Options(), Silent())
+    count = PredictionCount(3)
+    [answer] = predict([lora()], PredictionOptions(), PlainDisplay())
     count.add(answer)
-    assert count.text().startswith("predicting 1/3 · lora r8 attention 2 x 512: 9.00 GiB · 0:0")
+    assert " · ".join(count.parts()).startswith(
+        "predicting 1/3 · lora r8 attention 2 x 512: 9.00 GiB · 0:0"
+    )

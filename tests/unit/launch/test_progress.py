@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import fcntl
+import io
+import os
+import pty
+import struct
+import subprocess
+import sys
+import termios
+from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.cells import cell_len
+from rich.console import Console
 
 from harness.ranks.progress_file import Progress
 from harness.records.provenance import new_record
 from harness.records.record import Memory, Record, Speed, Tokens
 from launch.display import progress
-from launch.display.progress import LiveDisplay, PlainDisplay, Schedule, clock, describe, outcome
+from launch.display.progress import PlainDisplay
+from launch.display.schedule import Schedule, clock, describe, outcome
+from launch.display.terminal import TerminalDisplay
 from launch.planning.plan import Job
 from matrices.cell import Cell, Method
 
@@ -107,4 +120,137 @@ def test_a_terminal_without_cursor_control_gets_plain_lines(
     monkeypatch.setenv("TERM", "dumb")
     assert isinstance(progress.display_for_stderr(), PlainDisplay)
     monkeypatch.setenv("TERM", "xterm-256color")
-    assert isinstance(progress.display_for_stderr(), LiveDisplay)
+    assert isinstance(progress.display_for_stderr(), TerminalDisplay)
+
+
+def on_terminal(display: TerminalDisplay, width: int, height: int = 24) -> list[str]:
+    """The lines that a display keeps redrawing on a terminal of this size."""
+    console = Console(file=io.StringIO(), width=width, height=height, force_terminal=True)
+    lines = console.render_lines(display, pad=False)
+    return ["".join(segment.text for segment in line) for line in lines]
+
+
+@pytest.fixture
+def running(monkeypatch: pytest.MonkeyPatch) -> TerminalDisplay:
+    """Two of three cells at work; time stands still."""
+    monkeypatch.setattr(progress.time, "monotonic", lambda: 0.0)
+    monkeypatch.setattr(TerminalDisplay, "_show", lambda self: None)
+    display = TerminalDisplay()
+    jobs = [job("a"), job("b", "qlora"), job("c")]
+    display.begin(jobs)
+    for each in jobs[:2]:
+        display.cell_started(each)
+    display.update(jobs[0], Progress("train", 12, 40, 2.314, 1234.4))
+    return display
+
+
+def test_a_terminal_shows_each_running_cell_and_the_sweep(running: TerminalDisplay) -> None:
+    lines = on_terminal(running, 90)
+    assert lines[:2] == [
+        "[1/3] lora r8 · train 12/40 · loss 2.31 · 1,234 tok/s · 0:00",
+        "[2/3] qlora r8 · starting · 0:00",
+    ]
+    assert lines[2].endswith(" 0/3 cells · ETA sweep –")
+    running.cell_finished(running.running["b"][0], record(), 60.0)
+    lines = on_terminal(running, 90)
+    assert lines[0].startswith("[1/3] lora r8")
+    assert lines[1].endswith(" 1/3 cells · ETA sweep 2:00")
+
+
+@pytest.mark.parametrize("width", [8, 20, 33, 50])
+def test_a_narrow_terminal_keeps_each_cell_on_a_line(running: TerminalDisplay, width: int) -> None:
+    wide = job("d")
+    running.begin([wide])
+    running.update(
+        Job(wide.cell, "d", "模型 with \x1b[31m a long name", "run", "", 0, None),
+        Progress("train", 12, 40, 2.314, 1234.4),
+    )
+    lines = on_terminal(running, width)
+    assert len(lines) == 3
+    assert all(cell_len(line) <= width for line in lines)
+    assert "\x1b" not in "".join(lines)
+    if width == 50:
+        assert lines[0] == "[1/1] lora r8 · train 12/40 · loss 2.31 · 0:00"
+        assert "train 12/40 · loss 2.31 · 0:00" in lines[2]
+
+
+def test_more_cells_than_lines_are_counted(running: TerminalDisplay) -> None:
+    for number in range(30):
+        running.update(job(str(number)), Progress())
+    lines = on_terminal(running, 80, height=10)
+    assert len(lines) == 9
+    assert lines[7] == "and 25 more cells"
+
+
+TWO_CELLS = """
+import sys
+from harness.records.provenance import new_record
+from launch.display.progress import display_for_stderr
+from launch.output import prepare
+from launch.planning.plan import Job
+from launch.processes.workers import Progress
+from matrices.cell import Cell
+prepare()
+jobs = [Job(Cell(method="lora"), key, "lora " + key, "run", "", 0, None) for key in "ab"]
+display = display_for_stderr()
+with display.busy("checking models"):
+    print("[]")
+with display.predicting(2):
+    pass
+display.begin(jobs)
+for job in jobs:
+    display.cell_started(job)
+    sys.stdin.readline()
+    display.update(job, Progress("train", 1, 2))
+    display.cell_finished(job, new_record(Cell(method="base"), []), 1.0)
+display.close()
+print("end")
+"""
+
+
+def on_a_real_terminal(
+    repository: Path, vanishes: bool = False, **environment: str
+) -> tuple[str, str, int]:
+    """Standard output, what the terminal got on standard error, and the exit code."""
+    terminal, stderr = pty.openpty()
+    fcntl.ioctl(stderr, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 60, 0, 0))
+    process = subprocess.Popen(
+        [sys.executable, "-c", TWO_CELLS],
+        cwd=repository,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
+        env=os.environ | {"TERM": "xterm-256color"} | environment,
+    )
+    os.close(stderr)
+    shown = b""
+    while b"[1/2]" not in shown:
+        shown += os.read(terminal, 65536)
+    if vanishes:
+        os.close(terminal)
+    out, _ = process.communicate("\n\n", timeout=60)
+    while not vanishes:
+        try:
+            shown += os.read(terminal, 65536)
+        except OSError:
+            os.close(terminal)
+            break
+    return out, shown.decode(), process.returncode
+
+
+def test_progress_on_a_terminal_leaves_standard_output_alone(repository: Path) -> None:
+    out, shown, code = on_a_real_terminal(repository)
+    assert (out, code) == ("[]\nend\n", 0)
+    assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h") > 0, "the cursor is back"
+    assert "[2/2] lora b" in shown
+
+
+def test_no_color_is_obeyed(repository: Path) -> None:
+    _, shown, _ = on_a_real_terminal(repository, NO_COLOR="1")
+    assert "\x1b[3" not in shown.replace("\x1b[3m", "")
+
+
+def test_a_terminal_that_vanishes_ends_nothing(repository: Path) -> None:
+    out, _, code = on_a_real_terminal(repository, vanishes=True)
+    assert (out, code) == ("[]\nend\n", 0)

@@ -10,8 +10,9 @@ import pytest
 from harness.records.provenance import new_record
 from harness.records.record import Memory
 from harness.records.store import Entry, Store, record_key
-from launch.commands.doctor import _hub
-from launch.commands.reporting import find_record, record_text, table_text, write_all, write_page
+from launch.commands.report import table_text, write_all, write_page
+from launch.commands.show import find_record, record_text
+from launch.planning.machine_findings import _hub
 from launch.planning.plan import Sweep
 from matrices.cell import Adapter, Cell, Data, Train
 from matrices.errors import UserError

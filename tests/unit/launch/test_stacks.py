@@ -181,9 +181,12 @@ def test_names_compare_as_pip_compares_them() -> None:
     assert normalized("Huggingface_Hub") == normalized("huggingface.hub") == "huggingface-hub"
 
 
-def test_what_an_interpreter_is_asked_is_answered_by_this_one() -> None:
+def test_an_interpreter_prints_its_version_and_directories() -> None:
     done = subprocess.run(
-        [sys.executable, "-I", "-c", overlays.ASK], capture_output=True, text=True, check=True
+        [sys.executable, "-I", "-c", overlays.PATHS_PROGRAM],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     version, purelib, _ = json.loads(done.stdout)
     assert version == list(sys.version_info[:2])

@@ -1,4 +1,4 @@
-"""What was predicted for the cells of a run, and what becomes of it in their records."""
+"""Predictions for the cells of a run, and what their records say of them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import psutil
 from harness.records import provenance
 from harness.records.prediction import Engine, Prediction
 from harness.records.record import Record, RecordedPrediction
-from launch.display.prediction_progress import Show
-from launch.predict.gpu_choice import this_machines
-from launch.predict.predict import Options, predict
-from matrices.catalogue.gpus import Gpu, gpu
+from launch.display.progress import Display
+from launch.predict.gpu_choice import gpu_of_this_machine
+from launch.predict.predict import PredictionOptions, predict
+from matrices.catalogue import gpus
+from matrices.catalogue.gpus import Gpu
 from matrices.cell import Cell
 from matrices.errors import UserError
 from reports.predictions.step_time import Step, device_name, past_steps, with_expectation
@@ -24,46 +25,46 @@ COUNTED_BY: dict[Engine, str] = {"fake-cuda": "cuda_allocated", "fake-cpu": "led
 
 
 @dataclass(frozen=True)
-class Foretold:
-    """Predictions by cell id, and the cells that are not to be started, with the reason."""
+class RunPredictions:
+    """Predictions by cell id, and the reasons why cells are not started, by cell id."""
 
     predictions: Mapping[str, Prediction] = field(default_factory=dict)
     skipped: Mapping[str, str] = field(default_factory=dict)
 
 
-def options_here(asked: Gpu | None = None) -> Options:
-    """How to predict for this machine: for its GPU, and without one for its CPU, where the ledger
-    counts what a fake CPU holds."""
+def options_for_this_machine(gpu: Gpu | None = None) -> PredictionOptions:
+    """Options to predict for this machine: for its GPU, or without one for its CPU, where the
+    ledger counts what a fake CPU holds."""
     stack, hardware = provenance.stack(), provenance.hardware()
     has_gpu = provenance.uses_gpu(stack, hardware)
-    judged = asked or this_machines()
-    return Options(
-        gpu=judged,
-        judge=(judged,) if judged else (),
-        engine=None if has_gpu or judged else "fake-cpu",
+    gpu = gpu or gpu_of_this_machine()
+    return PredictionOptions(
+        gpu=gpu,
+        judge=(gpu,) if gpu else (),
+        engine=None if has_gpu or gpu else "fake-cpu",
     )
 
 
-def foretell(
+def predict_run(
     cells: Sequence[Cell],
-    show: Show,
+    display: Display,
     skip: bool = False,
-    options: Options | None = None,
+    options: PredictionOptions | None = None,
     past: Sequence[Record] = (),
-) -> Foretold:
-    """Predict what is trained of these cells, the time of a step by what `past` ones took. With
-    `skip`, name those that would run out of memory on this machine."""
+) -> RunPredictions:
+    """Predict the trained cells among these. The records `past` calibrate the time of a step. With
+    `skip`, name the cells that would run out of memory on this machine."""
     trained = [cell for cell in cells if cell.method != "base"]
     if not trained:
-        return Foretold()
-    found = timed(predict(trained, options or options_here(), show), past)
+        return RunPredictions()
+    found = with_step_times(predict(trained, options or options_for_this_machine(), display), past)
     by_id = {prediction.cell_id: prediction for prediction in found}
     reasons = {cell_id: out_of_memory(one) for cell_id, one in by_id.items()} if skip else {}
-    return Foretold(by_id, {cell_id: reason for cell_id, reason in reasons.items() if reason})
+    return RunPredictions(by_id, {cell_id: reason for cell_id, reason in reasons.items() if reason})
 
 
-def timed(predictions: Sequence[Prediction], past: Sequence[Record]) -> list[Prediction]:
-    """The predictions with the step times that records of their devices make likely."""
+def with_step_times(predictions: Sequence[Prediction], past: Sequence[Record]) -> list[Prediction]:
+    """The predictions with the step times that records of the same device give."""
     steps: dict[str | None, list[Step]] = {}
     for device in {prediction.device for prediction in predictions}:
         names = {
@@ -79,20 +80,20 @@ def timed(predictions: Sequence[Prediction], past: Sequence[Record]) -> list[Pre
 
 
 def _is_called(name: str, device: str | None) -> bool:
-    """Whether a record's device is the one of a prediction; without one that is this machine."""
+    """Whether `name` is the device of a prediction; None is the CPU of this machine."""
     if device is None:
         return name == device_name(provenance.hardware())
     try:
-        return gpu(name).name == device
+        return gpus.gpu(name).name == device
     except UserError:
         return False
 
 
 def out_of_memory(prediction: Prediction, available_bytes: int | None = None) -> str:
-    """Why a cell is predicted to run out of memory here; empty when it is not, or nobody knows.
+    """Why a cell is predicted to run out of memory here; empty when it is not predicted to.
 
-    On a CPU the predicted peak is held against the host memory that is free now (bytes): what
-    libraries and the process itself need comes on top, so a cell that is let through may fail.
+    On a CPU the predicted peak is compared with the host memory that is free now (bytes). Libraries
+    and the process itself need more, so a cell that passes may still fail.
     """
     for verdict in prediction.verdicts:
         if verdict.outcome == "oom":
@@ -117,7 +118,7 @@ def out_of_memory(prediction: Prediction, available_bytes: int | None = None) ->
 
 
 def with_prediction(record: Record, prediction: Prediction | None) -> Record:
-    """The record with what was predicted and the error; or with the reason why there is none."""
+    """The record with its prediction and the error, or with the reason why there is none."""
     if record.cell.method == "base":
         return record
     if prediction is None:
@@ -125,7 +126,7 @@ def with_prediction(record: Record, prediction: Prediction | None) -> Record:
     if prediction.status != "predicted":
         return _missing(record, "prediction", f"{prediction.status}: {prediction.reason}")
     memory, speed = prediction.memory, prediction.speed
-    told = RecordedPrediction(
+    recorded = RecordedPrediction(
         peak_allocated_bytes=memory.peak_allocated_bytes,
         peak_reserved_bytes=memory.peak_reserved_bytes,
         steady_allocated_bytes=memory.steady_allocated_bytes,
@@ -139,7 +140,7 @@ def with_prediction(record: Record, prediction: Prediction | None) -> Record:
         expected_seconds=speed.expected_seconds,
         expected_seconds_error=relative(speed.expected_seconds, record.speed.step_seconds_median),
     )
-    found = record.model_copy(update={"prediction": told})
+    found = record.model_copy(update={"prediction": recorded})
     measured, meter = record.memory.peak_bytes, record.memory.headline
     if measured is None:
         return _missing(found, "prediction.error", "no peak was measured")
@@ -147,7 +148,7 @@ def with_prediction(record: Record, prediction: Prediction | None) -> Record:
         return _missing(
             found, "prediction.error", f"{prediction.engine} does not predict what {meter} counts"
         )
-    told.error = relative(memory.peak_allocated_bytes, measured)
+    recorded.error = relative(memory.peak_allocated_bytes, measured)
     return found
 
 

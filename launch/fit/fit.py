@@ -1,4 +1,5 @@
-"""Which methods fit on a GPU, at which batch and length, what binds, and what would help."""
+"""Which methods fit on a GPU, at which batch and length, what takes the memory, and what would
+help."""
 
 from __future__ import annotations
 
@@ -11,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from harness.records.prediction import Prediction
-from launch.display.prediction_progress import Show
-from launch.fit.advice import Rung, climb
-from launch.fit.search import Search, fits, judged, search_all
-from launch.predict.predict import Options
+from launch.display.progress import Display
+from launch.fit.memory_savings import MemorySaving, memory_savings
+from launch.fit.search import Search, first_verdict, fits, search_all
+from launch.predict.predict import PredictionOptions
 from matrices.catalogue import models
 from matrices.catalogue.gpus import Gpu
 from matrices.cell import Cell, Parallelism
@@ -27,16 +28,16 @@ from matrices.rules.adapt import spread_over
 METHODS = ("full", "lora", "qlora")
 SHARED: tuple[Parallelism, ...] = ("ddp", "fsdp", "zero2", "zero3")
 DEFAULT_LENGTH = 2048
-# Where a model does not limit its positions, or does not say.
+# For a model that does not limit its positions, or whose limit is not known.
 LONGEST_LENGTH = 131_072
 LARGEST_BATCH = 1024
 LENGTH_UNIT = 256
 
 
 @dataclass(frozen=True)
-class Question:
-    """What `tunebench fit` is asked. `longest`: search the longest sequence at micro batch 1 too;
-    none means with one GPU."""
+class FitRequest:
+    """What `tunebench fit` searches. `longest`: also search the longest sequence at micro batch 1;
+    None means only with one GPU."""
 
     model: str
     gpu: Gpu
@@ -49,9 +50,9 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One method spread one way. `shown` is the prediction its figures come from: the largest that
-    fits, or the smallest that does not."""
+class FitRow:
+    """The result for one method and one kind of parallelism. `shown` is the prediction of the
+    figures: of the largest cell that fits, or of the smallest when none fits."""
 
     cell: Cell
     micro_batch: int | None
@@ -75,71 +76,72 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Answer:
-    question: Question
+class FitResult:
+    request: FitRequest
     max_length: int
-    rows: list[Row]
-    ladder: list[Rung] = field(default_factory=list)
+    rows: list[FitRow]
+    savings: list[MemorySaving] = field(default_factory=list)
 
     @property
     def predictions(self) -> list[Prediction]:
         return [row.shown for row in self.rows]
 
 
-def answer(question: Question, options: Options, show: Show) -> Answer:
-    """Search for every method and way to spread it. Raises UserError for a model that nobody
-    knows, and for settings that contradict each other."""
-    settings = model_settings(question.model)
+def fit(request: FitRequest, options: PredictionOptions, display: Display) -> FitResult:
+    """Search for every method and kind of parallelism. Raises UserError for an unknown model and
+    for settings that contradict each other."""
+    settings = model_settings(request.model)
     limit = positions(settings)
-    length = question.max_length or min(DEFAULT_LENGTH, limit or DEFAULT_LENGTH)
-    cells = templates(settings, length, question.overrides)
-    spread = spread_cells(cells, question)
+    length = request.max_length or min(DEFAULT_LENGTH, limit or DEFAULT_LENGTH)
+    cells = templates(settings, length, request.overrides)
+    spread = spread_cells(cells, request)
     batches = [_batch_search(cell) for cell in spread]
-    longest = question.longest if question.longest is not None else question.count == 1
+    longest = request.longest if request.longest is not None else request.count == 1
     lengths = [_length_search(cell, length, limit) for cell in spread] if longest else []
-    search_all([*batches, *lengths], options, show)
+    search_all([*batches, *lengths], options, display)
     rows = [
         _row(cell, batch, lengths[place] if lengths else None)
         for place, (cell, batch) in enumerate(zip(spread, batches, strict=True))
     ]
-    _refuse_unknown(rows, question.model)
+    _refuse_unknown(rows, request.model)
     if any(row.micro_batch for row in rows) or not any(row.possible for row in rows):
-        return Answer(question, length, rows)
-    start = cells["lora" if "lora" in question.methods else question.methods[0]]
-    rungs = climb(start, cells["qlora"], question.count, options, show)
-    return Answer(question, length, rows, rungs)
+        return FitResult(request, length, rows)
+    start = cells["lora" if "lora" in request.methods else request.methods[0]]
+    savings = memory_savings(start, cells["qlora"], request.count, options, display)
+    return FitResult(request, length, rows, savings)
 
 
 def checked_methods(names: Sequence[str]) -> tuple[str, ...]:
-    """Methods of repeated or comma-separated options, all without any. Raises UserError."""
-    asked = [part.strip() for name in names for part in name.split(",") if part.strip()]
-    for name in asked:
+    """The methods of repeated or comma-separated options; all methods without an option. Raises
+    UserError."""
+    wanted = [part.strip() for name in names for part in name.split(",") if part.strip()]
+    for name in wanted:
         if name not in METHODS:
             raise UserError(
                 f"no such method{nearest(name, METHODS)}; there are {', '.join(METHODS)}",
                 where=f"--method {name}",
             )
-    return tuple(dict.fromkeys(asked)) or METHODS
+    return tuple(dict.fromkeys(wanted)) or METHODS
 
 
 def checked_parallelism(names: Sequence[str], count: int) -> tuple[Parallelism, ...]:
-    """Ways to spread a cell, of repeated or comma-separated options. Raises UserError."""
+    """Kinds of parallelism, of repeated or comma-separated options. Raises UserError."""
     known = [name for name, each in STRATEGIES.items() if each.several_devices == (count > 1)]
-    asked = [part.strip() for name in names for part in name.split(",") if part.strip()]
-    for name in asked:
+    wanted = [part.strip() for name in names for part in name.split(",") if part.strip()]
+    for name in wanted:
         if name not in known:
             raise UserError(
                 f"is no way to spread a cell over {count} GPU{'s' if count > 1 else ''}"
                 f"{nearest(name, known)}; there are {', '.join(known)}",
                 where=f"--parallelism {name}",
             )
-    return tuple(dict.fromkeys(asked))  # type: ignore[arg-type]
+    return tuple(dict.fromkeys(wanted))  # type: ignore[arg-type]
 
 
 def model_settings(name: str) -> dict[str, str]:
     """The settings of section `model` for a name, a hub id or the path of a config.json.
 
-    Raises UserError for what is none of them.
+    Raises UserError for anything else.
     """
     path = Path(name).expanduser()
     if path.is_dir() and (path / "config.json").is_file():
@@ -162,7 +164,8 @@ def model_settings(name: str) -> dict[str, str]:
 
 
 def positions(settings: Mapping[str, str]) -> int | None:
-    """Positions of the model, where its config is at hand and limits them."""
+    """The number of positions of the model; None when its config is not at hand or sets no
+    limit."""
     path = Path(settings["config"]) if "config" in settings else None
     path = path or models.architecture_path(settings["name"])
     if path is None:
@@ -200,13 +203,13 @@ def templates(
     return {str(method): cell for method, cell in found.items()}
 
 
-def spread_cells(cells: Mapping[str, Cell], question: Question) -> list[Cell]:
-    """Every method spread in every way that was asked about."""
-    ways = question.parallelism or (("single",) if question.count == 1 else SHARED)
+def spread_cells(cells: Mapping[str, Cell], request: FitRequest) -> list[Cell]:
+    """Every method under every kind of parallelism of the request."""
+    kinds = request.parallelism or (("single",) if request.count == 1 else SHARED)
     return [
-        spread_over(cells[method], way, question.count)
-        for method in question.methods
-        for way in ways
+        spread_over(cells[method], kind, request.count)
+        for method in request.methods
+        for kind in kinds
     ]
 
 
@@ -233,9 +236,9 @@ def _length_search(cell: Cell, length: int, limit: int | None) -> Search:
     return Search(lambda value: at(cell, 1, value), unit, first, cap // unit * unit)
 
 
-def _row(cell: Cell, batch: Search, lengths: Search | None) -> Row:
+def _row(cell: Cell, batch: Search, lengths: Search | None) -> FitRow:
     if batch.failure is not None:
-        return Row(cell, None, None, batch.failure)
+        return FitRow(cell, None, None, batch.failure)
     largest = batch.largest
     longest = lengths.largest if lengths and lengths.failure is None else None
     if largest is not None:
@@ -245,24 +248,24 @@ def _row(cell: Cell, batch: Search, lengths: Search | None) -> Row:
     else:
         shown = batch.known[min(batch.known)]
     capped = lengths is not None and longest == lengths.cap
-    return Row(cell, largest, longest, shown, largest == batch.cap, capped, lengths is not None)
+    return FitRow(cell, largest, longest, shown, largest == batch.cap, capped, lengths is not None)
 
 
-def _refuse_unknown(rows: Sequence[Row], model: str) -> None:
-    """When every row is refused for one and the same reason, it is the question that is wrong."""
+def _refuse_unknown(rows: Sequence[FitRow], model: str) -> None:
+    """Raises UserError when every row is refused for the same reason: then the request is wrong."""
     reasons = {row.shown.reason for row in rows}
     if all(row.shown.status == "invalid" for row in rows) and len(reasons) == 1:
         raise UserError(reasons.pop() or "cannot be predicted", where=f"--model {model}")
 
 
-def answer_json(found: Answer) -> dict[str, Any]:
-    """The answer for machines. Bytes, tokens, US dollars per hour of one GPU."""
-    gpu = found.question.gpu
+def fit_json(found: FitResult) -> dict[str, Any]:
+    """The result for machines. Bytes, tokens, US dollars per hour of one GPU."""
+    gpu = found.request.gpu
     first = next((p for p in found.predictions if p.status == "predicted"), None)
     return {
-        "model": found.question.model,
+        "model": found.request.model,
         "gpu": gpu.name,
-        "count": found.question.count,
+        "count": found.request.count,
         "capacity_bytes": gpu.capacity_bytes,
         "price_usd_per_hour": gpu.price_usd_per_hour,
         "price_date": gpu.price_date,
@@ -272,12 +275,12 @@ def answer_json(found: Answer) -> dict[str, Any]:
         "margin": first.margin if first else None,
         "assumptions": first.assumptions if first else [],
         "rows": [_row_json(row) for row in found.rows],
-        "ladder": [rung.as_json() for rung in found.ladder],
+        "ladder": [saving.as_json() for saving in found.savings],
     }
 
 
-def _row_json(row: Row) -> dict[str, Any]:
-    verdict, memory = judged(row.shown), row.shown.memory
+def _row_json(row: FitRow) -> dict[str, Any]:
+    verdict, memory = first_verdict(row.shown), row.shown.memory
     category, phase = row.binds or (None, None)
     return {
         "method": row.cell.method,

@@ -1,6 +1,6 @@
-"""The ladder out of "out of memory": what to change, in the order people are told to try it.
+"""What to change in a cell that runs out of memory, in the usual order, and what each change saves.
 
-The rungs add up: each is the one before it and one change more.
+The changes add up: each cell is the one before it with one more change.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from harness.records.prediction import Prediction
-from launch.display.prediction_progress import Show
-from launch.fit.search import fits, judged
-from launch.predict.predict import Options, predict
+from launch.display.progress import Display
+from launch.fit.search import first_verdict, fits
+from launch.predict.predict import PredictionOptions, predict
 from matrices.cell import Cell, Parallelism, label
 from matrices.rules.adapt import spread_over
 
@@ -21,11 +21,15 @@ LEAST_RANK = 4
 LEAST_LENGTH = 128
 SMALL_STATES = "paged_adamw_8bit"
 
+# Gives the changed cell and the change in words, or the reason why there is no change.
+Change = Callable[[Cell], tuple[Cell, str] | str]
+
 
 @dataclass(frozen=True)
-class Rung:
-    """`change` in words; without a prediction there was nothing left to change, and `why` says so.
-    `saving_bytes` is against the rung before it that could be predicted."""
+class MemorySaving:
+    """A change in words, and the prediction of the changed cell. Without a prediction the change
+    is not possible, and `why` says so. `saving_bytes` is the difference to the last cell before it
+    that has a prediction."""
 
     name: str
     change: str
@@ -39,7 +43,7 @@ class Rung:
 
     def as_json(self) -> dict[str, Any]:
         prediction = self.prediction
-        verdict = judged(prediction) if prediction else None
+        verdict = first_verdict(prediction) if prediction else None
         return {
             "rung": self.name,
             "change": self.change,
@@ -52,60 +56,56 @@ class Rung:
         }
 
 
-@dataclass(frozen=True)
-class Step:
-    """One change: `apply` gives the changed cell and the change in words, or why there is none."""
-
-    name: str
-    apply: Callable[[Cell], tuple[Cell, str] | str]
-
-
-def climb(start: Cell, qlora: Cell, count: int, options: Options, show: Show) -> list[Rung]:
-    """Every rung from a cell that does not fit, predicted. `qlora` is the same on a 4-bit base."""
-    rungs = list(_cells(start, qlora, count))
-    cells = {cell.cell_id: cell for _, cell, _, _ in rungs if cell is not None}
-    found = {one.cell_id: one for one in predict(list(cells.values()), options, show)}
-    climbed: list[Rung] = []
+def memory_savings(
+    start: Cell, qlora: Cell, count: int, options: PredictionOptions, display: Display
+) -> list[MemorySaving]:
+    """Predict every change to a cell that does not fit. `qlora` is the same cell on a 4-bit base,
+    `count` is the number of GPUs."""
+    changes = list(_cells(start, qlora, count))
+    cells = {cell.cell_id: cell for _, cell, _, _ in changes if cell is not None}
+    found = {one.cell_id: one for one in predict(list(cells.values()), options, display)}
+    savings: list[MemorySaving] = []
     before: int | None = None
-    for name, cell, change, why in rungs:
+    for name, cell, change, why in changes:
         if cell is None:
-            climbed.append(Rung(name, change, why=why))
+            savings.append(MemorySaving(name, change, why=why))
             continue
         prediction = found[cell.cell_id]
         peak = prediction.memory.peak_allocated_bytes
         if prediction.status != "predicted" or peak is None:
             reason = prediction.reason or prediction.status
-            climbed.append(Rung(name, change, why=reason))
+            savings.append(MemorySaving(name, change, why=reason))
             continue
         saving = before - peak if before is not None else None
-        climbed.append(Rung(name, change, prediction, saving))
+        savings.append(MemorySaving(name, change, prediction, saving))
         before = peak
-    return climbed
+    return savings
 
 
 def _cells(start: Cell, qlora: Cell, count: int) -> Iterator[tuple[str, Cell | None, str, str]]:
-    """Rung, its cell (none when nothing changes), the change, and why there is none."""
-    way: Parallelism = "ddp" if count > 1 else "single"
-    current = spread_over(start, way, count)
+    """The name, the changed cell (None for no change), the change in words, and why there is
+    none."""
+    parallelism: Parallelism = "ddp" if count > 1 else "single"
+    current = spread_over(start, parallelism, count)
     yield "as asked", current, label(current), ""
-    steps = (
-        Step("qlora", lambda cell: _quantize(cell, spread_over(qlora, way, count))),
-        Step("smaller micro batch", _halve_batch),
-        Step("shorter sequences", _shorten),
-        Step("gradient checkpointing", _checkpoint),
-        Step("lower rank", _lower_rank),
-        Step("fewer target modules", _fewer_targets),
-        Step("8-bit or paged optimizer", _small_states),
-        Step("shard", lambda cell: _shard(cell, max(2, count))),
-        Step("offload", lambda cell: _offload(cell, max(2, count))),
-    )
-    for step in steps:
-        changed = step.apply(current)
+    changes: dict[str, Change] = {
+        "qlora": lambda cell: _quantize(cell, spread_over(qlora, parallelism, count)),
+        "smaller micro batch": _halve_batch,
+        "shorter sequences": _shorten,
+        "gradient checkpointing": _checkpoint,
+        "lower rank": _lower_rank,
+        "fewer target modules": _fewer_targets,
+        "8-bit or paged optimizer": _small_states,
+        "shard": lambda cell: _shard(cell, max(2, count)),
+        "offload": lambda cell: _offload(cell, max(2, count)),
+    }
+    for name, apply in changes.items():
+        changed = apply(current)
         if isinstance(changed, str):
-            yield step.name, None, "", changed
+            yield name, None, "", changed
             continue
         current, change = changed
-        yield step.name, current, change, ""
+        yield name, current, change, ""
 
 
 def _train(cell: Cell, **changes: Any) -> Cell:
@@ -129,7 +129,7 @@ def _halve_batch(cell: Cell) -> tuple[Cell, str] | str:
     batch, accumulation = cell.train.micro_batch_size, cell.train.gradient_accumulation_steps
     if batch == 1:
         return "the micro batch is 1 already"
-    # The same number of sequences in a step where the batch is even, else the next more.
+    # An even batch keeps the number of sequences in a step; an odd one gets a few more.
     half = batch // 2
     steps = -(-batch * accumulation // half)
     changed = _train(cell, micro_batch_size=half, gradient_accumulation_steps=steps)

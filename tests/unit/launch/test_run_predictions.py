@@ -17,17 +17,17 @@ from harness.records.prediction import (
 )
 from harness.records.provenance import new_record
 from harness.records.record import Hardware, Memory, Record, RecordedPrediction, Speed
-from launch.display.prediction_progress import Silent
-from launch.predict import before_run
-from launch.predict.before_run import (
-    foretell,
-    options_here,
+from launch.display.progress import PlainDisplay
+from launch.predict import run_predictions
+from launch.predict.predict import PredictionOptions
+from launch.predict.run_predictions import (
+    options_for_this_machine,
     out_of_memory,
+    predict_run,
     relative,
-    timed,
     with_prediction,
+    with_step_times,
 )
-from launch.predict.predict import Options
 from matrices.cell import Adapter, Cell, Data, Train
 
 GIB = 2**30
@@ -152,19 +152,21 @@ def test_only_what_is_trained_is_predicted_and_only_with_skip_is_skipped(
 ) -> None:
     asked: list[Cell] = []
 
-    def predict(cells: Sequence[Cell], options: Options, show: object) -> list[Prediction]:
+    def predict(
+        cells: Sequence[Cell], options: PredictionOptions, show: object
+    ) -> list[Prediction]:
         asked.extend(cells)
         return [prediction(cell, verdicts=[verdict("oom")]) for cell in cells]
 
-    monkeypatch.setattr(before_run, "predict", predict)
+    monkeypatch.setattr(run_predictions, "predict", predict)
     cells = [Cell(method="base"), lora(), lora(1)]
-    found = foretell(cells, Silent())
+    found = predict_run(cells, PlainDisplay())
     assert asked == cells[1:]
     assert set(found.predictions) == {cell.cell_id for cell in cells[1:]}
     assert found.skipped == {}
-    assert set(foretell(cells, Silent(), skip=True).skipped) == set(found.predictions)
+    assert set(predict_run(cells, PlainDisplay(), skip=True).skipped) == set(found.predictions)
     asked.clear()
-    assert foretell(cells[:1], Silent()).predictions == {}
+    assert predict_run(cells[:1], PlainDisplay()).predictions == {}
     assert asked == []
 
 
@@ -182,17 +184,19 @@ def test_a_step_is_expected_to_take_what_past_ones_of_the_device_took() -> None:
     asked = prediction(
         lora(), device="t4", speed=PredictedSpeed(floor_seconds=3.0, flops_per_step=3000)
     )
-    [on_gpu] = timed([asked], [past_step("Tesla T4", "t4"), past_step("NVIDIA L4", "l4")])
+    [on_gpu] = with_step_times([asked], [past_step("Tesla T4", "t4"), past_step("NVIDIA L4", "l4")])
     # Twice the floor of 3 s.
     assert on_gpu.speed.expected_seconds == pytest.approx(6.0)
     assert on_gpu.speed.calibration_records == 1
-    assert timed([asked], [past_step("NVIDIA L4", "l4")])[0].speed.expected_seconds is None
+    assert (
+        with_step_times([asked], [past_step("NVIDIA L4", "l4")])[0].speed.expected_seconds is None
+    )
     here = prediction(lora(), speed=PredictedSpeed(flops_per_step=500))
-    [on_cpu] = timed([here], [past_step(None, None), past_step("Tesla T4", "t4")])
+    [on_cpu] = with_step_times([here], [past_step(None, None), past_step("Tesla T4", "t4")])
     # 500 operations a second.
     assert on_cpu.speed.expected_seconds == pytest.approx(1.0)
     failed = prediction(lora(), status="failed", reason="no")
-    assert timed([failed], [past_step("Tesla T4", "t4")]) == [failed]
+    assert with_step_times([failed], [past_step("Tesla T4", "t4")]) == [failed]
 
 
 def machine(monkeypatch: pytest.MonkeyPatch, gpus: list[provenance.NvmlGpu], torch: str) -> None:
@@ -212,20 +216,22 @@ def machine(monkeypatch: pytest.MonkeyPatch, gpus: list[provenance.NvmlGpu], tor
 def test_this_machine_is_what_is_predicted_for(monkeypatch: pytest.MonkeyPatch) -> None:
     t4 = provenance.NvmlGpu("Tesla T4", "u", 15 * GIB, (7, 5), "d")
     machine(monkeypatch, [], "2.13.0+cpu")
-    assert options_here() == Options(engine="fake-cpu")
+    assert options_for_this_machine() == PredictionOptions(engine="fake-cpu")
     machine(monkeypatch, [t4], "2.13.0+cpu")
-    assert options_here().engine == "fake-cpu", "a build for the CPU trains on the CPU"
+    assert options_for_this_machine().engine == "fake-cpu", "a build for the CPU trains on the CPU"
     machine(monkeypatch, [t4], "2.13.0")
-    here = options_here()
+    here = options_for_this_machine()
     assert here.gpu is not None
     assert (here.gpu.name, here.engine, here.judge) == ("t4", None, (here.gpu,))
     slice_ = t4._replace(memory_bytes=7 * GIB)
     machine(monkeypatch, [slice_], "2.13.0")
-    half = options_here().gpu
+    half = options_for_this_machine().gpu
     assert half is not None
     assert half.memory_bytes == 7 * GIB
     machine(monkeypatch, [t4._replace(name="Unheard Of 9000")], "2.13.0")
-    assert options_here() == Options(), "a GPU nobody has described: no verdict"
+    assert options_for_this_machine() == PredictionOptions(), (
+        "a GPU nobody has described: no verdict"
+    )
 
 
 def test_relative() -> None:

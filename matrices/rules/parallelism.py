@@ -70,8 +70,8 @@ def zero_needs_deepspeed(cell: Cell, machine: Machine) -> str | None:
     if cell.parallelism not in ZERO or "deepspeed" in machine.packages:
         return None
     return (
-        f"{cell.parallelism} needs DeepSpeed, which is not installed and runs on Linux only: pip "
-        "install 'tunebench[deepspeed]'"
+        f"{cell.parallelism} needs DeepSpeed, which is not installed (it comes with tunebench on "
+        "Linux, and runs nowhere else): pip install deepspeed"
     )
 
 

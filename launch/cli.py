@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from harness.system.platforms import need_linux
 from launch.commands.claims import claims
 from launch.commands.console import print_error, print_json, show_set_aside
 from launch.commands.options import (
@@ -150,6 +151,7 @@ def rerun(
     """
     from functools import partial
 
+    need_linux("rerun")
     from launch.cells.rerun import Options, record_path
     from launch.cells.rerun import rerun as repeat
     from launch.display.prediction_progress import show_for_stderr

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from harness.system.platforms import no_prediction
 from launch.commands.console import print_json, print_note, stopping
 from launch.commands.options import (
     CountOption,
@@ -29,6 +30,7 @@ from launch.commands.options import (
     StackOption,
     WorkersOption,
 )
+from matrices.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -108,7 +110,9 @@ def prediction_options(
     engine: str | None = None,
     workers: int | None = None,
 ) -> Options:
-    """Checked options of a prediction. Raises UserError."""
+    """Checked options of a prediction. Raises UserError, also where none can be made."""
+    if reason := no_prediction():
+        raise UserError(reason)
     from launch.display.prediction_progress import show_for_stderr
     from launch.predict.gpu_choice import chosen
     from launch.predict.overlays import overlay

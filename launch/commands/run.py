@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
+from harness.system.platforms import need_linux
 from launch.commands.console import print_error, print_json
 from launch.commands.engine_options import (
     AccountOption,
@@ -101,6 +102,7 @@ def run(
     from launch.planning.left_out import ProblemsFound
     from launch.processes.stop_signals import Stopped
 
+    need_linux("run")
     if no_predict and skip_predicted_oom:
         raise UserError("--skip-predicted-oom needs the predictions that --no-predict leaves out")
     engine = _engine(on)

@@ -8,6 +8,7 @@ from typing import get_args
 
 from harness.records import provenance
 from harness.records.prediction import Engine, Prediction, Request
+from harness.system.platforms import no_prediction
 from launch.display.prediction_progress import Show
 from launch.predict.cache import PredictionCache
 from launch.predict.overlays import Overlay
@@ -107,6 +108,8 @@ def _request(cells: list[Cell], options: Options) -> Request:
 
 
 def _simulate(request: Request, options: Options, show: Show) -> Mapping[str, Prediction]:
+    if reason := no_prediction():
+        return {cell.cell_id: unpredicted(cell, "failed", reason) for cell in request.cells}
     simulation = Simulation(request, options.overlay.directories, SIMULATE)
     found: dict[str, Prediction] = {}
     show.begin(len(request.cells))

@@ -16,11 +16,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing import connection, forkserver, resource_tracker, util
 from multiprocessing.connection import Connection
-from multiprocessing.context import ForkServerContext, ForkServerProcess
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from harness.records import provenance
 from launch.processes.fork_server import GROUP_SIGNALS, RUNNER
+
+if TYPE_CHECKING:
+    from multiprocessing.context import ForkServerContext, ForkServerProcess
 
 FORK_SERVER = "launch.processes.fork_server"
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -110,13 +110,16 @@ def test_help_teaches_by_example(command: str) -> None:
     assert f"tunebench {command or 'run'}" in done.stdout.split("Usage:")[1].split("\n", 1)[1]
 
 
+def _children_seconds() -> float:
+    """Processor time: that of the clock is also what else the machine is doing."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def test_help_is_quick_and_light() -> None:
-    took = []
-    for _ in range(3):
-        began = time.monotonic()
-        tunebench("--help")
-        took.append(time.monotonic() - began)
-    assert min(took) < 0.5
+    began = _children_seconds()
+    tunebench("--help")
+    assert _children_seconds() - began < 0.5
     heavy = (
         "import sys, launch.cli; print({'torch', 'pandas', 'rich', 'plotly'} & set(sys.modules))"
     )

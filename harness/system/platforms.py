@@ -7,7 +7,7 @@ import platform
 
 from matrices.errors import UserError
 
-ALSO_ELSEWHERE = "plan, report, show and claims work"
+ALSO_ELSEWHERE = "plan, report and show work"
 
 
 def name() -> str:

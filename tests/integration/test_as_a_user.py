@@ -185,6 +185,7 @@ def test_an_installed_wheel_runs_from_any_directory(
     run("run", "tiny.yaml", "--no-predict")
     [record] = [r for r in _records(tmp_path) if r.cell.method == "lora"]
     assert record.status == "ok"
+    assert record.missing["prediction"] == "not predicted before the run"
     assert record.stack.commit is None, "an installation is not a checkout"
     assert record.command[:2] == ["accelerate", "launch"]
 

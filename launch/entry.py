@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 STOPPED = "tunebench: stopped"
 EXIT_USER = 2
+EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE, which Windows does not have
 # What a run needs at most: pipes to each process, files of the libraries that are imported.
 FEWEST_DESCRIPTORS, ENOUGH_DESCRIPTORS = 256, 4096
 
@@ -36,7 +37,8 @@ def main() -> NoReturn:
     code = _run()
     atexit._run_exitfuncs()
     # Taking the interpreter down lasts, and a signal would find no handler any more.
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):  # stopped while it could not be written any more
             stream.flush()
@@ -85,7 +87,7 @@ def _run() -> int:
         # What is left in its buffer must not be tried again.
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - as long as the process
         if lost.broken_pipe:
-            return 128 + signal.SIGPIPE
+            return EXIT_BROKEN_PIPE
         print_error(lost)
         return EXIT_USER
     except UserError as error:
@@ -104,8 +106,6 @@ def _exit_code(app: Callable[[], object]) -> int:
 
 def _check_process() -> None:
     """Raise UserError when this process cannot do the least that any command needs."""
-    import resource
-
     from matrices.errors import UserError
 
     try:
@@ -114,6 +114,18 @@ def _check_process() -> None:
         raise UserError(
             "the working directory does not exist any more; change to one that does"
         ) from error
+    if sys.platform != "win32":
+        _allow_enough_files()
+    elif not sys.flags.utf8_mode:
+        raise UserError("text files are read in another encoding than UTF-8; set PYTHONUTF8=1")
+
+
+def _allow_enough_files() -> None:
+    """Raise UserError when this process may not open as many files as a run needs."""
+    import resource
+
+    from matrices.errors import UserError
+
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     allowed = ENOUGH_DESCRIPTORS if hard == resource.RLIM_INFINITY else hard
     if soft != resource.RLIM_INFINITY and soft < min(allowed, ENOUGH_DESCRIPTORS):

@@ -1,13 +1,17 @@
-"""What all tests share: skips that count as failures where they must, and one model cache."""
+"""What all tests share: skips that count as failures where they must, and where the time went."""
 
 from __future__ import annotations
 
 import os
 import signal
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+GROUPS_SHOWN = 15
+seconds: Counter[str] = Counter()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -41,6 +45,21 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
         report.outcome = "failed"
         report.longrepr = f"skipped where nothing may be skipped: {reason}"
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Of the process that prints the summary, whoever ran the test."""
+    path = report.nodeid.partition("::")[0]
+    folder = path.rpartition("/")[0]
+    seconds[path if folder.endswith("integration") else folder] += report.duration
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Seconds of each folder of unit tests and each file of integration tests, fixtures included.
+    With several workers they add up to more than the clock shows."""
+    terminalreporter.section(f"seconds by group, {sum(seconds.values()):.0f} in all")
+    for group, took in seconds.most_common(GROUPS_SHOWN):
+        terminalreporter.write_line(f"{took:7.1f}  {group}")
 
 
 @pytest.fixture(scope="session")

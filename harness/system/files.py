@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -41,7 +42,11 @@ def _umask() -> int:
 
 
 def sync_directory(path: Path) -> None:
-    """Bring the names in a directory to disk: without it a rename may be lost with the power."""
+    """Bring the names in a directory to disk: without it a rename may be lost with the power.
+
+    Windows opens no directories, and nothing is done there."""
+    if sys.platform == "win32":
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from harness.system.platforms import need_linux
 from launch.commands.console import print_error, print_json, print_note, stopping
 from launch.commands.options import (
     CheckOption,
@@ -87,12 +88,15 @@ def _checked(jobs: Sequence[Job], thoroughly: bool) -> tuple[list[Job], list[Pro
     `thoroughly` all that a run would find, which imports the stack."""
     from harness.preflight import quick_checks
     from launch.display.progress import display_for_stderr
-    from launch.engines.remote_plan import problems
     from launch.planning.left_out import refused, to_run
 
+    if thoroughly:
+        need_linux("plan --check")
     found = quick_checks.problems(to_run(jobs))
     after = refused(jobs, found)
     if thoroughly and to_run(after):
+        from launch.engines.remote_plan import problems
+
         display = display_for_stderr()
         try:
             with stopping():

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from harness.system.platforms import no_prediction
 from launch.commands.console import EXIT_INCOMPLETE, load_matrix, print_json, print_note, stopping
 from launch.commands.options import (
     EngineOption,
@@ -22,6 +23,7 @@ from launch.commands.options import (
     StackOption,
     WorkersOption,
 )
+from matrices.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -96,7 +98,9 @@ def prediction_options(
     engine: str | None = None,
     workers: int | None = None,
 ) -> PredictionOptions:
-    """Checked options of a prediction. Raises UserError."""
+    """Checked options of a prediction. Raises UserError, also where none can be made."""
+    if reason := no_prediction():
+        raise UserError(reason)
     from launch.display.progress import display_for_stderr
     from launch.predict.gpu_choice import named_gpus
     from launch.predict.overlays import overlay

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from harness.system.platforms import need_linux
 from launch.commands.options import NoPredictOption, PhaseTimeoutOption, TimeoutOption
 
 
@@ -33,6 +34,7 @@ def rerun(
     """
     from functools import partial
 
+    need_linux("rerun")
     from launch.cells.rerun import Options, record_path
     from launch.cells.rerun import rerun as repeat
     from launch.commands.run import exit_code

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from harness.system.platforms import need_linux
 from launch.commands.console import (
     EXIT_INCOMPLETE,
     load_matrix,
@@ -107,6 +108,8 @@ def run(
     from launch.planning.left_out import ProblemsFound
     from launch.processes.stop_signals import Stopped
 
+    need_linux("run")
+    need_linux("run")
     if no_predict and skip_predicted_oom:
         raise UserError("--skip-predicted-oom needs the predictions that --no-predict leaves out")
     engine = _engine(on)

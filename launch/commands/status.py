@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from harness.system.platforms import need_linux
 from launch.commands.console import load_matrix, print_json, print_note
 from launch.commands.options import JsonOption, ResultsOption, SeedsOption, SetOption
 from matrices.errors import UserError
@@ -38,6 +39,7 @@ def status(
     tunebench status my-sweep.yaml --seeds 3
     tunebench status results/my-sweep --json | jq '.[] | select(.state == "waiting")'
     """
+    need_linux("status")
     from launch.engines.status import look, status_text, statuses
     from launch.planning.plan import plan_jobs
     from matrices.expand import expand

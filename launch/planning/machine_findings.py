@@ -17,6 +17,7 @@ from pydantic import BaseModel
 
 from harness.models import packaged
 from harness.records import provenance
+from harness.system import platforms
 from launch.planning.plan import this_machine
 from matrices.catalogue.models import PACKAGED_MODELS
 from matrices.cell import SECTIONS, Adapter, Cell, Data, Model, Quantization, Train
@@ -92,6 +93,13 @@ def _software() -> Iterator[Finding]:
     for name in provenance.MEASURED_PACKAGES:
         version = stack.packages.get(name)
         yield Finding("software", name, "ok" if version else "no", version or "not installed")
+    deepspeed = stack.packages.get("deepspeed")
+    yield Finding(
+        "software",
+        "deepspeed",
+        "ok" if deepspeed else "note",
+        deepspeed or "not installed (it runs on Linux only): no ZeRO, run or predicted",
+    )
     flash = stack.packages.get("flash-attn")
     yield Finding(
         "software",
@@ -102,6 +110,10 @@ def _software() -> Iterator[Finding]:
 
 
 def _hardware() -> Iterator[Finding]:
+    if limits := platforms.limits():
+        yield Finding("machine", platforms.name(), "no", limits)
+    else:
+        yield Finding("machine", platforms.name(), "ok", "every command works")
     hardware, nvml = provenance.hardware(), provenance.nvml()
     yield Finding(
         "machine",

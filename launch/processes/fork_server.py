@@ -7,9 +7,10 @@ import os
 import signal
 
 from harness.system.parent_death import end_with_parent
+from launch.processes.stop_signals import STOP_SIGNALS
 
 # What a terminal, `timeout` and (SIGUSR2) SLURM send to all processes of a group.
-GROUP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
+GROUP_SIGNALS = (*STOP_SIGNALS, *(s for s in signal.Signals if s.name == "SIGUSR2"))
 # Names the runner in the server's environment.
 RUNNER = "TUNEBENCH_RUNNER_PID"
 

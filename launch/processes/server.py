@@ -16,12 +16,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing import connection, forkserver, resource_tracker, util
 from multiprocessing.connection import Connection
-from multiprocessing.context import ForkServerContext, ForkServerProcess
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from harness.records import provenance
 from harness.system.child_process import kill_group
 from launch.processes.fork_server import GROUP_SIGNALS, RUNNER
+
+if TYPE_CHECKING:
+    from multiprocessing.context import ForkServerContext, ForkServerProcess
 
 FORK_SERVER = "launch.processes.fork_server"
 

@@ -68,8 +68,8 @@ def zero_needs_deepspeed(cell: Cell, machine: Machine) -> str | None:
     if package is None or package in machine.packages:
         return None
     return (
-        f"{cell.parallelism} needs DeepSpeed, which is not installed and runs on Linux only: pip "
-        "install 'tunebench[deepspeed]'"
+        f"{cell.parallelism} needs DeepSpeed, which is not installed (it comes with tunebench on "
+        "Linux, and runs nowhere else): pip install deepspeed"
     )
 
 

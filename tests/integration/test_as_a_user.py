@@ -19,6 +19,7 @@ from conftest import ROOT, Command
 from harness.records.record import read_record
 
 DEADLINE_SECONDS = 120.0
+ROOMS = ("matrices", "harness", "reports", "launch")
 
 
 @pytest.mark.slow
@@ -141,8 +142,10 @@ def _group_leader_writing(directory: Path) -> int:
 def test_an_installed_wheel_runs_from_any_directory(
     environment: dict[str, str], tmp_path: Path
 ) -> None:
-    """Built, installed outside of the checkout, and used there: shipped matrices, tasks and
-    launch profiles come along, tests do not."""
+    """Built, installed outside of the checkout, and used there: every file of the four packages
+    comes along but the documents, and nothing else."""
+    source = _pristine_copy(tmp_path / "source")
+    files = {str(path.relative_to(source)) for path in source.glob("*/**/*") if path.is_file()}
     subprocess.run(
         [
             sys.executable,
@@ -152,20 +155,16 @@ def test_an_installed_wheel_runs_from_any_directory(
             "--no-isolation",
             "--outdir",
             str(tmp_path),
-            str(_pristine_copy(tmp_path / "source")),
+            str(source),
         ],
         check=True,
         capture_output=True,
     )
     [wheel] = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
-        rooms = {name.split("/")[0] for name in archive.namelist()}
-    assert {room for room in rooms if not room.endswith(".dist-info")} == {
-        "matrices",
-        "harness",
-        "reports",
-        "launch",
-    }
+        packed = {name for name in archive.namelist() if ".dist-info/" not in name}
+    assert packed == {name for name in files if not name.endswith(".md")}
+    assert {f"{room}/py.typed" for room in ROOMS} <= packed
     python = _environment_with(wheel, tmp_path / "venv")
     (tmp_path / "tiny.yaml").write_text(
         "model: tiny-llama\nmethod: lora\ntrain: {steps: 2, warmup_steps: 1}\n"
@@ -186,6 +185,7 @@ def test_an_installed_wheel_runs_from_any_directory(
     run("run", "tiny.yaml", "--no-predict")
     [record] = [r for r in _records(tmp_path) if r.cell.method == "lora"]
     assert record.status == "ok"
+    assert record.missing["prediction"] == "not predicted before the run"
     assert record.stack.commit is None, "an installation is not a checkout"
     assert record.command[:2] == ["accelerate", "launch"]
 
@@ -199,7 +199,7 @@ def _pristine_copy(target: Path) -> Path:
     target.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, target)
-    for room in ("matrices", "harness", "reports", "launch"):
+    for room in ROOMS:
         shutil.copytree(
             ROOT / room, target / room, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info")
         )

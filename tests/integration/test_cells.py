@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pandas as pd
@@ -267,6 +268,19 @@ def test_every_trained_record_carries_its_prediction_which_agrees(sweep: Sweep) 
         assert abs(record.prediction.peak_allocated_bytes - record.memory.peak_bytes) <= 1024, (
             record.cell
         )
+    for name in (401, 402, 403):
+        told, found = sweep.records[name].prediction, sweep.records[name].memory
+        assert told.peak_phase == found.peak_phase
+
+
+def test_the_calibration_counts_every_predicted_cell(sweep: Sweep, tunebench: Command) -> None:
+    told = json.loads(tunebench("calibration", "results/axes", "--json", cwd=sweep.directory).out)
+    done = [r for r in sweep.records.values() if r.prediction and r.prediction.error is not None]
+    counted: Counter[str] = Counter()
+    for each in told:
+        counted[each["method"]] += each["memory"]["n"]
+    assert counted == {**Counter(record.cell.method for record in done), "all": len(done)}
+    assert {each["model"] for each in told} == {"tiny-llama", "all"}
 
 
 def test_the_same_command_again_runs_nothing(sweep: Sweep, tunebench: Command) -> None:

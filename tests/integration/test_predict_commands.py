@@ -14,11 +14,9 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import Command
 from stand_in_simulate import DIES, HANGS, INVALID, OK
 
 from harness.records.prediction import Prediction
-from harness.records.record import read_record
 
 HERE = Path(__file__).parent
 DEADLINE_SECONDS = 60.0
@@ -191,43 +189,3 @@ def test_fit_for_machines(run: Run) -> None:
     assert rows["full"]["binds"]["category"] in ("weights", "activations")
     assert told["ladder"] == []
     assert told["stack"]["transformers"]
-
-
-@pytest.mark.slow
-def test_a_run_carries_its_predictions(tunebench: Command, tmp_path: Path) -> None:
-    """The real simulation beside the real run: equal bytes, and the calibration says so."""
-    (tmp_path / "tiny.yaml").write_text(
-        "model: tiny-llama\nscore_base: false\ndata: {max_length: 64}\n"
-        "train: {steps: 2, warmup_steps: 1}\nevaluate: {tasks: [], sample_prompts: []}\n"
-        "axes: {method: [full, lora, qlora]}\n"
-    )
-    ran = tunebench("run", "tiny.yaml", cwd=tmp_path)
-    assert ran.code == 0, ran.err
-    records = [read_record(path) for path in tmp_path.glob("results/tiny/*/record.json")]
-    assert len(records) == 3
-    for record in records:
-        told = record.prediction
-        assert told is not None, record.missing
-        assert told.engine == "fake-cpu"
-        assert told.error == pytest.approx(0.0, abs=1e-3)
-        assert told.peak_allocated_bytes is not None
-        assert record.memory.peak_bytes is not None
-        assert told.peak_phase == record.memory.peak_phase
-    found = json.loads(tunebench("calibration", "results/tiny", "--json", cwd=tmp_path).out)
-    assert {family["method"]: family["memory"]["n"] for family in found} == {
-        "full": 1,
-        "lora": 1,
-        "qlora": 1,
-        "all": 3,
-    }
-    assert {family["model"] for family in found} == {"tiny-llama", "all"}
-    plain = tunebench("run", "tiny.yaml", "--no-predict", "--set", "method=lora", "--set",
-                      "seed=1", cwd=tmp_path)  # fmt: skip
-    assert plain.code == 0, plain.err
-    [unpredicted] = [
-        record
-        for record in map(read_record, tmp_path.glob("results/tiny/*/record.json"))
-        if record.cell.seed == 1
-    ]
-    assert unpredicted.prediction is None
-    assert unpredicted.missing["prediction"] == "not predicted before the run"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -29,7 +28,6 @@ SMALL = 2**16
 # torch hands out a free block whole when no more than this is left over.
 UNSPLIT = 2**20
 
-WITH_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 ZERO: tuple[tuple[Parallelism, int], ...] = (
     ("zero1", 2),
     ("zero1", 4),
@@ -38,7 +36,6 @@ ZERO: tuple[tuple[Parallelism, int], ...] = (
     ("zero3", 4),
     ("zero3-offload", 2),
 )
-needs_deepspeed = pytest.mark.skipif(not WITH_DEEPSPEED, reason="DeepSpeed is not installed")
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -84,7 +81,7 @@ def predicted(
         ("fsdp", 4),
         ("fsdp1", 2),
         ("fsdp", 2000),
-        *(ZERO if WITH_DEEPSPEED else ()),
+        *ZERO,
     ]
     cells = [cell(path, kind, count) for kind, count in full]
     cells += [cell(path, kind, 2, "lora") for kind in ("fsdp", "fsdp1", "ddp")]
@@ -193,7 +190,6 @@ def test_zero_without_deepspeed_is_one_line(
     assert "\n" not in str(raised.value)
 
 
-@needs_deepspeed
 def test_zero_1_and_2_divide_what_the_optimizer_holds(predicted: Predicted) -> None:
     """fp32 copies and two Adam states, 12 bytes; the bf16 weights stay whole."""
     saved = steady(predicted, "zero1", 2) - steady(predicted, "zero1", 4)
@@ -203,14 +199,12 @@ def test_zero_1_and_2_divide_what_the_optimizer_holds(predicted: Predicted) -> N
         assert steady(predicted, kind, 2) == pytest.approx(expected, abs=SMALL + UNSPLIT)
 
 
-@needs_deepspeed
 def test_zero_3_divides_weights_and_gradients_too(predicted: Predicted) -> None:
     """2 bytes of weights, 12 of the optimizer, and the fp32 gradients that stay in their buffer."""
     saved = steady(predicted, "zero3", 2) - steady(predicted, "zero3", 4)
     assert saved == pytest.approx(18 * PARAMETERS / 4, abs=SMALL + UNSPLIT)
 
 
-@needs_deepspeed
 def test_offload_moves_the_shards_to_the_host(predicted: Predicted) -> None:
     saved = steady(predicted, "zero3", 2) - steady(predicted, "zero3-offload", 2)
     assert saved == pytest.approx(18 * PARAMETERS / 2, abs=SMALL + 2 * UNSPLIT)

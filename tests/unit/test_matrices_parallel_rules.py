@@ -58,7 +58,7 @@ REFUSED = [
         "10 devices on one machine",
     ),
     (spread("ddp", nodes=2), GPUS, "enough-machines", "--on slurm"),
-    (spread("zero2"), Machine(True), "zero-needs-deepspeed", "tunebench[deepspeed]"),
+    (spread("zero2"), Machine(True), "zero-needs-deepspeed", "pip install deepspeed"),
     (
         spread("ddp", train={"global_batch_size": 6}),
         CPU,

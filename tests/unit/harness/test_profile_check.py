@@ -32,7 +32,6 @@ def shipped(kind: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("kind", accelerate_profile.shipped())
 def test_the_shipped_ones_have_none(kind: str) -> None:
-    pytest.importorskip("deepspeed")
     profile_check.check(cell(kind, shipped(kind)))
 
 
@@ -83,7 +82,6 @@ TYPOS = [
 
 @pytest.mark.parametrize(("kind", "place", "value", "said"), TYPOS)
 def test_each_is_one_line(kind: str, place: str, value: Any, said: str) -> None:
-    pytest.importorskip("deepspeed")
     with pytest.raises(UserError) as raised:
         profile_check.check(cell(kind, put(shipped(kind), place, value)))
     assert said in str(raised.value)
@@ -98,6 +96,5 @@ def test_names_that_accelerate_completes_are_none() -> None:
 
 @pytest.mark.parametrize("name", ["reduce_bucket_size", "stage3_prefetch_bucket_size"])
 def test_what_is_left_to_transformers_is_not_refused(name: str) -> None:
-    pytest.importorskip("deepspeed")
     content = put(shipped("zero3"), f"{FILE}/zero_optimization/{name}", "auto")
     profile_check.check(cell("zero3", content))

@@ -84,7 +84,6 @@ def test_fsdp_is_what_is_simulated(
 def test_zero_is_what_is_simulated(
     kind: str, gpu: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("deepspeed")
     found = accelerates(kind, tmp_path, gpu)
     assumed = zero.environment(cell(kind))
 
@@ -130,7 +129,6 @@ def test_transformers_takes_the_values_that_are_written_out(
     kind: str, autocast: bool, tmp_path: Path
 ) -> None:
     """It compares each with the trainer's and raises where they differ; none is left on auto."""
-    pytest.importorskip("deepspeed")
     from transformers import TrainingArguments
     from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
 from harness.records.provenance import new_record, now
 from harness.records.store import Store, record_key
@@ -107,35 +108,26 @@ def test_the_surface_changes_on_purpose_only() -> None:
     ],
 )  # fmt: skip
 def test_help_teaches_by_example(command: str) -> None:
-    done = tunebench(*command.split(), "--help")
-    assert done.returncode == 0
+    done = CliRunner().invoke(app, [*command.split(), "--help"])
+    assert done.exit_code == 0
     assert f"tunebench {command or 'run'}" in done.stdout.split("Usage:")[1].split("\n", 1)[1]
 
 
+def _children_seconds() -> float:
+    """Processor time: that of the clock is also what else the machine is doing."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def test_help_is_quick_and_light() -> None:
-    took = []
-    for _ in range(3):
-        began = time.monotonic()
-        tunebench("--help")
-        took.append(time.monotonic() - began)
-    assert min(took) < 0.5
+    began = _children_seconds()
+    tunebench("--help")
+    assert _children_seconds() - began < 0.5
     heavy = (
         "import sys, launch.cli; print({'torch', 'pandas', 'rich', 'plotly'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
-
-
-def test_nothing_in_launch_imports_torch() -> None:
-    names = [path.stem for path in (Path(__file__).parents[3] / "launch").glob("[a-z]*.py")]
-    code = f"import sys, importlib; [importlib.import_module('launch.' + n) for n in {names}]"
-    done = subprocess.run(
-        [sys.executable, "-c", f"{code}; print('torch' in sys.modules)"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout.strip() == "False"
 
 
 def test_version() -> None:

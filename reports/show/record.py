@@ -16,7 +16,8 @@ from reports.records.samples import difference, score
 from reports.records.steps_text import data_facts, loss_facts, step_facts
 from reports.records.verified_text import adapter_text, behaviour_text, share_text
 from reports.show.ranks import rank_facts, rank_rows
-from reports.statistics.intervals import Estimate, NotComparable, median_interval, rate_interval
+from reports.statistics.intervals import Estimate, NotComparable
+from reports.statistics.step_times import step_seconds, tokens_per_second
 from reports.tables.metric_choice import metric_text
 from reports.text import (
     DASH,
@@ -299,11 +300,11 @@ def _speed(record: Record) -> str:
     speed, timed = record.speed, timed_seconds(record)
     lines = []
     if timed:
-        step = f"{_interval(median_interval(timed), 4)} s, median of {len(timed)} timed steps"
+        step = f"{_interval(step_seconds([timed]), 4)} s, median of {len(timed)} timed steps"
         lines += _wrapped("step", f"{step} ({speed.warmup_steps} of warm-up left out)")
     if timed and speed.tokens is not None:
         for kind, number in speed.tokens.model_dump().items():
-            rate = _interval(rate_interval(number, timed), 1)
+            rate = _interval(tokens_per_second([number], [timed]), 1)
             lines += _wrapped("tokens/s", f"{rate} {kind.replace('_', '-')}")
     figures = {
         "samples/s": speed.samples_per_second,
@@ -333,7 +334,7 @@ def _quality(result: Result, found: Mapping[str, Result]) -> str:
     rows = [("task", "metric", "score", *[f"vs {role} base" for role in found], "n")]
     for task, scores in result.record.quality.tasks.items():
         for metric in scores.metrics:
-            estimate = score(result, task, metric)
+            estimate = score([result], task, metric)
             against = [_against(result, base, task, metric) for base in found.values()]
             told = DASH if estimate is None else _interval(estimate, 4)
             name = printable(metric_text(metric))
@@ -349,7 +350,7 @@ def _quality(result: Result, found: Mapping[str, Result]) -> str:
 
 def _against(result: Result, base: Result, task: str, metric: str) -> str:
     try:
-        return _interval(difference(result, base, task, metric), 4, sign=True)
+        return _interval(difference([(result, base)], task, metric), 4, sign=True)
     except NotComparable as refusal:
         return f"{DASH} ({refusal})"
 

@@ -208,9 +208,10 @@ def caption(
         speed_text(records),
         loss_text(records),
         quality_text(records, hidden),
-        "Brackets: 95 % interval over what n counts (documents, timed steps or seeds; for memory "
-        "the range of the runs); n is that of the heading unless a cell says another. One seed "
-        "says nothing about other seeds.",
+        "Brackets: 95 % interval over what n counts (documents and seeds, processes, or the steps "
+        "of one process; for memory the range of the runs); those of a column of differences hold "
+        "together with 95 %. n is that of the heading unless a cell says another. One seed says "
+        "nothing about other seeds, one process nothing about other processes.",
         runs_text(groups, superseded),
     ]
     return [line for line in lines if line]

@@ -60,7 +60,7 @@ def _where(inside: Callable[[float], bool], start: float, end: float) -> float:
     """The point between `start`, which is inside, and `end` beyond which nothing is."""
     if inside(end):
         return end
-    for _ in range(60):
+    for _ in range(45):
         middle = (start + end) / 2
         start, end = (middle, end) if inside(middle) else (start, middle)
     return start

@@ -145,36 +145,37 @@ def _read(metric: str, runs: Runs, design: Design) -> tuple[np.ndarray, Jackknif
     if any(len(run) != n for run in runs):
         raise NotComparable("runs were scored on different numbers of documents")
     values, weights = np.asarray(runs, dtype=float), np.asarray(design.weights, dtype=float)
-    labels = range(n) if design.clusters is None else design.clusters
-    places = {label: place for place, label in enumerate(dict.fromkeys(labels))}
-    members = np.array([places[label] for label in labels], dtype=int)
-    clustered = design.clusters is not None and len(places) < n
+    without_document, sums, sizes = _without(metric, values, weights), values, weights
+    if design.clusters is not None:
+        places = {label: place for place, label in enumerate(dict.fromkeys(design.clusters))}
+        members = [places[label] for label in design.clusters]
+        sums = np.stack([np.bincount(members, run) for run in values])
+        sizes = np.bincount(members, weights)
     return values, Jackknife(
         figures=_scaled(metric, values.sum(axis=1) / weights.sum()),
-        without=_without(metric, values, weights, members, len(places)),
-        without_document=_without(metric, values, weights, np.arange(n), n) if clustered else None,
-        sizes=np.bincount(members, weights, minlength=len(places)),
+        without=_without(metric, sums, sizes),
+        without_document=without_document,
+        sizes=sizes,
         documents=n,
     )
 
 
-def _without(
-    metric: str, values: np.ndarray, weights: np.ndarray, members: np.ndarray, clusters: int
-) -> np.ndarray:
+def _without(metric: str, sums: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """The metric of each run (rows) without each of the clusters (columns)."""
     import numpy as np
 
-    own = np.stack([np.bincount(members, run, minlength=clusters) for run in values])
-    rest = weights.sum() - np.bincount(members, weights, minlength=clusters)
+    rest = sizes.sum() - sizes
     # Without the only cluster, or the only one that weighs anything, nothing is left.
-    known = np.where(rest > 0, rest, np.nan)
-    return _scaled(metric, (values.sum(axis=1, keepdims=True) - own) / known)
+    rest = np.where(rest > 0, rest, np.nan)
+    return _scaled(metric, (sums.sum(axis=1, keepdims=True) - sums) / rest)
 
 
 def _are_answers(values: np.ndarray, design: Design) -> bool:
     """Whether each document is right or wrong and counts the same."""
-    right_or_wrong = bool(((values == 0) | (values == 1)).all())
-    return right_or_wrong and all(weight == 1 for weight in design.weights)
+    import numpy as np
+
+    right_or_wrong = ((values == 0) | (values == 1)).all()
+    return bool(right_or_wrong and (np.asarray(design.weights) == 1).all())
 
 
 class Jackknife(NamedTuple):
@@ -187,17 +188,16 @@ class Jackknife(NamedTuple):
 
     figures: np.ndarray
     without: np.ndarray
-    without_document: np.ndarray | None
+    without_document: np.ndarray
     sizes: np.ndarray
     documents: int
 
     def minus(self, other: Jackknife) -> Jackknife:
         """The paired difference, run by run."""
-        fine = self.without_document
         return self._replace(
             figures=self.figures - other.figures,
             without=self.without - other.without,
-            without_document=None if fine is None else fine - other.without_document,
+            without_document=self.without_document - other.without_document,
         )
 
     @property
@@ -227,7 +227,8 @@ class Jackknife(NamedTuple):
         Applied Statistics 1, 2007), so that it is at least what the documents allow. Its degrees
         are Satterthwaite's (Biometrics Bulletin 2, 1946), which fall short where a few seeds
         vary about as much as the documents: there the wider of this and sum(t_i^2 V_i)
-        (Banerjee, Sankhya 22, 1960) is taken, and of two seeds at least the t interval of seeds.
+        (Banerjee, Sankhya 22, 1960) is taken. Of two seeds it is the wider of the intervals of
+        documents and of seeds: one difference cannot show whether there is more than interaction.
         """
         own, seeds = self.degrees, len(self.figures)
         if own < FEWEST_DEGREES:
@@ -238,6 +239,9 @@ class Jackknife(NamedTuple):
             return t_documents**2 * documents
         between = variance(self.figures.tolist()) / seeds
         interaction = self._interaction()
+        t_seeds = t_quantile(seeds - 1, confidence)
+        if seeds == 2:
+            return max(t_documents**2 * documents, t_seeds**2 * between)
         extra = max(0.0, between - interaction)
         if extra == 0:
             return t_documents**2 * documents
@@ -246,10 +250,9 @@ class Jackknife(NamedTuple):
             documents**2 / own + between**2 / (seeds - 1) + interaction**2 / (own * (seeds - 1))
         )
         degrees = max(total**2 / uncertain, min(own, seeds - 1))
-        t_seeds = t_quantile(seeds - 1, confidence)
         satterthwaite = t_quantile(degrees, confidence) ** 2 * total
         banerjee = t_documents**2 * documents + t_seeds**2 * extra
-        return max(satterthwaite, banerjee, t_seeds**2 * between if seeds == 2 else 0.0)
+        return max(satterthwaite, banerjee)
 
     def _interaction(self) -> float:
         shifts = self.without - self.figures[:, None]
@@ -299,7 +302,7 @@ class Jackknife(NamedTuple):
 
     def _design_effect(self) -> str:
         """Kish's design effect: by how much clusters inflate the variance of the documents."""
-        if self.without_document is None:
+        if not self.clustered:
             return ""
         independent = _jackknife_variance(self.without_document.mean(axis=0), self.value)
         if independent == 0:

@@ -300,7 +300,9 @@ def _speed(record: Record) -> str:
     speed, timed = record.speed, timed_seconds(record)
     lines = []
     if timed:
-        step = f"{_interval(step_seconds([timed]), 4)} s, median of {len(timed)} timed steps"
+        found = step_seconds([timed])
+        step = f"{_interval(found, 4)} s, median of {len(timed)} timed steps"
+        step += f", no interval: {found.note}" if found.note else ""
         lines += _wrapped("step", f"{step} ({speed.warmup_steps} of warm-up left out)")
     if timed and speed.tokens is not None:
         for kind, number in speed.tokens.model_dump().items():
@@ -342,7 +344,9 @@ def _quality(result: Result, found: Mapping[str, Result]) -> str:
             rows.append((title, name, told, *against, f"{scores.n} documents"))
     lines = notes + (_aligned(rows) if len(rows) > 1 else [])
     if len(rows) > 1:
-        lines.append("  [95 % interval over documents; differences pair the same documents]")
+        lines.append(
+            "  [95 % interval over documents, of a group over its tasks; differences pair them]"
+        )
         absent = [role for role in result.record.base_cell_ids if role not in found]
         lines += [f"  the {role} base was not scored on this stack" for role in absent]
     return _section("Quality", lines)

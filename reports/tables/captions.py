@@ -168,6 +168,8 @@ def quality_text(records: Sequence[Record], hidden: Sequence[str]) -> str:
         refused = ", which are not compared" if several else ""
         precision = f"log-likelihoods in {' or '.join(taken)}{refused}"
         parts.append(f"Scored by lm-eval: {told}; {precision}.")
+    if any(score.subtasks for record in records for score in record.quality.tasks.values()):
+        parts.append("Documents of one subtask of a group are a cluster.")
     limits = {record.cell.evaluate.limit for record in records}
     if limits != {None}:
         told = " or ".join("all" if limit is None else f"first {limit}" for limit in limits)

@@ -274,7 +274,7 @@ class Jackknife(NamedTuple):
 
     def bounded(self, value: float, low: float, high: float) -> Estimate:
         """The estimate with these ends."""
-        if not _differ(self.without - self.figures[:, None], value):
+        if not _differ(self.without_document - self.figures[:, None], value):
             return self._described(value, low, high, self._all_equal())
         few = self.degrees < FEWEST_DEGREES
         return self._described(value, low, high, self._too_few() if few else self._design_effect())
@@ -284,7 +284,7 @@ class Jackknife(NamedTuple):
         return f"too few {what}, or one outweighs the others" if self.documents > 1 else ""
 
     def _all_equal(self) -> str:
-        return f"{self.documents} of {self.documents} equal"
+        return f"{len(self.sizes)} of {len(self.sizes)} equal" if self.documents > 1 else ""
 
     def _described(
         self, value: float, low: float | None, high: float | None, note: str

@@ -151,6 +151,10 @@ def test_too_few_documents_for_an_interval() -> None:
     assert (uneven.low, uneven.note) == (None, "too few documents, or one outweighs the others")
     one = score("f1", [[0.3, 0.4, 0.5]], Design(np.ones(3), list("aaa")))
     assert (one.low, one.note) == (None, "too few clusters, or one outweighs the others")
+    answers = score("acc", [[1, 0, 1]], Design(np.ones(3), list("aaa")))
+    # As wide as one answer leaves it.
+    assert answers.high - answers.low > 0.75  # type: ignore[operator]
+    assert answers.note == "too few clusters, or one outweighs the others"
 
 
 def test_what_cannot_be_paired_is_refused() -> None:

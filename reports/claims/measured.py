@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from statistics import fmean
 
 from harness.records.record import Record
 from matrices.cell import Quantization
@@ -74,6 +75,11 @@ class _Pair:
     def record(self) -> Record:
         return self.first.measured[0].record
 
+    @property
+    def runs(self) -> int:
+        """How many of the side that has fewer."""
+        return min(len(self.first.measured), len(self.second.measured))
+
     def told(self) -> str:
         return f"{self.first.name} against {self.second.name}, {model_text(self.record)}"
 
@@ -134,10 +140,10 @@ def _left_open(
 ) -> str:
     """Why these figures decide nothing; empty when they do. Times and scores differ from run to
     run, which no single pair of runs can show."""
-    if not comparison.exact and len(found) == 1 and overall.over != estimates.SEEDS:
+    if not comparison.exact and len(found) == 1 and found[0].runs == 1:
         return "one pair of runs says nothing about others"
     if overall.low is None or overall.high is None:
-        return "" if comparison.exact else "all runs gave the same figure, so their spread is open"
+        return "" if comparison.exact else f"no interval, {overall.note}"
     inside = claim.accepts(overall.low) and claim.accepts(overall.high)
     if inside or not _touches(claim, overall.low, overall.high):
         return ""
@@ -167,14 +173,21 @@ def _layers_reduction(item: Group) -> float | None:
 
 
 def _overall(comparison: Comparison, found: Sequence[Estimate]) -> Estimate:
-    """Of several pairs the mean with an interval over pairs; of exact figures their range."""
+    """Of several pairs the mean with an interval over pairs, no narrower than those of the pairs:
+    they share documents. Of exact figures their range."""
     values = [estimate.value for estimate in found]
     if len(found) == 1:
         return found[0]
     if comparison.exact:
         mean = math.fsum(values) / len(values)
         return Estimate(mean, min(values), max(values), len(values), "pairs of cells")
-    return mean_interval(values, "pairs of cells")
+    overall = mean_interval(values, "pairs of cells")
+    lows = [estimate.low for estimate in found if estimate.low is not None]
+    highs = [estimate.high for estimate in found if estimate.high is not None]
+    if overall.low is None or overall.high is None or len(lows) < len(found):
+        return overall
+    low, high = min(overall.low, fmean(lows)), max(overall.high, fmean(highs))
+    return replace(overall, low=low, high=high)
 
 
 def _touches(claim: Claim, low: float, high: float) -> bool:
@@ -258,20 +271,20 @@ def _saved_bits(nested: Group, single: Group) -> Iterator[Estimate]:
 def _memory_saving(ours: Group, theirs: Group) -> Iterator[Estimate]:
     change = estimates.peak_change(ours, theirs)
     if change is not None:
-        yield _mapped(change, lambda ratio: -ratio)
+        yield change.mapped(lambda ratio: -ratio)
 
 
 def _relative_speed(ours: Group, theirs: Group) -> Iterator[Estimate]:
     """Steps per second, ours over theirs."""
     ratio = estimates.step_ratio(ours, theirs)
     if ratio is not None:
-        yield _mapped(ratio, lambda times: 1 / times)
+        yield ratio.mapped(lambda times: 1 / times)
 
 
 def _slowdown(ours: Group, theirs: Group) -> Iterator[Estimate]:
     """How many fewer steps per second: 1 - ours / theirs."""
     for speed in _relative_speed(ours, theirs):
-        yield _mapped(speed, lambda ratio: 1 - ratio)
+        yield speed.mapped(lambda ratio: 1 - ratio)
 
 
 def _points(ours: Group, theirs: Group) -> Iterator[Estimate]:
@@ -284,11 +297,11 @@ def _points(ours: Group, theirs: Group) -> Iterator[Estimate]:
             seen.add(task)
             gap = estimates.quality_difference(ours, theirs, task, metric)
             if gap is not None:
-                yield _mapped(gap, lambda share: 100 * share)
+                yield gap.mapped(lambda share: 100 * share)
 
 
 def _opposite(figure: MeasuredFigure) -> MeasuredFigure:
-    return lambda first, second: (_mapped(e, lambda value: -value) for e in figure(first, second))
+    return lambda first, second: (e.mapped(lambda value: -value) for e in figure(first, second))
 
 
 def _per_doubling(ours: Group, theirs: Group) -> Iterator[Estimate]:
@@ -297,15 +310,7 @@ def _per_doubling(ours: Group, theirs: Group) -> Iterator[Estimate]:
     assert other is not None
     doublings = math.log2(mine.rank / other.rank)
     for gap in _points(ours, theirs):
-        yield _mapped(gap, lambda points: points / doublings)
-
-
-def _mapped(estimate: Estimate, change: Callable[[float], float]) -> Estimate:
-    """The estimate on another scale; a falling one swaps the ends."""
-    if estimate.low is None or estimate.high is None:
-        return Estimate(change(estimate.value), None, None, estimate.n, estimate.over)
-    ends = sorted((change(estimate.low), change(estimate.high)))
-    return Estimate(change(estimate.value), ends[0], ends[1], estimate.n, estimate.over)
+        yield gap.mapped(lambda points: points / doublings)
 
 
 _LORA = "a lora and a qlora cell that are otherwise the same"

@@ -126,7 +126,7 @@ def _tradeoff(
     _layout(figure, "peak memory, MiB", html.escape(metric_text(metric)), height=520)
     return Drawing(
         f"{task}: quality against peak memory",
-        "Whiskers are 95 % intervals, over seeds where there are several, else over documents.",
+        "Whiskers are 95 % intervals, over documents and, where there are several, over seeds.",
         figure,
     )
 
@@ -199,7 +199,8 @@ def _throughput(pairs: Sequence[tuple[Group, str]]) -> Drawing | None:
     figure.update_yaxes(autorange="reversed")
     return Drawing(
         "Training speed",
-        "Tokens over time, warm-up left out; whiskers are 95 % intervals over seeds or steps.",
+        "Tokens over time, warm-up left out; whiskers are 95 % intervals over processes, "
+        "or over the steps of a single one.",
         figure,
     )
 

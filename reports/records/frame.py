@@ -77,7 +77,7 @@ def _quality(result: Result, newest: Index, task: str, metric: str) -> dict[str,
     }
     for role, base in bases(result, newest).items():
         try:
-            estimate = difference(result, base, task, metric)
+            estimate = difference([(result, base)], task, metric)
         except NotComparable:
             continue  # The table and `show` give the reason; here it is an absent figure.
         row |= {

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from harness.evaluation.score_precision import softmax_dtype
-from harness.records.record import TaskScore
+from harness.records.record import Metric, TaskScore
 from reports.records.load import Result
-from reports.statistics.intervals import (
-    Estimate,
-    NotComparable,
-    aggregate,
-    document_interval,
-    paired_difference,
-)
+from reports.statistics import scores
+from reports.statistics.intervals import CONFIDENCE, Estimate, NotComparable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,7 +20,6 @@ if TYPE_CHECKING:
 
 # The record's figure and the one made from documents agree but for the order of summation.
 RELATIVE_TOLERANCE = 1e-6
-NORMAL_QUANTILE = 1.959963984540054
 
 
 @dataclass(frozen=True)
@@ -35,6 +30,12 @@ class Documents:
     identities: tuple[tuple[str, str, str], ...]
     values: np.ndarray
     weights: np.ndarray
+
+    @property
+    def design(self) -> scores.Design:
+        """Their weights; the documents of one subtask of a group are a cluster."""
+        tasks = [task for task, _, _ in self.identities]
+        return scores.Design(self.weights, tasks if len(set(tasks)) > 1 else None)
 
 
 # A report asks for the same documents in every table and for every difference.
@@ -58,7 +59,7 @@ def documents(result: Result, task: str, metric: str) -> Documents | None:
     weights = rows["weight"].to_numpy(dtype=float)
     recorded = score.metrics[metric].value
     if weights.sum() <= 0 or not np.isclose(
-        aggregate(metric, values, weights), recorded, rtol=RELATIVE_TOLERANCE, atol=1e-9
+        scores.aggregate(metric, values, weights), recorded, rtol=RELATIVE_TOLERANCE, atol=1e-9
     ):
         return None
     identities = tuple(zip(rows["task"], rows["doc_id"], rows["doc_hash"], strict=True))
@@ -73,21 +74,39 @@ def _leaves(tasks: Mapping[str, TaskScore], task: str) -> list[str]:
     return [leaf for child in score.subtasks for leaf in _leaves(tasks, child)]
 
 
-def score(result: Result, task: str, metric: str) -> Estimate | None:
-    """A metric with its interval over documents; from lm-eval's standard error (normal) when there
-    are no documents to make one of; none when it was not scored."""
-    task_score = result.record.quality.tasks.get(task)
-    if task_score is None or metric not in task_score.metrics:
+def score(results: Sequence[Result], task: str, metric: str) -> Estimate | None:
+    """A metric, the mean over runs that differ in the seed, with its interval over documents and
+    seeds; from lm-eval's standard errors when there are no documents to make one of; none when no
+    run was scored. Raises NotComparable when runs were scored on different documents."""
+    scored = [r for r in results if metric in _metrics(r, task)]
+    if not scored:
         return None
-    found = documents(result, task, metric)
-    if found is not None:
-        return document_interval(metric, found.values, found.weights)
-    figure = task_score.metrics[metric]
-    if figure.stderr is None:
-        return Estimate(figure.value, None, None, task_score.n, "documents")
-    half = NORMAL_QUANTILE * figure.stderr
-    low, high = figure.value - half, figure.value + half
-    return Estimate(figure.value, low, high, task_score.n, "documents, lm-eval's stderr")
+    found = [documents(result, task, metric) for result in scored]
+    known = [each for each in found if each is not None]
+    if len(known) == len(scored):
+        _check_same_documents(known, task)
+        return scores.score(metric, [each.values for each in known], known[0].design)
+    figures = [_metrics(result, task)[metric] for result in scored]
+    return scores.from_standard_errors(
+        [figure.value for figure in figures],
+        [figure.stderr for figure in figures],
+        min(result.record.quality.tasks[task].n for result in scored),
+    )
+
+
+def _metrics(result: Result, task: str) -> Mapping[str, Metric]:
+    found = result.record.quality.tasks.get(task)
+    return found.metrics if found is not None else {}
+
+
+def _check_same_documents(found: Sequence[Documents], task: str) -> None:
+    import numpy as np
+
+    first = found[0]
+    for other in found[1:]:
+        same = first.identities == other.identities
+        if not (same and np.array_equal(first.weights, other.weights)):
+            raise NotComparable(f"the documents of {task} differ")
 
 
 def check_same_questions(ours: Result, theirs: Result, task: str, metric: str) -> None:
@@ -109,20 +128,30 @@ def check_same_questions(ours: Result, theirs: Result, task: str, metric: str) -
         )
 
 
-def difference(ours: Result, theirs: Result, task: str, metric: str) -> Estimate:
-    """ours - theirs, paired over documents. Without samples the bare difference, no interval.
+def difference(
+    pairs: Sequence[tuple[Result, Result]],
+    task: str,
+    metric: str,
+    confidence: float = CONFIDENCE,
+) -> Estimate:
+    """The mean of first - second over pairs that differ in the seed, paired over documents, with
+    an interval over documents and seeds. Without samples the bare difference, no interval.
 
     Raises NotComparable when task hashes or documents differ.
     """
-    import numpy as np
+    for pair in pairs:
+        check_same_questions(*pair, task, metric)
+    sides = [[documents(each, task, metric) for each in side] for side in zip(*pairs, strict=True)]
+    ours, theirs = ([each for each in side if each is not None] for side in sides)
+    if len(ours) < len(pairs) or len(theirs) < len(pairs):
+        return _bare_difference(pairs, task, metric)
+    _check_same_documents([*ours, *theirs], task)
+    mine, others = ([each.values for each in side] for side in (ours, theirs))
+    return scores.difference(metric, mine, others, ours[0].design, confidence)
 
-    check_same_questions(ours, theirs, task, metric)
-    mine, other = documents(ours, task, metric), documents(theirs, task, metric)
-    if mine is None or other is None:
-        scores = [r.record.quality.tasks[task] for r in (ours, theirs)]
-        gap = scores[0].metrics[metric].value - scores[1].metrics[metric].value
-        return Estimate(gap, None, None, min(s.n for s in scores), "documents")
-    same = mine.identities == other.identities
-    if not (same and np.array_equal(mine.weights, other.weights)):
-        raise NotComparable(f"the documents of {task} differ")
-    return paired_difference(metric, mine.values, other.values, mine.weights)
+
+def _bare_difference(pairs: Sequence[tuple[Result, Result]], task: str, metric: str) -> Estimate:
+    gaps = [_metrics(a, task)[metric].value - _metrics(b, task)[metric].value for a, b in pairs]
+    n = min(result.record.quality.tasks[task].n for pair in pairs for result in pair)
+    mean = math.fsum(gaps) / len(gaps)
+    return Estimate(mean, None, None, n, scores.DOCUMENTS, "no per-document results")

@@ -16,7 +16,8 @@ from reports.records.samples import difference, score
 from reports.records.steps_text import data_facts, loss_facts, step_facts
 from reports.records.verified_text import adapter_text, behaviour_text, share_text
 from reports.show.ranks import rank_facts, rank_rows
-from reports.statistics.intervals import Estimate, NotComparable, median_interval, rate_interval
+from reports.statistics.intervals import Estimate, NotComparable
+from reports.statistics.step_times import step_seconds, tokens_per_second
 from reports.tables.metric_choice import metric_text
 from reports.text import (
     DASH,
@@ -286,11 +287,13 @@ def _speed(record: Record) -> str:
     speed, timed = record.speed, timed_seconds(record)
     lines = []
     if timed:
-        step = f"{_interval(median_interval(timed), 4)} s, median of {len(timed)} timed steps"
+        found = step_seconds([timed])
+        step = f"{_interval(found, 4)} s, median of {len(timed)} timed steps"
+        step += f", no interval: {found.note}" if found.note else ""
         lines += _wrapped("step", f"{step} ({speed.warmup_steps} of warm-up left out)")
     if timed and speed.tokens is not None:
         for kind, number in speed.tokens.model_dump().items():
-            rate = _interval(rate_interval(number, timed), 1)
+            rate = _interval(tokens_per_second([number], [timed]), 1)
             lines += _wrapped("tokens/s", f"{rate} {kind.replace('_', '-')}")
     figures = {
         "samples/s": speed.samples_per_second,
@@ -320,7 +323,7 @@ def _quality(result: Result, found: Mapping[str, Result]) -> str:
     rows = [("task", "metric", "score", *[f"vs {role} base" for role in found], "n")]
     for task, scores in result.record.quality.tasks.items():
         for metric in scores.metrics:
-            estimate = score(result, task, metric)
+            estimate = score([result], task, metric)
             against = [_against(result, base, task, metric) for base in found.values()]
             told = DASH if estimate is None else _interval(estimate, 4)
             name = printable(metric_text(metric))
@@ -328,7 +331,9 @@ def _quality(result: Result, found: Mapping[str, Result]) -> str:
             rows.append((title, name, told, *against, f"{scores.n} documents"))
     lines = notes + (text_table(rows, indent="  ") if len(rows) > 1 else [])
     if len(rows) > 1:
-        lines.append("  [95 % interval over documents; differences pair the same documents]")
+        lines.append(
+            "  [95 % interval over documents, of a group over its tasks; differences pair them]"
+        )
         absent = [role for role in result.record.base_cell_ids if role not in found]
         lines += [f"  the {role} base was not scored on this stack" for role in absent]
     return _section("Quality", lines)
@@ -336,7 +341,7 @@ def _quality(result: Result, found: Mapping[str, Result]) -> str:
 
 def _against(result: Result, base: Result, task: str, metric: str) -> str:
     try:
-        return _interval(difference(result, base, task, metric), 4, sign=True)
+        return _interval(difference([(result, base)], task, metric), 4, sign=True)
     except NotComparable as refusal:
         return f"{DASH} ({refusal})"
 

@@ -168,6 +168,8 @@ def quality_text(records: Sequence[Record], hidden: Sequence[str]) -> str:
         refused = ", which are not compared" if several else ""
         precision = f"log-likelihoods in {' or '.join(taken)}{refused}"
         parts.append(f"Scored by lm-eval: {told}; {precision}.")
+    if any(score.subtasks for record in records for score in record.quality.tasks.values()):
+        parts.append("Documents of one subtask of a group are a cluster.")
     limits = {record.cell.evaluate.limit for record in records}
     if limits != {None}:
         told = " or ".join("all" if limit is None else f"first {limit}" for limit in limits)
@@ -208,9 +210,10 @@ def caption(
         speed_text(records),
         loss_text(records),
         quality_text(records, hidden),
-        "Brackets: 95 % interval over what n counts (documents, timed steps or seeds; for memory "
-        "the range of the runs); n is that of the heading unless a cell says another. One seed "
-        "says nothing about other seeds.",
+        "Brackets: 95 % interval over what n counts (documents and seeds, processes, or the steps "
+        "of one process; for memory the range of the runs); those of a column of differences hold "
+        "together with 95 %. n is that of the heading unless a cell says another. One seed says "
+        "nothing about other seeds, one process nothing about other processes.",
         runs_text(groups, superseded),
     ]
     return [line for line in lines if line]

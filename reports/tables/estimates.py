@@ -1,7 +1,7 @@
 """Figures of a group of runs, and their differences to another group.
 
-One run: the interval is over its documents or timed steps. Several seeds: mean and t interval over
-seeds, differences seed by seed. Nothing else is ever averaged.
+Scores vary with documents and with seeds, step times with processes: a run of another seed is
+another process. Nothing else is ever averaged.
 """
 
 from __future__ import annotations
@@ -12,20 +12,11 @@ from harness.evaluation.score_precision import softmax_dtype
 from harness.records.record import Record
 from reports.records.derived import timed_seconds
 from reports.records.load import Result
-from reports.records.samples import check_same_questions, difference, score
-from reports.statistics.intervals import (
-    Estimate,
-    NotComparable,
-    geometric_mean_interval,
-    mean_interval,
-    median_interval,
-    rate_interval,
-    ratio_of_medians,
-    spread,
-)
+from reports.records.samples import difference, score
+from reports.statistics import step_times
+from reports.statistics.intervals import CONFIDENCE, Estimate, NotComparable, spread
 from reports.tables.groups import Group
 
-SEEDS = "seeds"
 PREDICTIONS = "predictions"
 
 
@@ -56,39 +47,35 @@ def prediction_error(group: Group) -> Estimate | None:
 
 
 def step_seconds(group: Group) -> Estimate | None:
-    """Median timed step; over seeds the mean of the medians."""
-    found = [median_interval(s) for s in _timed(group) if s]
-    return _over_seeds(found)
+    """Median timed step; of several seeds the mean of the medians."""
+    processes = _timed(group)
+    return step_times.step_seconds(processes) if processes else None
 
 
 def tokens_per_second(group: Group) -> Estimate | None:
     """Non-padding tokens over time, both summed over the timed steps."""
-    found = []
-    for result in group.measured:
-        seconds, tokens = timed_seconds(result.record), result.record.speed.tokens
-        if seconds and tokens is not None:
-            found.append(rate_interval(tokens.non_padding, seconds))
-    return _over_seeds(found)
+    found = [
+        (result.record.speed.tokens.non_padding, seconds)
+        for result in group.measured
+        if result.record.speed.tokens is not None and (seconds := timed_seconds(result.record))
+    ]
+    if not found:
+        return None
+    return step_times.tokens_per_second([n for n, _ in found], [seconds for _, seconds in found])
 
 
 def quality(group: Group, task: str, metric: str) -> Estimate | None:
-    """One metric of one task. Raises NotComparable when seeds were scored in several dtypes."""
+    """One metric of one task. Raises NotComparable when seeds were scored in several dtypes or on
+    different documents."""
     precisions = {softmax_dtype(result.record) for result in group.measured} - {None}
     if len(precisions) > 1:
         told = " and ".join(sorted(map(str, precisions)))
         raise NotComparable(f"{group.name} has seeds with log-likelihoods in {told}")
-    found = [score(result, task, metric) for result in group.measured]
-    return _over_seeds([estimate for estimate in found if estimate is not None])
+    return score(group.measured, task, metric)
 
 
 def _timed(group: Group) -> list[list[float]]:
-    return [timed_seconds(result.record) for result in group.measured]
-
-
-def _over_seeds(found: list[Estimate]) -> Estimate | None:
-    if len(found) < 2:
-        return found[0] if found else None
-    return mean_interval([estimate.value for estimate in found], SEEDS)
+    return [seconds for result in group.measured if (seconds := timed_seconds(result.record))]
 
 
 def peak_change(ours: Group, theirs: Group) -> Estimate | None:
@@ -110,35 +97,30 @@ def peak_change(ours: Group, theirs: Group) -> Estimate | None:
     return Estimate(value, low, high, n, "runs")
 
 
-def step_ratio(ours: Group, theirs: Group) -> Estimate | None:
-    """ours / theirs of the median step; over common seeds the geometric mean of the ratios."""
-    pairs = [
-        (timed_seconds(mine.record), timed_seconds(other.record))
-        for mine, other in _by_seed(ours, theirs)
-    ]
-    ratios = [ratio_of_medians(mine, other) for mine, other in pairs if mine and other]
-    if len(ratios) < 2:
-        return ratios[0] if ratios else None
-    return geometric_mean_interval([ratio.value for ratio in ratios], SEEDS)
+def step_ratio(ours: Group, theirs: Group, confidence: float = CONFIDENCE) -> Estimate | None:
+    """ours / theirs of the median step, of all processes of each."""
+    mine, other = _timed(ours), _timed(theirs)
+    return step_times.step_ratio(mine, other, confidence) if mine and other else None
 
 
-def quality_difference(ours: Group, theirs: Group, task: str, metric: str) -> Estimate | None:
-    """ours - theirs: over documents for one seed, over common seeds for several.
+def quality_difference(
+    ours: Group, theirs: Group, task: str, metric: str, confidence: float = CONFIDENCE
+) -> Estimate | None:
+    """ours - theirs over the seeds in common.
 
     Raises NotComparable when hashes or documents differ.
     """
     pairs = _by_seed(ours, theirs)
-    found = [difference(mine, other, task, metric) for mine, other in pairs]
-    return _over_seeds(found)
+    return difference(pairs, task, metric, confidence) if pairs else None
 
 
-def base_difference(group: Group, base: Result | None, task: str, metric: str) -> Estimate | None:
-    """Difference to a base model, which has no seed: over documents, or over our seeds."""
+def base_difference(
+    group: Group, base: Result | None, task: str, metric: str, confidence: float = CONFIDENCE
+) -> Estimate | None:
+    """Difference to a base model, which has no seed."""
     if base is None or not group.measured:
         return None
-    for result in group.measured:
-        check_same_questions(result, base, task, metric)
-    return _over_seeds([difference(result, base, task, metric) for result in group.measured])
+    return difference([(result, base) for result in group.measured], task, metric, confidence)
 
 
 def _by_seed(ours: Group, theirs: Group) -> list[tuple[Result, Result]]:

@@ -9,6 +9,7 @@ from harness.evaluation.score_precision import softmax_dtype
 from harness.records.record import Record
 from reports.records.columns import Better
 from reports.records.load import Index, bases
+from reports.statistics.comparisons import joint_confidence
 from reports.statistics.intervals import Estimate, NotComparable
 from reports.tables import estimates
 from reports.tables.baseline import Baselines
@@ -17,7 +18,8 @@ from reports.tables.metric_choice import metric_text, metrics_shown
 from reports.tables.model import Row, Style, Table, TableColumn, Value, bytes_style, seconds_style
 from reports.text import bytes_text, one_line
 
-Compare = Callable[[Group], Estimate | str | None]
+Figure = Callable[[Group], Estimate | str | None]
+Comparison = Callable[[Group, Group], Estimate | None]
 
 
 def cost_columns(table: Table, baselines: Baselines) -> list[TableColumn]:
@@ -36,10 +38,14 @@ def cost_columns(table: Table, baselines: Baselines) -> list[TableColumn]:
         _against(baselines, estimates.peak_change), "lower",
     )  # fmt: skip
     change.style = Style(scale=100, decimals=1, suffix=" %", signed=True)
+    confidence = joint_confidence(_compared(table, baselines))
+
+    def slower(ours: Group, theirs: Group) -> Estimate | None:
+        return estimates.step_ratio(ours, theirs, confidence)
+
     ratio = figure_column(
-        table, "step_ratio", "Step vs baseline", "cost",
-        _against(baselines, estimates.step_ratio), "lower",
-    )  # fmt: skip
+        table, "step_ratio", "Step vs baseline", "cost", _against(baselines, slower), "lower"
+    )
     ratio.style = Style(decimals=2, suffix="×")
     phase = figure_column(table, "peak_phase", "Peak in", "cost", _peak_phase)
     if len(set(phase.values) - {None}) == 1:  # The caption says it.
@@ -115,8 +121,10 @@ def quality_columns(
     metrics: Sequence[str] = (),
 ) -> list[TableColumn]:
     """For each task and metric: the score, and its difference to the base models and to the
-    baseline."""
+    baseline. The intervals of a column of differences hold together (`joint_confidence`)."""
     groups = [row.group for row in table.rows if not row.reference]
+    to_base = {role: joint_confidence(_judged(groups, role, newest)) for role in roles}
+    to_baseline = joint_confidence(_compared(table, baselines))
     columns = []
     for task, metric in metrics_shown(groups, metrics).pairs:
         better = _direction(groups, task, metric)
@@ -126,8 +134,12 @@ def quality_columns(
             return estimates.quality(item, task, metric)
 
         columns.append(figure_column(table, name, task, "quality", value, better, references=True))
-        comparisons = [(f"vs {role} base", _to_base(role, newest, task, metric)) for role in roles]
-        comparisons.append(("vs baseline", _against(baselines, _quality_gap(task, metric))))
+        comparisons = [
+            (f"vs {role} base", _to_base(role, newest, task, metric, confidence))
+            for role, confidence in to_base.items()
+        ]
+        gap = _quality_gap(task, metric, to_baseline)
+        comparisons.append(("vs baseline", _against(baselines, gap)))
         for heading, compare in comparisons:
             column = figure_column(table, f"{name}.{heading}", heading, "quality", compare, better)
             column.style = Style(signed=True)
@@ -156,19 +168,41 @@ def _direction(groups: Sequence[Group], task: str, metric: str) -> Better | None
     return None
 
 
-def _quality_gap(task: str, metric: str) -> Callable[[Group, Group], Estimate | None]:
-    return lambda ours, theirs: estimates.quality_difference(ours, theirs, task, metric)
+def _quality_gap(task: str, metric: str, confidence: float) -> Comparison:
+    return lambda ours, theirs: estimates.quality_difference(ours, theirs, task, metric, confidence)
 
 
-def _to_base(role: str, newest: Index, task: str, metric: str) -> Compare:
+def _to_base(role: str, newest: Index, task: str, metric: str, confidence: float) -> Figure:
     def compare(item: Group) -> Estimate | None:
         base = bases(item.results[0], newest).get(role)
-        return estimates.base_difference(item, base, task, metric)
+        return estimates.base_difference(item, base, task, metric, confidence)
 
     return compare
 
 
-def _against(baselines: Baselines, compare: Callable[[Group, Group], Estimate | None]) -> Compare:
+def _judged(groups: Sequence[Group], role: str, newest: Index) -> int:
+    """How many rows are compared with the base model of this role."""
+    return sum(role in bases(item.results[0], newest) for item in groups if item.measured)
+
+
+def _compared(table: Table, baselines: Baselines) -> int:
+    """How many rows of the table are compared with a baseline."""
+    return sum(
+        row.group not in baselines.rows and _has_baseline(row.group, baselines)
+        for row in table.rows
+        if row.group.measured and not row.reference
+    )
+
+
+def _has_baseline(item: Group, baselines: Baselines) -> bool:
+    try:
+        found = baselines.of(item)
+    except NotComparable:
+        return False
+    return found is not None and bool(found.measured)
+
+
+def _against(baselines: Baselines, compare: Comparison) -> Figure:
     def against(item: Group) -> Estimate | str | None:
         baseline = baselines.of(item)
         if baseline is item:
@@ -187,12 +221,12 @@ def figure_column(
     name: str,
     heading: str,
     panel: str,
-    figure: Compare,
+    figure: Figure,
     better: Better | None = None,
     references: bool = False,
 ) -> TableColumn:
     """One figure for every row; only columns for `references` have one for base models. A refused
-    comparison becomes a dash with a note."""
+    comparison becomes a dash with a note; an estimate brings its own."""
     column = TableColumn(name, heading, panel, [], better=better)
     for row in table.rows:
         value: Value = None
@@ -202,9 +236,17 @@ def figure_column(
                 value = figure(row.group)
             except NotComparable as refusal:
                 marks = (table.note(f"Not compared: {refusal}."),)
+        if isinstance(value, Estimate) and value.note:
+            marks = (table.note(_remark(value)),)
         column.values.append(value)
         column.marks.append(marks)
     return column
+
+
+def _remark(value: Estimate) -> str:
+    if value.low is None:
+        return f"No interval: {value.note}."
+    return f"{value.note[:1].upper()}{value.note[1:]}."
 
 
 def status_column(table: Table) -> TableColumn:

@@ -10,7 +10,7 @@ from statistics import median
 from typing import NamedTuple
 
 from reports.records.columns import Better
-from reports.statistics.intervals import Estimate
+from reports.statistics.intervals import Estimate, counted
 from reports.tables.groups import Group
 from reports.text import DASH, GIB, MIB, signed
 
@@ -120,8 +120,7 @@ class TableColumn:
 
 def count(estimate: Estimate) -> str:
     """`n = 3 seeds`."""
-    what = estimate.over[:-1] if estimate.n == 1 and estimate.over.endswith("s") else estimate.over
-    return f"n = {estimate.n:,} {what}"
+    return f"n = {counted(estimate.n, estimate.over)}"
 
 
 def mark_text(marks: Sequence[int]) -> str:

@@ -13,7 +13,7 @@ from harness.records.record import Metric, Record, TaskScore
 from matrices.errors import UserError
 from reports.records.load import load_records
 from reports.records.samples import difference, score
-from reports.statistics.intervals import document_interval
+from reports.statistics import scores
 from reports.tables.build import build
 from reports.tables.groups import group
 from reports.tables.metric_choice import hidden_text, metrics_shown
@@ -85,30 +85,36 @@ def test_a_group_stands_before_its_tasks_which_follow_when_all_fit(tmp_path: Pat
     assert "leaf5 and 51 more" in hidden_text(hidden)
 
 
-def test_differences_of_a_group_pair_the_documents_of_its_tasks(tmp_path: Path) -> None:
-    """As lm-eval weights it by default: by the number of documents of each task."""
-    values = {"full": [[1, 0, 1], [1, 1, 0, 0, 1]], "lora": [[1, 1, 1], [1, 0, 0, 1, 1]]}
-    for method, (one, two) in values.items():
+def test_a_group_pairs_the_documents_of_its_tasks_and_counts_its_tasks(tmp_path: Path) -> None:
+    """As lm-eval weights it by default: by the number of documents of each task. Documents of one
+    task are a cluster."""
+    values = {
+        "full": [[1, 0, 1], [1, 1, 0, 0, 1], [1, 1, 1, 0]],
+        "lora": [[1, 1, 1], [1, 0, 0, 1, 1], [0, 1, 1, 1]],
+    }
+    for method, answers in values.items():
         record = made.record(made.trained(method))
+        names = ("one", "two", "three")
         record.quality.tasks = {
-            "sums": task("acc", subtasks=("one", "two")),
-            "one": task("acc"),
-            "two": task("acc"),
+            "sums": task("acc", subtasks=names),
+            **{name: task("acc") for name in names},
         }
-        sizes = (3 * np.mean(one) + 5 * np.mean(two)) / 8
-        record.quality.tasks["sums"].metrics["acc"].value = float(sizes)
+        record.quality.tasks["sums"].metrics["acc"].value = sum(map(sum, answers)) / 12
         rows = [
             {"task": name, "metric": "acc", "doc_id": n, "doc_hash": str(n), "value": float(value)}
-            for name, answers in (("one", one), ("two", two))
-            for n, value in enumerate(answers)
+            for name, own in zip(names, answers, strict=True)
+            for n, value in enumerate(own)
         ]
         made.write(tmp_path, record, pd.DataFrame(rows))
     lora, full = sorted(load_records(tmp_path), key=lambda r: r.record.cell.method, reverse=True)
-    flat = {method: np.array([*one, *two], dtype=float) for method, (one, two) in values.items()}
-    assert score(full, "sums", "acc") == document_interval("acc", flat["full"], np.ones(8))
-    paired = difference(lora, full, "sums", "acc")
-    assert paired.value == pytest.approx(1 / 8)
-    gaps = flat["lora"] - flat["full"]
-    assert paired.high - paired.value == pytest.approx(  # type: ignore[operator]
-        2.364624 * gaps.std(ddof=1) / np.sqrt(8), rel=1e-6
-    )
+    paired = difference([(lora, full)], "sums", "acc")
+    assert paired.value == pytest.approx(1 / 12)
+    flat = {method: np.concatenate(answers) for method, answers in values.items()}
+    clusters = np.repeat(["one", "two", "three"], [3, 5, 4])
+    for runs, found in (
+        ([flat["full"]], score([full], "sums", "acc")),
+        ([flat["lora"]], score([lora], "sums", "acc")),
+    ):
+        assert found == scores.score("acc", runs, scores.Design(np.ones(12), clusters.tolist()))
+        assert found.over == "clusters, 12 documents"
+        assert found.n == 3

@@ -89,7 +89,7 @@ def test_csv_has_raw_figures_with_their_intervals(results: list[Result]) -> None
     assert len(rows) == len(table.rows)
     full = next(row for row in rows if row["method"] == "full")
     assert float(full["peak_bytes"]) == int(1834.5 * 2**20)
-    assert (full["step_seconds_n"], full["step_seconds_over"]) == ("3", "seeds")
+    assert (full["step_seconds_n"], full["step_seconds_over"]) == ("3", "processes")
     assert float(full["step_seconds_low"]) < float(full["step_seconds"])
     invalid = next(row for row in rows if row["status"] == "invalid")
     assert invalid["peak_bytes"] == ""

@@ -81,7 +81,7 @@ def test_another_precision_is_refused_where_there_is_no_other_base(tmp_path: Pat
     [result] = [each for each in records if each.record.cell.method == "lora"]
     base = bases(result, index(records))["untouched"]
     with pytest.raises(NotComparable, match="float32 against bfloat16"):
-        difference(result, base, TASK, METRIC)
+        difference([(result, base)], TASK, METRIC)
     text = show(result, {"untouched": base})
     assert "log-likelihoods in float32 of bfloat16 logits" in text
     assert "float32 against bfloat16" in text

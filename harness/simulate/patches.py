@@ -12,7 +12,6 @@ from harness.simulate.device import fake_cuda, torch_cuda
 from harness.simulate.libraries import attention
 from harness.simulate.memory.ledger import follow_resizes
 from harness.simulate.memory.op_cache import without_torch_function
-from harness.simulate.shortcuts.layer_replay import follow_autocast
 from matrices.catalogue.gpus import Gpu
 
 if TYPE_CHECKING:
@@ -51,7 +50,6 @@ def after_imports() -> bitsandbytes_4bit.Paged:
     values_go_over_from_the_host()
     follow_resizes()
     without_torch_function()
-    follow_autocast()
     return bitsandbytes_4bit.pretend()
 
 

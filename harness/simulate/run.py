@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
@@ -20,7 +19,6 @@ from harness.simulate.batches import FakeBatches
 from harness.simulate.libraries import attention, bitsandbytes_4bit, blank_model, kernels, old_trl
 from harness.simulate.memory.ledger import SimulatedLedger
 from harness.simulate.parallel import fake_ranks
-from harness.simulate.shortcuts import layer_replay
 from harness.simulate.step_time.roofline import Traffic, Work
 from harness.train import Course, Observer, build_trainer, worst_case_rows
 from harness.verify import behaviour
@@ -100,21 +98,6 @@ def kind(gpu: Gpu) -> tuple[int, bool]:
 def simulate(
     cell: Cell, gpu: Gpu | None, on_cuda: bool, paged: bitsandbytes_4bit.Paged
 ) -> Simulated:
-    """As `_simulate`, with repeated layers played back where they turn out to be alike."""
-    before = paged.nbytes
-    try:
-        return _simulate(
-            cell, gpu, on_cuda, paged, layer_replay.on and cell.parallelism == "single"
-        )
-    except layer_replay.Unrepeatable as error:
-        print(f"tunebench: note: every layer is run: {error}", file=sys.stderr)
-    paged.nbytes = before
-    return _simulate(cell, gpu, on_cuda, paged, False)
-
-
-def _simulate(
-    cell: Cell, gpu: Gpu | None, on_cuda: bool, paged: bitsandbytes_4bit.Paged, repeats: bool
-) -> Simulated:
     """Two full-length steps of `cell`: as on `gpu`, or as on this machine's CPU without one.
 
     `on_cuda` says that the process pretends to have that GPU; without it, fake CPU tensors stand
@@ -147,7 +130,7 @@ def _simulate(
     ):
         loaded, share = _load(ledger, blank, cell, layout.load_device)
         counted = count_parameters(loaded)
-        steps, resident = _train(ledger, loaded, cell, layout, Path(scratch), repeats)
+        steps, resident = _train(ledger, loaded, cell, layout, Path(scratch))
         host_bytes = layout.host_bytes()
         ledger.close()
     return Simulated(
@@ -190,7 +173,6 @@ def _train(
     cell: Cell,
     layout: fake_ranks.Layout,
     scratch: Path,
-    repeats: bool,
 ) -> tuple[_Steps, dict[str, int]]:
     vocabulary = loaded.config.get_text_config().vocab_size
     ledger.logit_widths.add(vocabulary)
@@ -209,8 +191,5 @@ def _train(
     # Building the trainer may have exchanged parameters for others of its dtype.
     memory.tag_model(ledger, loaded)
     resident = memory.resident_bytes(loaded)
-    played = layer_replay.Repeats(ledger, loaded) if repeats else None
     trainer.train()
-    if played is not None:
-        played.finish()
     return observer, resident

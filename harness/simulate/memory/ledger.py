@@ -6,7 +6,6 @@ answer wherever a program asks a tensor for its value.
 from __future__ import annotations
 
 import threading
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Self
@@ -17,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from harness.meters.memory.ledger import Event, Ledger, Storage, local
-from harness.simulate.memory.op_cache import FastFake
+from harness.simulate.memory.op_cache import OpCache
 
 if TYPE_CHECKING:
     from harness.simulate.step_time.roofline import Traffic
@@ -31,8 +30,9 @@ ASKED_DTYPES = frozenset({torch.bool, torch.int64})
 Scratch = Callable[[tuple[Any, ...], Any], int]
 
 
-# Answer repeated ops from recipes (fast_fake); with `checked` compare each answer. For tests.
-fast, checked = True, False
+# For tests: whether ops are answered from a cache, and whether each answer is compared with
+# FakeTensorMode's.
+cached, checked = True, False
 _DEVICE = torch.ops.prim.device.default
 
 
@@ -67,8 +67,6 @@ class SimulatedLedger(Ledger):
         self._paused = False
         self._multiplied: set[int] = set()
         self._made_by: dict[int, str] = {}
-        # Who is to be told when a storage dies.
-        self.mourners: dict[Storage, Callable[[], None]] = {}
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -77,8 +75,8 @@ class SimulatedLedger(Ledger):
 
     def __enter__(self) -> Self:
         self._fake_mode = torch._guards.active_fake_mode()
-        if self._fake_mode is not None and fast:
-            self._call = FastFake(self._fake_mode, checked)
+        if self._fake_mode is not None and cached:
+            self._call = OpCache(self._fake_mode, checked)
         _followers.append(self)
         super().__enter__()
         return self
@@ -147,41 +145,6 @@ class SimulatedLedger(Ledger):
             return None
         return super()._see(tensor, op)
 
-    def _forget(self, key: int, storage: Storage) -> None:
-        super()._forget(key, storage)
-        tell = self.mourners.pop(storage, None)
-        if tell is not None:
-            tell()
-
-    def known(self, tensor: torch.Tensor) -> Storage | None:
-        """What is followed of this tensor."""
-        raw = tensor.untyped_storage()
-        known = self._live.get(raw._cdata)
-        return known[1] if known is not None and known[0]() is raw else None
-
-    def born(self, storage: Storage) -> None:
-        """A storage that no tensor stands for; its death has to be told too."""
-        self._note(storage, storage.block)
-
-    def gone(self, storage: Storage) -> None:
-        storage.died = self.visit
-        self._note(storage, -storage.block)
-
-    def adopt(self, tensor: torch.Tensor, storage: Storage) -> None:
-        """A tensor made outside of any op, known as `storage` from now on."""
-        raw = tensor.untyped_storage()
-        key = raw._cdata
-        self._live[key] = (weakref.ref(raw, lambda _: self._forget(key, storage)), storage)
-        self.born(storage)
-
-    def let_go(self, storage: Storage) -> None:
-        """Count it as dead from here on, though something still holds it."""
-        for key, (_, known) in self._live.items():
-            if known is storage:
-                del self._live[key]
-                break
-        self.gone(storage)
-
     def release_cached(self) -> None:
         """The program called `torch.cuda.empty_cache()`."""
         if not (self._paused or self.closed):
@@ -202,8 +165,9 @@ class SimulatedLedger(Ledger):
         if nbytes and not self._paused:
             storage = self._storage(nbytes, op)
             storage.category = "temporaries"
-            self.born(storage)
-            self.gone(storage)
+            storage.died = self.visit
+            self._note(storage, storage.block)
+            self._note(storage, -storage.block)
 
     def _storage(self, nbytes: int, op: str) -> Storage:
         return Storage(nbytes, op, (nbytes,), "uint8", self.module, self.phase, "", born=self.visit)

@@ -83,15 +83,6 @@ class Traffic:
         dtype = _dtype(kernel.tensors, None)
         self._entries.setdefault(key, Work("flash_attn", dtype, found)).count += 1
 
-    def counts(self) -> dict[Any, int]:
-        """Calls so far, by what makes calls equal."""
-        return {key: work.count for key, work in self._entries.items() if work.count}
-
-    def add(self, counts: dict[Any, int]) -> None:
-        """Count calls again that were counted before."""
-        for key, count in counts.items():
-            self._entries[key].count += count
-
     def clear(self) -> None:
         """Forget the counts, not the costs: for the steps before the one that is to count."""
         for work in self._entries.values():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import os
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,6 +44,7 @@ def after_imports() -> bitsandbytes_4bit.Paged:
     """What the imported stack needs on fake tensors; returns the account of managed memory."""
     from harness.simulate.libraries import bitsandbytes_4bit
 
+    import_deepspeed()
     foreach_takes_fake_tensors()
     swap_forgets_conversions()
     masks_are_not_traced()
@@ -51,6 +54,17 @@ def after_imports() -> bitsandbytes_4bit.Paged:
     follow_resizes()
     without_torch_function()
     return bitsandbytes_4bit.pretend()
+
+
+def import_deepspeed() -> None:
+    """accelerate imports DeepSpeed, if it is installed, when it unwraps a model. Imported here, the
+    forked simulations share it."""
+    if importlib.util.find_spec("deepspeed") is None:
+        return
+    if torch.cuda.is_available():
+        # DeepSpeed would look for a driver to choose by.
+        os.environ["DS_ACCELERATOR"] = "cuda"
+    importlib.import_module("deepspeed")
 
 
 def foreach_takes_fake_tensors() -> None:

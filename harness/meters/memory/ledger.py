@@ -132,14 +132,15 @@ class Ledger(TorchDispatchMode):
         return out
 
     def _see(self, tensor: torch.Tensor, op: str) -> Storage | None:
+        """The storage of a tensor, counted from now on; None if it is not counted here."""
         tensor = local(tensor)
-        if tensor.device.type != self.device_type:
-            return None
         raw = tensor.untyped_storage()
         key = raw._cdata
         known = self._live.get(key)
         if known is not None and known[0]() is raw:
             return known[1]
+        if not self._counts(tensor):
+            return None
         storage = Storage(
             raw.nbytes(),
             op,
@@ -153,6 +154,9 @@ class Ledger(TorchDispatchMode):
         self._live[key] = (weakref.ref(raw, lambda _: self._forget(key, storage)), storage)
         self._note(storage, storage.block)
         return storage
+
+    def _counts(self, tensor: torch.Tensor) -> bool:
+        return tensor.device.type == self.device_type
 
     def _forget(self, key: int, storage: Storage) -> None:
         if key in self._live and self._live[key][1] is storage:

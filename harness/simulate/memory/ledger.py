@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from harness.meters.memory.ledger import Event, Ledger, Storage, local
+from harness.meters.memory.ledger import Event, Ledger, Storage
 from harness.simulate.memory.op_cache import OpCache
 
 if TYPE_CHECKING:
@@ -135,15 +135,12 @@ class SimulatedLedger(Ledger):
             self.traffic.note(func, args, kwargs, out)
         return out
 
-    def _see(self, tensor: torch.Tensor, op: str) -> Storage | None:
-        tensor = local(tensor)
-        if self._paused or tensor.device.type != self.device_type:
-            return None
+    def _counts(self, tensor: torch.Tensor) -> bool:
+        if self._paused or not super()._counts(tensor):
+            return False
         mode = getattr(tensor, "fake_mode", None)
         # DTensor works shapes out in a fake mode of its own.
-        if mode is not None and self._fake_mode is not None and mode is not self._fake_mode:
-            return None
-        return super()._see(tensor, op)
+        return mode is None or self._fake_mode is None or mode is self._fake_mode
 
     def release_cached(self) -> None:
         """The program called `torch.cuda.empty_cache()`."""

@@ -49,7 +49,14 @@ _UNPREDICTABLE = (
     torch.Tag.dynamic_output_shape,
     torch.Tag.inplace_view,
 )
+_FOREACH_NAMES = (
+    "aten::_foreach_",
+    "aten::_fused_adam",
+    "aten::_fused_sgd",
+    "aten::_fused_adagrad",
+)
 
+_UNCACHED, _ONE, _FOREACH = range(3)
 _VALUE, _ARGUMENT, _ALIAS, _VIEW, _NEW = range(5)
 
 
@@ -93,16 +100,38 @@ class OpCache:
         self.checked = checked
         self.hits = self.misses = 0
         self._mode = fake_mode
-        self._cacheable: dict[Any, bool] = {}
+        self._kinds: dict[Any, int] = {}
         self._entries: dict[Any, _Entry | None] = {}
 
     def __call__(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        cacheable = self._cacheable.get(func)
-        if cacheable is None:
-            cacheable = self._cacheable[func] = _is_cacheable(func)
-        key = None
-        if cacheable and _active_mode(_FAKE) is self._mode:
-            key = self._key(func, args, kwargs)
+        kind = self._kinds.get(func)
+        if kind is None:
+            kind = self._kinds[func] = _kind(func)
+        if kind == _UNCACHED or _active_mode(_FAKE) is not self._mode:
+            self.misses += 1
+            return func(*args, **kwargs)
+        if kind == _FOREACH:
+            return self._foreach(func, args, kwargs)
+        return self._one(func, args, kwargs)
+
+    def _foreach(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """An op over lists does the same to every entry: each entry is a list of one."""
+        length = len(args[0])
+        calls = [
+            (
+                [_at(value, at, length) for value in args],
+                {name: _at(value, at, length) for name, value in kwargs.items()},
+            )
+            for at in range(length)
+        ]
+        if any(self._key(func, *call) is None for call in calls):
+            self.misses += 1
+            return func(*args, **kwargs)
+        results = [self._one(func, *call) for call in calls]
+        return [result[0] for result in results] if func._schema.returns else None
+
+    def _one(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        key = self._key(func, args, kwargs)
         entry = self._entries.get(key) if key is not None else None
         if entry is not None:
             out = _make(entry, args, kwargs)
@@ -195,13 +224,17 @@ def without_torch_function() -> None:
     FakeTensor.__torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
 
-def _is_cacheable(func: Any) -> bool:
-    return (
-        isinstance(func, torch._ops.OpOverload)
-        and func.namespace in _NAMESPACES
-        and func not in _LIFTS
-        and not any(tag in func.tags for tag in _UNPREDICTABLE)
-    )
+def _kind(func: Any) -> int:
+    if not isinstance(func, torch._ops.OpOverload) or func.namespace not in _NAMESPACES:
+        return _UNCACHED
+    if func in _LIFTS or any(tag in func.tags for tag in _UNPREDICTABLE):
+        return _UNCACHED
+    foreach = func._schema.name.startswith(_FOREACH_NAMES) and len(func._schema.returns) < 2
+    return _FOREACH if foreach else _ONE
+
+
+def _at(value: Any, at: int, length: int) -> Any:
+    return [value[at]] if isinstance(value, list | tuple) and len(value) == length else value
 
 
 def _tensors(args: Any, kwargs: dict[str, Any]) -> list[torch.Tensor]:

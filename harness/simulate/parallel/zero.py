@@ -43,8 +43,6 @@ def environment(cell: Cell) -> dict[str, str]:
         "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": place,
         "ACCELERATE_DEEPSPEED_ZERO3_INIT": str(stage == 3).lower(),
         "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "false",
-        # DeepSpeed would look for a driver to choose by.
-        "DS_ACCELERATOR": "cuda",
     }
 
 

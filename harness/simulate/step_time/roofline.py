@@ -44,11 +44,7 @@ class Work:
 
 
 class Traffic:
-    """Adds up calls. Only tensors on `device_type` count.
-
-    A caller who knows that a call is like an earlier one may keep what `entry` gave for that one
-    and add to its `count` instead of calling `note` again.
-    """
+    """Adds up calls of ops. Only tensors on `device_type` move bytes."""
 
     def __init__(self, device_type: str) -> None:
         self._device_type = device_type
@@ -58,20 +54,12 @@ class Traffic:
         """Count one call. `func` is an OpOverload, `out` what it returned."""
         if moves_nothing(func):
             return
-        self.entry(func, args, kwargs, out).count += 1
-
-    def entry(self, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> Work:
-        """Where calls like this one are counted; counts nothing itself."""
         key = (func, _signature(args), _signature(kwargs.items()) if kwargs else ())
         found = self._entries.get(key)
         if found is None:
-            found = Work(
-                str(func),
-                _dtype(args, out),
-                cost(func, args, kwargs, out, self._device_type),
-            )
-            self._entries[key] = found
-        return found
+            each = cost(func, args, kwargs, out, self._device_type)
+            found = self._entries[key] = Work(str(func), _dtype(args, out), each)
+        found.count += 1
 
     def note_kernel(self, kernel: Kernel) -> None:
         """Count one call of an attention kernel that is no op."""

@@ -10,11 +10,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
-
-from harness.simulate.memory.replacing import replaced
 
 # torch's defaults: a small first bucket, so that communication starts early, then `bucket_cap_mb`.
 FIRST_BUCKET_BYTES = 2**20
@@ -79,5 +78,5 @@ def buckets(modelled: list[str]) -> Iterator[None]:
             super().__init__(module, **options)
             modelled.append(SAID_VIEWS if options.get("gradient_as_bucket_view") else SAID)
 
-    with replaced(torch.nn.parallel, "DistributedDataParallel", Wrapper):
+    with patch.object(torch.nn.parallel, "DistributedDataParallel", Wrapper):
         yield

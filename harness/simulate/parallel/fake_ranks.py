@@ -23,13 +23,13 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from harness.simulate.memory.ledger import SimulatedLedger
-from harness.simulate.memory.replacing import replaced
 from harness.simulate.parallel import ddp, fsdp, zero
 from matrices.cell import Cell
 from matrices.errors import UserError
@@ -89,7 +89,7 @@ def ranks(cell: Cell) -> Iterator[Layout]:
         )
     layout = Layout(ranks=cell.devices, modelled=[ALIKE], assumptions=[COLLECTIVES])
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_environment(_launcher(cell.devices)))
+        stack.enter_context(patch.dict(os.environ, _launcher(cell.devices)))
         stack.enter_context(_process_group(cell.devices))
         stack.enter_context(storages_have_addresses())
         stack.enter_context(data_takes_its_device_along())
@@ -98,12 +98,12 @@ def ranks(cell: Cell) -> Iterator[Layout]:
             stack.enter_context(ddp.buckets(layout.modelled))
         elif kind in ("fsdp", "fsdp1"):
             version = 2 if kind == "fsdp" else 1
-            stack.enter_context(_environment(fsdp.environment(version)))
+            stack.enter_context(patch.dict(os.environ, fsdp.environment(version)))
             stack.enter_context(fsdp.patched())
             layout.load_device = torch.device("cpu")
             layout.begin, layout.step = fsdp.tag_shards, fsdp.tag_gradients
         else:
-            stack.enter_context(_environment(zero.environment(cell)))
+            stack.enter_context(patch.dict(os.environ, zero.environment(cell)))
             stack.enter_context(zero.patched())
             layout.load_device = zero.load_device(cell)
             layout.begin, layout.step = zero.tag_shards, zero.tag_gradients
@@ -139,20 +139,6 @@ def _launcher(count: int) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _environment(variables: dict[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-
-@contextlib.contextmanager
 def _process_group(count: int) -> Iterator[None]:
     """torch's own fake backend, and libraries that have not seen another one before."""
     from accelerate.state import AcceleratorState
@@ -161,7 +147,7 @@ def _process_group(count: int) -> Iterator[None]:
     AcceleratorState._reset_state(reset_partial_state=True)
     torch.distributed.init_process_group("fake", rank=0, world_size=count, store=FakeStore())
     try:
-        with replaced(torch.cuda, "device_count", lambda: count):
+        with patch.object(torch.cuda, "device_count", lambda: count):
             yield
     finally:
         torch.distributed.destroy_process_group()
@@ -184,8 +170,8 @@ def storages_have_addresses() -> Iterator[None]:
         return start + int(tensor.storage_offset()) * tensor.element_size() if start else 0
 
     with (
-        replaced(torch.UntypedStorage, "data_ptr", of_storage),
-        replaced(FakeTensor, "data_ptr", of_tensor),
+        patch.object(torch.UntypedStorage, "data_ptr", of_storage),
+        patch.object(FakeTensor, "data_ptr", of_tensor),
     ):
         yield
 
@@ -200,7 +186,7 @@ def data_takes_its_device_along() -> Iterator[None]:
         if isinstance(value, FakeTensor):
             tensor.fake_device = value.fake_device
 
-    with replaced(FakeTensor, "data", property(plain.__get__, exchange)):
+    with patch.object(FakeTensor, "data", property(plain.__get__, exchange)):
         yield
 
 
@@ -209,5 +195,5 @@ def random_states_stay() -> Iterator[None]:
     """accelerate sends rank 0's random state to everybody, and cannot set one without a value."""
     import accelerate.data_loader
 
-    with replaced(accelerate.data_loader, "synchronize_rng_states", _nothing):
+    with patch.object(accelerate.data_loader, "synchronize_rng_states", _nothing):
         yield

@@ -6,13 +6,13 @@ import contextlib
 import dataclasses
 from collections.abc import Iterable, Iterator
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
 from harness.meters.memory.ledger import tensors_by_category
 from harness.simulate.memory import ledger as following
 from harness.simulate.memory.ledger import SimulatedLedger
-from harness.simulate.memory.replacing import replaced
 from matrices.errors import UserError
 
 
@@ -62,7 +62,7 @@ def patched() -> Iterator[None]:
 @contextlib.contextmanager
 def accelerator_is_cuda() -> Iterator[None]:
     """FSDP2 asks torch's C side for the device of its mesh, which counts devices it cannot see."""
-    with replaced(torch._C, "_get_accelerator", lambda check=None: torch.device("cuda")):
+    with patch.object(torch._C, "_get_accelerator", lambda check=None: torch.device("cuda")):
         yield
 
 
@@ -79,7 +79,7 @@ def shapes_cost_nothing() -> Iterator[None]:
         with following.all_paused():
             return propagate(*args, **kwargs)
 
-    with replaced(ShardingPropagator, name, quietly):
+    with patch.object(ShardingPropagator, name, quietly):
         yield
 
 
@@ -99,7 +99,7 @@ def meshes_are_real() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for owner in (device_mesh, torch.distributed, _fully_shard._fsdp_init):
             if getattr(owner, "init_device_mesh", None) is make:
-                stack.enter_context(replaced(owner, "init_device_mesh", outside))
+                stack.enter_context(patch.object(owner, "init_device_mesh", outside))
         yield
 
 

@@ -7,12 +7,12 @@ import gc
 import importlib.util
 from collections.abc import Iterator
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from harness.simulate.memory.ledger import SimulatedLedger
-from harness.simulate.memory.replacing import replaced
 from matrices.cell import Cell
 from matrices.errors import UserError
 
@@ -97,7 +97,7 @@ def ranks_agree() -> Iterator[None]:
         for owner in (coordinator, utils):
             for name in ("assert_ints_same_as_other_ranks", "assert_lst_len_same_as_other_ranks"):
                 if hasattr(owner, name):
-                    stack.enter_context(replaced(owner, name, _agreed))
+                    stack.enter_context(patch.object(owner, name, _agreed))
         yield
 
 
@@ -122,7 +122,7 @@ def weights_arrive_divided() -> Iterator[None]:
                         module._buffers[name] = buffer.to("cuda")
         return initialize(*args, model=model, **kwargs)
 
-    with replaced(deepspeed, "initialize", divided):
+    with patch.object(deepspeed, "initialize", divided):
         yield
 
 
@@ -143,5 +143,5 @@ def adam_on_the_host() -> Iterator[None]:
 
     with contextlib.ExitStack() as stack:
         for owner in (deepspeed.ops.adam, stage3):
-            stack.enter_context(replaced(owner, "DeepSpeedCPUAdam", HostAdam))
+            stack.enter_context(patch.object(owner, "DeepSpeedCPUAdam", HostAdam))
         yield

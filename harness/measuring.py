@@ -62,7 +62,7 @@ def load(job: Job) -> Any:
     record.artifacts.trainable_parameters, record.artifacts.total_parameters = (
         model.count_parameters(loaded) if cell.train else (0, model.count_parameters(loaded)[1])
     )
-    job.whole = shards.held_by_all(loaded)
+    job.whole = shards.on_all_ranks(loaded)
     job.reporter.state.whole_parameter_bytes = job.whole.bytes
     return loaded
 
@@ -74,7 +74,7 @@ def loaded_again(cell: Cell) -> Any:
 
 
 def _keep_phase(
-    record: Record, phase: Phase, reading: PhaseMemory, events: list[memory.Event]
+    record: Record, phase: Phase, reading: PhaseMemory, events: list[memory.MemoryEvent]
 ) -> None:
     """File a phase's counters together with its ledger figures."""
     peaks, ends = memory.phase_peaks(events), memory.phase_ends(events)

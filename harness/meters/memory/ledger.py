@@ -58,7 +58,7 @@ class Storage:
         return block_bytes(self.nbytes)
 
 
-class Event(NamedTuple):
+class MemoryEvent(NamedTuple):
     """A change of `delta` block bytes by `storage`, while `phase` (the `visit`-th phase entered)
     was on."""
 
@@ -68,7 +68,7 @@ class Event(NamedTuple):
     visit: int
 
 
-_NOTHING = Storage(0, "", (), "", "", "", "")
+_PHASE_START = Storage(0, "", (), "", "", "", "")
 
 
 class Peak(NamedTuple):
@@ -88,7 +88,7 @@ class Ledger(TorchDispatchMode):
         self.logit_widths: set[int] = set() if vocabulary is None else {vocabulary}
         self.head_modules: set[str] = set()
         self.hidden_width: int | None = None
-        self.events: list[Event] = []
+        self.events: list[MemoryEvent] = []
         self.phase = "load"
         self.visit = 0
         self.module = ""
@@ -100,7 +100,7 @@ class Ledger(TorchDispatchMode):
         self.visit += 1
         # A phase in which nothing changes has a peak too: what was live before it.
         if not self.closed:
-            self.events.append(Event(_NOTHING, 0, phase, self.visit))
+            self.events.append(MemoryEvent(_PHASE_START, 0, phase, self.visit))
 
     def close(self) -> None:
         """Stop writing: what dies from now on is no longer part of the measured steps."""
@@ -166,7 +166,7 @@ class Ledger(TorchDispatchMode):
 
     def _note(self, storage: Storage, delta: int) -> None:
         if delta and not self.closed:
-            self.events.append(Event(storage, delta, self.phase, self.visit))
+            self.events.append(MemoryEvent(storage, delta, self.phase, self.visit))
 
     def _guess(self, tensor: torch.Tensor) -> str:
         """What a new tensor is unless tagged: autograd's formulas run with gradients disabled, a
@@ -212,7 +212,7 @@ def category(storage: Storage) -> str:
     return "temporaries" if dropped and storage.guess == "activations" else storage.guess
 
 
-def phase_peaks(events: Iterable[Event]) -> dict[str, Peak]:
+def phase_peaks(events: Iterable[MemoryEvent]) -> dict[str, Peak]:
     """Highest live bytes within each phase; a phase starts with what was live before it."""
     live = 0
     peaks: dict[str, Peak] = {}
@@ -231,7 +231,7 @@ def _raise(peaks: dict[str, Peak], phase: str, live: int, at: int) -> None:
         peaks[phase] = Peak(live, at)
 
 
-def phase_ends(events: Iterable[Event]) -> dict[str, int]:
+def phase_ends(events: Iterable[MemoryEvent]) -> dict[str, int]:
     """Live bytes at the last event of each phase."""
     live = 0
     ends: dict[str, int] = {}
@@ -241,7 +241,7 @@ def phase_ends(events: Iterable[Event]) -> dict[str, int]:
     return ends
 
 
-def live_at(events: list[Event], at: int) -> list[Storage]:
+def live_at(events: list[MemoryEvent], at: int) -> list[Storage]:
     """Storages alive right after event number `at`, largest first."""
     live: dict[Storage, None] = {}
     for event in events[: at + 1]:
@@ -261,7 +261,7 @@ def by_category(storages: Iterable[Storage]) -> dict[str, int]:
     return total
 
 
-def training_peak(events: list[Event]) -> tuple[str, Peak] | None:
+def training_peak(events: list[MemoryEvent]) -> tuple[str, Peak] | None:
     """The training phase with the highest peak, and that peak; None without training events."""
     peaks = phase_peaks(events)
     found = [(name, peaks[name]) for name in TRAINING_PHASES if name in peaks]

@@ -39,7 +39,7 @@ def tag_gradients(ledger: Ledger, optimizer: Any) -> None:
                 ledger.tag(parameter.grad, "gradients")
 
 
-class Held(NamedTuple):
+class ParameterSize(NamedTuple):
     """Parameters, by number and in bytes. A packed 4-bit weight counts as the elements it is stored
     in; quantization state and buffers are left out; what shares memory counts once."""
 
@@ -47,24 +47,24 @@ class Held(NamedTuple):
     bytes: int
 
 
-def held_here(model: nn.Module) -> Held:
+def on_this_rank(model: nn.Module) -> ParameterSize:
     """What this rank holds of the model, wherever it keeps it."""
     return _total(_parts(model))
 
 
-def held_by_all(model: nn.Module) -> Held:
+def on_all_ranks(model: nn.Module) -> ParameterSize:
     """All of the model, on however many ranks it is already."""
     divided = [p for p in model.parameters() if hasattr(p, "ds_numel")]
     whole = _total(p.data for p in model.parameters() if not hasattr(p, "ds_numel"))
     elements = sum(int(p.ds_numel) for p in divided)
     size = sum(int(p.ds_numel) * p.element_size() for p in divided)
-    return Held(whole.elements + elements, whole.bytes + size)
+    return ParameterSize(whole.elements + elements, whole.bytes + size)
 
 
-def _total(parts: Iterable[torch.Tensor]) -> Held:
+def _total(parts: Iterable[torch.Tensor]) -> ParameterSize:
     storages = {part.untyped_storage()._cdata: part for part in parts}
     sizes = [(part.untyped_storage().nbytes(), part.element_size()) for part in storages.values()]
-    return Held(sum(size // each for size, each in sizes), sum(size for size, _ in sizes))
+    return ParameterSize(sum(size // each for size, each in sizes), sum(size for size, _ in sizes))
 
 
 def _parts(model: nn.Module) -> Iterator[torch.Tensor]:

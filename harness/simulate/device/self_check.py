@@ -60,7 +60,7 @@ def _try(gpu: Gpu | None) -> None:
     if gpu is not None:
         place = "cuda"
         fake_cuda.enable()
-        torch_cuda.pretend(gpu)
+        torch_cuda.patch(gpu)
     ledger = SimulatedLedger(place, workspace_bytes=0)
     with FakeTensorMode(allow_non_fake_inputs=True), ledger:
         weight = nn.Parameter(torch.empty(WIDTH, WIDTH, device=place, dtype=torch.bfloat16))

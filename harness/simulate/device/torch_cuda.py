@@ -125,7 +125,7 @@ def _block() -> Callable[..., Any]:
     return block
 
 
-def pretend(gpu: Gpu) -> None:
+def patch(gpu: Gpu) -> None:
     """Have `torch.cuda` tell of one device like `gpu`; with several, a trainer would use them."""
     _fake_tensors_know_the_device()
     for name, answer in (_properties(gpu) | _queues() | _counters(gpu)).items():

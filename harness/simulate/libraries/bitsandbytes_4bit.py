@@ -100,7 +100,7 @@ def _packed(weight: torch.Tensor, given: dict[str, Any]) -> Params4bit:
     return cast(Params4bit, parameter)
 
 
-class Paged:
+class ManagedMemory:
     """Managed memory handed out so far, bytes: outside of torch's pool."""
 
     def __init__(self) -> None:
@@ -114,11 +114,11 @@ class Paged:
         return tensor
 
 
-def pretend() -> Paged:
+def patch() -> ManagedMemory:
     """Let bitsandbytes run without its driver calls; returns the account of managed memory."""
     functional, optimizer = bnb.functional, bnb.optim.optimizer
     functional.create_dynamic_map = _computed(functional.create_dynamic_map)
-    paged = Paged()
+    paged = ManagedMemory()
     functional.get_paged = paged.get
     functional.prefetch_tensor = _none
     functional.fill = _none

@@ -90,7 +90,7 @@ class _DatasetsFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         pass
 
 
-def settle() -> list[str]:
+def replace_missing() -> list[str]:
     """Import what may not go together; returns what had to be left out, and why."""
     notes = []
     problem = _problem("datasets")

@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO on a fake device: what accelerate's launcher would say, and what it needs."""
+"""DeepSpeed ZeRO on a fake device: accelerate's environment variables, and patches of DeepSpeed."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ STAGES = {"zero1": 1, "zero2": 2, "zero3": 3, "zero3-offload": 3}
 
 
 def environment(cell: Cell) -> dict[str, str]:
-    """What `accelerate launch` would set for a ZeRO stage without a DeepSpeed file. The shipped
-    profiles say the same in a file (and to put the weights together when they are saved).
+    """What `accelerate launch` sets for a ZeRO stage without a DeepSpeed file. The shipped profiles
+    say the same in a file (and gather the weights when they are saved).
 
-    Raises UserError when DeepSpeed is not there.
+    Raises UserError if DeepSpeed is not installed.
     """
     if importlib.util.find_spec("deepspeed") is None:
         raise UserError(
@@ -47,12 +47,13 @@ def environment(cell: Cell) -> dict[str, str]:
 
 
 def load_device(cell: Cell) -> torch.device | None:
-    """Stage 3 divides the weights, from host memory; the others leave them whole on the device."""
+    """Stage 3 partitions the weights from host memory; other stages leave them whole on the
+    device."""
     return torch.device("cpu") if STAGES[cell.parallelism] == 3 else None
 
 
 def tag_shards(ledger: SimulatedLedger, model: Any) -> None:
-    """Parameters that are whole, and the parts of those that are divided."""
+    """Tag whole parameters, and this rank's part of partitioned ones (`ds_tensor`)."""
     for name, parameter in model.named_parameters():
         kind = "adapters" if ".lora_" in name else "weights"
         if getattr(parameter, "quant_state", None) is not None:
@@ -63,7 +64,7 @@ def tag_shards(ledger: SimulatedLedger, model: Any) -> None:
 
 
 def tag_gradients(ledger: SimulatedLedger, optimizer: Any) -> None:
-    """The optimizer trains fp32 copies of its part: they are its own, beside Adam's two states."""
+    """Tag the optimizer's fp32 copies of its part as optimizer states, and their gradients."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             ledger.tag(parameter.data, "optimizer_states")
@@ -72,7 +73,7 @@ def tag_gradients(ledger: SimulatedLedger, optimizer: Any) -> None:
 
 
 def host_bytes() -> int:
-    """Bytes of all tensors in host memory that are alive now; shared storages count once."""
+    """Bytes of all live fake tensors in host memory; shared storages count once."""
     found = {}
     for each in gc.get_objects():
         if isinstance(each, FakeTensor) and each.device.type == "cpu":
@@ -83,13 +84,13 @@ def host_bytes() -> int:
 
 @contextlib.contextmanager
 def patched() -> Iterator[None]:
-    with ranks_agree(), weights_arrive_divided(), adam_on_the_host():
+    with rank_comparisons_pass(), weights_are_partitioned_by_the_engine(), cpu_adam_is_adamw():
         yield
 
 
 @contextlib.contextmanager
-def ranks_agree() -> Iterator[None]:
-    """Stage 3 gathers numbers to compare them across ranks; nothing comes back from fake peers."""
+def rank_comparisons_pass() -> Iterator[None]:
+    """Stage 3 gathers numbers from all ranks to compare them; a fake process group sends none."""
     import deepspeed.runtime.zero.partitioned_param_coordinator as coordinator
     import deepspeed.runtime.zero.utils as utils
 
@@ -97,18 +98,19 @@ def ranks_agree() -> Iterator[None]:
         for owner in (coordinator, utils):
             for name in ("assert_ints_same_as_other_ranks", "assert_lst_len_same_as_other_ranks"):
                 if hasattr(owner, name):
-                    stack.enter_context(patch.object(owner, name, _agreed))
+                    stack.enter_context(patch.object(owner, name, _no_comparison))
         yield
 
 
-def _agreed(*_: Any, **__: Any) -> None:
+def _no_comparison(*_: Any, **__: Any) -> None:
     return None
 
 
 @contextlib.contextmanager
-def weights_arrive_divided() -> Iterator[None]:
-    """`from_pretrained` loads a stage 3 model under `deepspeed.zero.Init`, which divides parameter
-    by parameter. Ours is made beforehand, so it is divided the same way when the engine gets it."""
+def weights_are_partitioned_by_the_engine() -> Iterator[None]:
+    """`from_pretrained` loads a stage 3 model under `deepspeed.zero.Init`, which partitions
+    parameter by parameter. The simulated model is made before, so `deepspeed.initialize` partitions
+    it so."""
     import deepspeed
 
     initialize = deepspeed.initialize
@@ -127,7 +129,8 @@ def weights_arrive_divided() -> Iterator[None]:
 
 
 class HostAdam(torch.optim.AdamW):
-    """DeepSpeedCPUAdam without its compiled step: the same two fp32 states per parameter."""
+    """In place of DeepSpeedCPUAdam, without its compiled step: the same two fp32 states per
+    parameter."""
 
     def __init__(self, params: Any, **options: Any) -> None:
         known = ("lr", "betas", "eps", "weight_decay")
@@ -135,9 +138,9 @@ class HostAdam(torch.optim.AdamW):
 
 
 @contextlib.contextmanager
-def adam_on_the_host() -> Iterator[None]:
-    """With the optimizer offloaded, accelerate takes DeepSpeed's own Adam, which is compiled for
-    this machine's CPU the first time it is used."""
+def cpu_adam_is_adamw() -> Iterator[None]:
+    """If the optimizer is offloaded, accelerate uses DeepSpeed's CPU Adam, which is compiled at
+    first use."""
     import deepspeed.ops.adam
     import deepspeed.runtime.zero.stage3 as stage3
 

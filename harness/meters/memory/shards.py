@@ -1,4 +1,4 @@
-"""What one rank holds of a model that FSDP or DeepSpeed has spread over several."""
+"""The part of a model on one rank, when FSDP or DeepSpeed has sharded it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from harness.meters.memory.ledger import Ledger, held, local, tensors_by_categor
 
 
 def tag(ledger: Ledger, model: nn.Module) -> None:
-    """Say which storages the prepared parameters lie in, whole or in part."""
+    """Tag the storages of the prepared parameters, whole or sharded."""
     for tensor, name in tensors_by_category(model):
         if tensor.numel():
             ledger.tag(tensor, name)
@@ -23,7 +23,7 @@ def tag(ledger: Ledger, model: nn.Module) -> None:
 
 
 def _flat_parameters(model: nn.Module) -> Iterator[Any]:
-    """FSDP1's, each of which stands for the parameters of one wrapped module."""
+    """FSDP1's flat parameters; each has all parameters of one wrapped module."""
     for module in model.modules():
         flat = getattr(getattr(module, "_handle", None), "flat_param", None)
         if flat is not None:
@@ -31,8 +31,8 @@ def _flat_parameters(model: nn.Module) -> Iterator[Any]:
 
 
 def tag_gradients(ledger: Ledger, optimizer: Any) -> None:
-    """Gradients as the optimizer is about to use them; where it trains copies (ZeRO), those are
-    its own, beside its states."""
+    """Tag gradients before the optimizer uses them; ZeRO's optimizer has gradients of its own fp32
+    copies."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if parameter.grad is not None:
@@ -40,20 +40,20 @@ def tag_gradients(ledger: Ledger, optimizer: Any) -> None:
 
 
 class ParameterSize(NamedTuple):
-    """Parameters, by number and in bytes. A packed 4-bit weight counts as the elements it is stored
-    in; quantization state and buffers are left out; what shares memory counts once."""
+    """Number and bytes of parameters. A packed 4-bit weight counts in elements of its storage
+    dtype; quantization state and buffers are left out; shared storages count once."""
 
     elements: int
     bytes: int
 
 
 def on_this_rank(model: nn.Module) -> ParameterSize:
-    """What this rank holds of the model, wherever it keeps it."""
+    """The model's parameters on this rank, in device or host memory."""
     return _total(_parts(model))
 
 
 def on_all_ranks(model: nn.Module) -> ParameterSize:
-    """All of the model, on however many ranks it is already."""
+    """The whole model's parameters, on all ranks."""
     divided = [p for p in model.parameters() if hasattr(p, "ds_numel")]
     whole = _total(p.data for p in model.parameters() if not hasattr(p, "ds_numel"))
     elements = sum(int(p.ds_numel) for p in divided)

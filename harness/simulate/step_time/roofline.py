@@ -1,8 +1,8 @@
-"""What a step computes and moves, op by op, and how soon a device could be done with it.
+"""FLOPs and bytes moved of a training step, op by op, and a lower bound of its time (the floor).
 
-The floor is a roofline per op (Williams, Waterman and Patterson, CACM 52(4), 2009): the ops of one
-stream follow each other, and none is done before its operations are (at the device's bf16 rate,
-whatever the dtype) nor before its bytes are.
+The floor is a roofline per op (Williams, Waterman and Patterson, CACM 52(4), 2009): ops of one
+stream run one after another, and each takes at least its FLOPs over the device's peak bf16 rate
+(whatever the dtype) and at least its bytes over the device's memory bandwidth.
 """
 
 from __future__ import annotations
@@ -72,12 +72,12 @@ class Traffic:
         self._entries.setdefault(key, Work("flash_attn", dtype, found)).count += 1
 
     def clear(self) -> None:
-        """Forget the counts, not the costs: for the steps before the one that is to count."""
+        """Set all counts to 0."""
         for work in self._entries.values():
             work.count = 0
 
     def works(self) -> list[Work]:
-        """Every distinct call that was counted and costs something, equal ones together."""
+        """All counted calls that cost something, equal ones together."""
         total: dict[tuple[str, str, Cost], int] = {}
         for work in self._entries.values():
             if work.count and work.cost != NOTHING:
@@ -96,7 +96,7 @@ def total_moved(works: Iterable[Work]) -> int:
 
 
 def floor_seconds(works: Iterable[Work], gpu: Gpu) -> float:
-    """Seconds below which `gpu` cannot do this work op after op; see FLOOR_LEAVES_OUT."""
+    """Least seconds that `gpu` needs for this work, op after op; see FLOOR_LEAVES_OUT."""
     rate, bandwidth = gpu.bf16_flops_per_second, gpu.bandwidth_bytes_per_second
     return sum(
         work.count * max(work.cost.least_flops / rate, work.cost.moved / bandwidth)
@@ -105,8 +105,8 @@ def floor_seconds(works: Iterable[Work], gpu: Gpu) -> float:
 
 
 def predicted_speed(works: Sequence[Work], gpu: Gpu | None) -> PredictedSpeed:
-    """Of the counted step, without an expectation: that takes records. Without a GPU there are no
-    published rates, and so no floor."""
+    """Speed of the counted step, not calibrated by records. Without a GPU there are no published
+    rates, so `floor_seconds` is None."""
     return PredictedSpeed(
         gpu=gpu.name if gpu is not None else None,
         flops_per_step=total_flops(works),
@@ -117,7 +117,7 @@ def predicted_speed(works: Sequence[Work], gpu: Gpu | None) -> PredictedSpeed:
 
 
 def _signature(values: Iterable[Any]) -> tuple[Any, ...]:
-    """What the cost depends on, hashable: of a tensor its metadata, of anything else itself."""
+    """Hashable key of arguments: of a tensor its metadata, of anything else the value."""
     parts: list[Any] = []
     for value in values:
         if isinstance(value, torch.Tensor):

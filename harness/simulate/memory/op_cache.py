@@ -124,7 +124,7 @@ class OpCache:
             )
             for at in range(length)
         ]
-        if any(self._key(func, *call) is None for call in calls):
+        if not calls or any(self._key(func, *call) is None for call in calls):
             self.misses += 1
             return func(*args, **kwargs)
         results = [self._one(func, *call) for call in calls]

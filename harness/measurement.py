@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import device
-from harness.meters.memory.shards import Held
+from harness.meters.memory.shards import ParameterSize
 from harness.meters.steps import Diverged
 from harness.ranks.progress_file import Progress
 from harness.ranks.state_files import Reporter, record_path
@@ -35,7 +35,7 @@ class Measurement:
         self.output_dir = output_dir
         self.rank = rank
         self.reporter = Reporter(output_dir, rank, world_size)
-        self.whole: Held | None = None  # the model, as it was loaded
+        self.whole: ParameterSize | None = None  # the model, as it was loaded
         self._progress_at = 0.0
         self._steps_after = 0.0
         record.reason = "still running"

@@ -62,7 +62,7 @@ def load(measurement: Measurement) -> Any:
     record.artifacts.trainable_parameters, record.artifacts.total_parameters = (
         model.count_parameters(loaded) if cell.train else (0, model.count_parameters(loaded)[1])
     )
-    measurement.whole = shards.held_by_all(loaded)
+    measurement.whole = shards.on_all_ranks(loaded)
     measurement.reporter.state.whole_parameter_bytes = measurement.whole.bytes
     return loaded
 
@@ -74,7 +74,7 @@ def loaded_again(cell: Cell) -> Any:
 
 
 def _keep_phase(
-    record: Record, phase: Phase, reading: PhaseMemory, events: list[memory.Event]
+    record: Record, phase: Phase, reading: PhaseMemory, events: list[memory.MemoryEvent]
 ) -> None:
     """File a phase's counters together with its ledger figures."""
     peaks, ends = memory.phase_peaks(events), memory.phase_ends(events)

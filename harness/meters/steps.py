@@ -175,7 +175,7 @@ class MemorySteps(CounterSteps):
         self.operations = Operations()
         self.collectives = Collectives()
         self.communication: Communication | None = None
-        self.held: shards.Held | None = None
+        self.held: shards.ParameterSize | None = None
 
     def __enter__(self) -> Self:
         ledger.tag_model(self.ledger, self._model)
@@ -201,7 +201,7 @@ class MemorySteps(CounterSteps):
         self._optimizer = optimizer
         # Preparation has put shards in the place of what was tagged.
         shards.tag(self.ledger, self._model)
-        self.held = shards.held_here(self._model)
+        self.held = shards.on_this_rank(self._model)
 
     def phase(self, name: str) -> None:
         super().phase(name)

@@ -1,4 +1,4 @@
-"""Batches: collated for real, as collators read values and rows are small; fake from then on."""
+"""Batches: the collator runs on real tensors because it reads values; the model gets fake ones."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from harness.simulate.memory.ledger import SimulatedLedger
 
 
 class FakeBatches:
-    """A trainer's collator, run on real tensors outside of the simulation; gives fake tensors of
-    the same sizes and tells the ledger whether one row holds several sequences."""
+    """Wraps a trainer's collator: returns fake tensors of the sizes it gives, and sets the ledger's
+    `packed_rows`."""
 
     def __init__(self, collator: Any, ledger: SimulatedLedger) -> None:
         self._collator = collator

@@ -1,4 +1,4 @@
-"""From a simulated cell to its prediction: figures, verdicts, and what they rest on."""
+"""Make the prediction of a simulated cell: memory, speed, verdicts per GPU, assumptions, margin."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from harness.records.record import LiveTensor
 from harness.simulate.libraries import attention
 from harness.simulate.memory import replay
 from harness.simulate.memory.allocator import Allocator
-from harness.simulate.run import Simulated
+from harness.simulate.run import Simulation
 from harness.simulate.step_time.roofline import FLOOR_LEAVES_OUT, predicted_speed
 from matrices.catalogue.gpus import Gpu
 from matrices.cell import Cell
 
-# Relative errors found against published measurements (ACCURACY.md), rounded up: dense models,
-# models whose routing is assumed to be balanced, and fake CPU tensors standing in for a GPU.
+# Relative errors against published measurements (tests/benchmarks/ACCURACY.md), rounded up: of
+# dense models, of mixtures of experts (routing is assumed to be balanced), and of fake CPU tensors
+# in place of a GPU's.
 MARGIN_DENSE, MARGIN_ROUTED, MARGIN_CPU_FOR_GPU = 0.002, 0.01, 0.05
 
 
@@ -40,9 +41,10 @@ def refused(
 
 
 def prediction(
-    cell: Cell, found: Simulated, engine: Engine, gpu: Gpu | None, stack: dict[str, str]
+    cell: Cell, found: Simulation, engine: Engine, gpu: Gpu | None, stack: dict[str, str]
 ) -> Prediction:
-    """Everything but verdicts. Without a GPU there is no caching allocator: nothing is reserved."""
+    """The prediction without verdicts. Without a GPU there is no caching allocator, so
+    `peak_reserved_bytes` is None."""
     made = Prediction(cell_id=cell.cell_id, cell=cell, stack=stack, status="predicted")
     made.engine = engine
     made.device = gpu.name if gpu is not None else None
@@ -70,7 +72,7 @@ def prediction(
     return made
 
 
-def _memory(found: Simulated, pooled: bool) -> PredictedMemory:
+def _memory(found: Simulation, pooled: bool) -> PredictedMemory:
     walked = replay.walk(found.events, Allocator() if pooled else None, found.steady_at)
     sizes = replay.sizes_at(found.events, walked.peak_at, Allocator() if pooled else None)
     by_category: dict[str, int] = {}
@@ -101,8 +103,8 @@ def _memory(found: Simulated, pooled: bool) -> PredictedMemory:
     )
 
 
-def verdict(found: Simulated, gpu: Gpu) -> Verdict:
-    """The same allocations behind an allocator with that GPU's room."""
+def verdict(found: Simulation, gpu: Gpu) -> Verdict:
+    """Whether the same allocations fit on `gpu`: replayed on an allocator with its capacity."""
     walked = replay.walk(found.events, Allocator(gpu.capacity_bytes))
     made = Verdict(
         gpu=gpu.name,
@@ -112,27 +114,27 @@ def verdict(found: Simulated, gpu: Gpu) -> Verdict:
         retries=walked.retries,
         peak_reserved_bytes=walked.reserved,
     )
-    if walked.refused is not None:
-        event = walked.refused.event
+    if walked.failed is not None:
+        event = walked.failed.event
         made.outcome = "oom"
         made.oom = PredictedOutOfMemory(
             phase=event.phase,
             op=event.storage.op,
             module=event.storage.module,
             requested_bytes=event.delta,
-            allocated_bytes=walked.refused.allocated,
-            reserved_bytes=walked.refused.reserved,
+            allocated_bytes=walked.failed.allocated,
+            reserved_bytes=walked.failed.reserved,
         )
     return made
 
 
-def _margin(found: Simulated, engine: Engine, gpu: Gpu | None) -> float:
+def _margin(found: Simulation, engine: Engine, gpu: Gpu | None) -> float:
     if engine == "fake-cpu" and gpu is not None:
         return MARGIN_CPU_FOR_GPU
     return MARGIN_ROUTED if "balanced-routing" in found.assumed else MARGIN_DENSE
 
 
-def _assumptions(cell: Cell, found: Simulated, gpu: Gpu | None) -> list[str]:
+def _assumptions(cell: Cell, found: Simulation, gpu: Gpu | None) -> list[str]:
     said = ["every sequence is full length: no padding"]
     if gpu is not None:
         context = f"{gpu.context_bytes / 2**20:.0f} MiB"

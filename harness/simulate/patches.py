@@ -1,8 +1,11 @@
-"""Everything this process pretends, switched on once: each patch is named and says why."""
+"""Patches that let the training stack run on fake tensors, applied once per process. Each is a
+function; its docstring says what it is for."""
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import os
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +15,6 @@ from harness.simulate.device import fake_cuda, torch_cuda
 from harness.simulate.libraries import attention
 from harness.simulate.memory.ledger import follow_resizes
 from harness.simulate.memory.op_cache import without_torch_function
-from harness.simulate.shortcuts.layer_replay import follow_autocast
 from matrices.catalogue.gpus import Gpu
 
 if TYPE_CHECKING:
@@ -20,52 +22,65 @@ if TYPE_CHECKING:
 
 
 def before_imports(gpu: Gpu | None) -> None:
-    """Pretend to have a device like `gpu`, before transformers looks for them.
+    """Patch torch to have a device like `gpu`. To be called before transformers is imported, which
+    looks for devices.
 
-    bitsandbytes loads its library for the device there really is, so it is imported first. Raises
+    bitsandbytes loads its library for the real device, so it is imported first. Raises
     fake_cuda.Unavailable.
     """
     importlib.import_module("bitsandbytes")
     if gpu is not None:
         fake_cuda.enable()
-        torch_cuda.pretend(gpu)
+        torch_cuda.patch(gpu)
         attention.stand_in_for_flash_attn()
         attention.choose_sdpa_kernel(gpu.compute_capability)
 
 
-def become(gpu: Gpu) -> None:
-    """Tell the libraries of another GPU than before."""
-    torch_cuda.pretend(gpu)
+def switch_gpu(gpu: Gpu) -> None:
+    """Patch torch to have another GPU than before."""
+    torch_cuda.patch(gpu)
     attention.choose_sdpa_kernel(gpu.compute_capability)
 
 
-def after_imports() -> bitsandbytes_4bit.Paged:
-    """What the imported stack needs on fake tensors; returns the account of managed memory."""
+def after_imports() -> bitsandbytes_4bit.ManagedMemory:
+    """Patch the imported stack for fake tensors; returns the counter of managed memory."""
     from harness.simulate.libraries import bitsandbytes_4bit
 
-    foreach_takes_fake_tensors()
-    swap_forgets_conversions()
-    masks_are_not_traced()
-    lists_index_fake_tensors()
-    copies_are_new_tensors()
-    values_go_over_from_the_host()
+    import_deepspeed()
+    foreach_accepts_fake_tensors()
+    swap_tensors_clears_the_memo()
+    fake_tensors_are_not_traced()
+    list_indices_are_made_on_the_host()
+    deepcopy_clones()
+    tensors_are_made_on_the_host()
     follow_resizes()
     without_torch_function()
-    follow_autocast()
-    return bitsandbytes_4bit.pretend()
+    return bitsandbytes_4bit.patch()
 
 
-def foreach_takes_fake_tensors() -> None:
-    """Optimizers choose their multi-tensor path for plain tensors and parameters only."""
+def import_deepspeed() -> None:
+    """accelerate imports DeepSpeed, if it is installed, when it unwraps a model. Imported here, the
+    forked simulations share it."""
+    if importlib.util.find_spec("deepspeed") is None:
+        return
+    if torch.cuda.is_available():
+        # DeepSpeed would look for a driver to choose by.
+        os.environ["DS_ACCELERATOR"] = "cuda"
+    importlib.import_module("deepspeed")
+
+
+def foreach_accepts_fake_tensors() -> None:
+    """Optimizers use their foreach path for plain tensors and parameters only: add FakeTensor."""
     for name in ("torch.utils._foreach_utils", "torch.optim.optimizer"):
         kinds: Any = vars(importlib.import_module(name))["_foreach_supported_types"]
         if FakeTensor not in kinds:
             kinds.append(FakeTensor)
 
 
-def swap_forgets_conversions() -> None:
-    """`Module.to` exchanges parameters in place and refuses those with weak references to them;
-    the fake mode's memory of conversions holds such. A `.to` that changes nothing is a no-op."""
+def swap_tensors_clears_the_memo() -> None:
+    """`Module.to` swaps parameters in place (`torch.utils.swap_tensors`), which fails on tensors
+    with weak references; the fake mode's memo of converted tensors holds some. A `.to` that changes
+    nothing does nothing."""
     swap = torch.utils.swap_tensors
 
     def forgetting(left: Any, right: Any) -> None:
@@ -80,17 +95,18 @@ def swap_forgets_conversions() -> None:
     torch.utils.swap_tensors = forgetting
 
 
-def masks_are_not_traced() -> None:
-    """transformers takes fake tensors for a compiler's tracing: it would build masks and expand
-    grouped heads, which an eager step does not."""
+def fake_tensors_are_not_traced() -> None:
+    """transformers takes fake tensors as a sign of tracing by a compiler: it would build masks and
+    expand grouped heads, which an eager step does not."""
     from transformers.utils import import_utils
 
     if hasattr(import_utils, "is_fake_tensor"):
         import_utils.is_fake_tensor = lambda tensor: False
 
 
-def lists_index_fake_tensors() -> None:
-    """`x[..., [0]]` makes its index on the device from C++, past every mode: make it here."""
+def list_indices_are_made_on_the_host() -> None:
+    """`x[..., [0]]` makes its index tensor on the device in C++, where no dispatch mode sees it:
+    make it here."""
     plain_get, plain_set = torch.Tensor.__getitem__, torch.Tensor.__setitem__
 
     def indices(tensor: Any, key: Any) -> Any:
@@ -106,8 +122,9 @@ def lists_index_fake_tensors() -> None:
     )
 
 
-def copies_are_new_tensors() -> None:
-    """`copy.deepcopy` leaves a fake parameter on a storage that later views of it do not share."""
+def deepcopy_clones() -> None:
+    """`copy.deepcopy` gives a fake parameter a storage that later views of it do not share:
+    clone."""
 
     def copied(tensor: Any, memo: dict[int, Any]) -> Any:
         if id(tensor) in memo:
@@ -121,9 +138,9 @@ def copies_are_new_tensors() -> None:
     FakeTensor.__deepcopy__ = copied  # type: ignore[method-assign]
 
 
-def values_go_over_from_the_host() -> None:
-    """`torch.tensor(values, device="cuda")` fills the device from C++, past every mode: make it on
-    the host and copy it, which is what it does."""
+def tensors_are_made_on_the_host() -> None:
+    """`torch.tensor(values, device="cuda")` fills the device in C++, where no dispatch mode sees
+    it: make the tensor on the host and copy it, which is what torch does."""
     make = torch.tensor
     # `with torch.device(...)` knows constructors by identity, from its first use on.
     importlib.import_module("torch.utils._device")._device_constructors()

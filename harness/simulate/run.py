@@ -1,8 +1,7 @@
-"""One cell, simulated: the harness's own training code on fake tensors, then the figures."""
+"""Simulate one cell: the harness's own training code on fake tensors, under the memory ledger."""
 
 from __future__ import annotations
 
-import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
@@ -20,7 +19,6 @@ from harness.simulate.batches import FakeBatches
 from harness.simulate.libraries import attention, bitsandbytes_4bit, blank_model, kernels, old_trl
 from harness.simulate.memory.ledger import SimulatedLedger
 from harness.simulate.parallel import fake_ranks
-from harness.simulate.shortcuts import layer_replay
 from harness.simulate.step_time.roofline import Traffic, Work
 from harness.train import Course, Observer, build_trainer, worst_case_rows
 from harness.verify import behaviour
@@ -35,10 +33,12 @@ CUBLAS_HOPPER_BYTES = 32 * 2**20
 
 
 @dataclass
-class Simulated:
-    """What a simulation leaves: events, and what was seen on the model."""
+class Simulation:
+    """Result of a simulation. `events` are the allocations and frees in order; `steady_at` is the
+    number of events at the end of the last step; `paged_bytes` is managed memory, `host_bytes` the
+    training state of rank 0 in host memory; `works` is what one step computes and moves."""
 
-    events: list[memory.Event]
+    events: list[memory.MemoryEvent]
     steady_at: int
     resident: dict[str, int]
     trainable_parameters: int
@@ -54,17 +54,19 @@ class Simulated:
     notes: list[str] = field(default_factory=list)
 
 
-class _Steps(Observer):
-    """Tells the ledger about phases, gradients and optimizer states."""
+class _LedgerObserver(Observer):
+    """Reports phases, gradients and optimizer states of training to the ledger."""
 
-    def __init__(self, ledger: SimulatedLedger, trained: Any, layout: fake_ranks.Layout) -> None:
+    def __init__(
+        self, ledger: SimulatedLedger, trained: Any, layout: fake_ranks.SimulatedRank
+    ) -> None:
         self._ledger = ledger
         self._trained = trained
         self._layout = layout
         self._optimizer: Any = None
         self.hooks = memory.tag_gradients(ledger, trained) + memory.name_modules(ledger, trained)
         self.steady_at = 0
-        # Of the last step, which is a whole one: optimizer states are made in the first.
+        # Counted in the last step only: the first one also makes the optimizer states.
         self.traffic = ledger.traffic = Traffic(ledger.device_type)
         attention.kernel_ran = self.traffic.note_kernel
 
@@ -93,32 +95,18 @@ def cublas_bytes(gpu: Gpu) -> int:
 
 
 def kind(gpu: Gpu) -> tuple[int, bool]:
-    """GPUs of one kind allocate alike: equal workspaces, and flash attention or none."""
+    """GPUs of one kind have equal cuBLAS workspaces, and flash attention or none: one simulation
+    serves them all."""
     return cublas_bytes(gpu), gpu.compute_capability >= (8, 0)
 
 
 def simulate(
-    cell: Cell, gpu: Gpu | None, on_cuda: bool, paged: bitsandbytes_4bit.Paged
-) -> Simulated:
-    """As `_simulate`, with repeated layers played back where they turn out to be alike."""
-    before = paged.nbytes
-    try:
-        return _simulate(
-            cell, gpu, on_cuda, paged, layer_replay.on and not cell.strategy.is_distributed
-        )
-    except layer_replay.Unrepeatable as error:
-        print(f"tunebench: note: every layer is run: {error}", file=sys.stderr)
-    paged.nbytes = before
-    return _simulate(cell, gpu, on_cuda, paged, False)
+    cell: Cell, gpu: Gpu | None, on_cuda: bool, paged: bitsandbytes_4bit.ManagedMemory
+) -> Simulation:
+    """Simulate two full-length steps of `cell` on `gpu`, or on this machine's CPU if it is None.
 
-
-def _simulate(
-    cell: Cell, gpu: Gpu | None, on_cuda: bool, paged: bitsandbytes_4bit.Paged, repeats: bool
-) -> Simulated:
-    """Two full-length steps of `cell`: as on `gpu`, or as on this machine's CPU without one.
-
-    `on_cuda` says that the process pretends to have that GPU; without it, fake CPU tensors stand
-    in. Raises UserError for a cell that cannot be built.
+    `on_cuda`: torch was patched to have that GPU (patches.before_imports); otherwise fake CPU
+    tensors are used. Raises UserError for a cell that cannot be built.
     """
     began = time.perf_counter()
     notes: list[str] = []
@@ -147,10 +135,10 @@ def _simulate(
     ):
         loaded, share = _load(ledger, blank, cell, layout.load_device)
         counted = count_parameters(loaded)
-        steps, resident = _train(ledger, loaded, cell, layout, Path(scratch), repeats)
+        steps, resident = _train(ledger, loaded, cell, layout, Path(scratch))
         host_bytes = layout.host_bytes()
         ledger.close()
-    return Simulated(
+    return Simulation(
         events=ledger.events,
         steady_at=steps.steady_at,
         resident=resident,
@@ -171,8 +159,8 @@ def _simulate(
 def _load(
     ledger: SimulatedLedger, blank: Any, cell: Cell, place: torch.device | None
 ) -> tuple[Any, float | None]:
-    """The model with adapters, on the training device or on `place`, and under 4 bit the share of
-    its base weights that is."""
+    """The model with adapters, on the training device or on `place`; and the share of its base
+    weights that is quantized, None without quantization."""
     loaded = blank_model.materialize(blank, place)
     share = quantization.share(loaded.parameters()) if cell.quantization is not None else None
     memory.tag_model(ledger, loaded)
@@ -188,14 +176,13 @@ def _train(
     ledger: SimulatedLedger,
     loaded: Any,
     cell: Cell,
-    layout: fake_ranks.Layout,
+    layout: fake_ranks.SimulatedRank,
     scratch: Path,
-    repeats: bool,
-) -> tuple[_Steps, dict[str, int]]:
+) -> tuple[_LedgerObserver, dict[str, int]]:
     vocabulary = loaded.config.get_text_config().vocab_size
     ledger.logit_widths.add(vocabulary)
     rows = worst_case_rows(cell, vocabulary, STEPS)
-    observer = _Steps(ledger, loaded, layout)
+    observer = _LedgerObserver(ledger, loaded, layout)
     trainer = build_trainer(
         cell,
         loaded,
@@ -209,8 +196,5 @@ def _train(
     # Building the trainer may have exchanged parameters for others of its dtype.
     memory.tag_model(ledger, loaded)
     resident = memory.resident_bytes(loaded)
-    played = layer_replay.Repeats(ledger, loaded) if repeats else None
     trainer.train()
-    if played is not None:
-        played.finish()
     return observer, resident

@@ -1,4 +1,4 @@
-"""Answer a request: prepare the process once, fork a child per distinct simulation."""
+"""Answer a request for predictions: import and patch the stack, then fork for each simulation."""
 
 from __future__ import annotations
 
@@ -27,14 +27,15 @@ from matrices.cell import Cell, canonical_json
 from matrices.errors import UserError
 
 if TYPE_CHECKING:
-    from harness.simulate.run import Simulated
+    from harness.simulate.run import Simulation
 
 DEFAULT_GPU = "a100-80gb"
 
 
 @dataclass
-class Setting:
-    """What this process pretends to be, and what was noticed while preparing it."""
+class Simulator:
+    """How this process simulates: the engine, the GPU torch is told of, the GPUs to give verdicts
+    for, and notes from the preparation. `paged` counts managed memory."""
 
     engine: Engine
     gpu: Gpu | None
@@ -46,13 +47,13 @@ class Setting:
 def serve(request_path: str, answers: IO[str]) -> None:
     warnings.filterwarnings("ignore")
     request = Request.model_validate_json(Path(request_path).read_text())
-    setting = prepare(request)
+    simulator = prepare(request)
     gc.collect()
     gc.freeze()
     groups: dict[str, list[int]] = {}
     for index, cell in enumerate(request.cells):
         groups.setdefault(simulation_key(cell), []).append(index)
-    for indices, made in _simulate_all(request, setting, list(groups.values())):
+    for indices, made in _simulate_all(request, simulator, list(groups.values())):
         for index in indices:
             cell = request.cells[index]
             mine = made.model_copy(update={"cell": cell, "cell_id": cell.cell_id})
@@ -61,32 +62,33 @@ def serve(request_path: str, answers: IO[str]) -> None:
         answers.flush()
 
 
-def prepare(request: Request) -> Setting:
-    """Choose the engine, import the stack, switch the patches on."""
-    setting = _choose(request)
-    on_cuda = setting.engine == "fake-cuda"
-    patches.before_imports(setting.gpu if on_cuda else None)
-    setting.notes += missing_packages.settle()
+def prepare(request: Request) -> Simulator:
+    """Choose the engine, import the stack, apply the patches."""
+    simulator = _choose(request)
+    on_cuda = simulator.engine == "fake-cuda"
+    patches.before_imports(simulator.gpu if on_cuda else None)
+    simulator.notes += missing_packages.replace_missing()
     import harness.simulate.run  # noqa: F401 - everything heavy, once for all children
 
-    setting.paged = patches.after_imports()
-    return setting
+    simulator.paged = patches.after_imports()
+    return simulator
 
 
-def _choose(request: Request) -> Setting:
-    """Fake cuda if it can be had. Raises UserError when it was asked for and cannot."""
+def _choose(request: Request) -> Simulator:
+    """The fake cuda device if it works here, else fake CPU tensors. Raises UserError if the request
+    insists on fake cuda."""
     gpu = request.gpu or next(iter(request.judge), None)
     if request.engine == "fake-cpu":
-        return Setting("fake-cpu", gpu, request.judge)
+        return Simulator("fake-cpu", gpu, request.judge)
     gpu = gpu or gpu_named(DEFAULT_GPU)
     reason = _unavailable(gpu, request.self_check)
     if reason is None:
-        return Setting("fake-cuda", gpu, request.judge)
+        return Simulator("fake-cuda", gpu, request.judge)
     if request.engine == "fake-cuda":
         raise UserError(f"the fake cuda device cannot be had here: {reason}")
     note = f"the fake cuda device cannot be had here ({reason}): simulated on fake CPU tensors"
     print(f"tunebench: note: {note}", file=sys.stderr)
-    return Setting("fake-cpu", gpu, request.judge, [note])
+    return Simulator("fake-cpu", gpu, request.judge, [note])
 
 
 def _unavailable(gpu: Gpu, self_check: bool) -> str | None:
@@ -100,7 +102,8 @@ def _unavailable(gpu: Gpu, self_check: bool) -> str | None:
 
 
 def simulation_key(cell: Cell) -> str:
-    """Cells with equal keys allocate alike: what only changes values or scores is put aside."""
+    """Cells with equal keys allocate alike: settings that only change values or scores are left
+    out."""
     plain = cell.model_copy(update={"evaluate": type(cell.evaluate)(), "seed": 0})
     if plain.train is not None:
         still = {
@@ -124,15 +127,15 @@ def simulation_key(cell: Cell) -> str:
 
 
 def _simulate_all(
-    request: Request, setting: Setting, groups: list[list[int]]
+    request: Request, simulator: Simulator, groups: list[list[int]]
 ) -> Iterator[tuple[list[int], Prediction]]:
-    """One fork per group, `request.workers` at a time; answers as they come."""
+    """Simulate each group in a fork, `request.workers` at a time; yields answers as they arrive."""
     waiting = list(reversed(groups))
     with selectors.DefaultSelector() as running:
         active: dict[int, _Child] = {}
         while waiting or active:
             while waiting and len(active) < max(1, request.workers):
-                child = _Child.start(request.cells[waiting[-1][0]], setting, waiting.pop())
+                child = _Child.start(request.cells[waiting[-1][0]], simulator, waiting.pop())
                 active[child.pipe] = child
                 running.register(child.pipe, selectors.EVENT_READ)
             for key, _ in running.select():
@@ -146,26 +149,26 @@ def _simulate_all(
 
 @dataclass
 class _Child:
-    """A forked simulation and what it has written so far."""
+    """A forked simulation and its output so far."""
 
     pid: int
     pipe: int
     indices: list[int]
-    said: bytes = b""
+    output: bytes = b""
 
     @classmethod
-    def start(cls, cell: Cell, setting: Setting, indices: list[int]) -> _Child:
+    def start(cls, cell: Cell, simulator: Simulator, indices: list[int]) -> _Child:
         def answer() -> str:
             # Trainers print their last metrics, which are no figures here.
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            return _answer(cell, setting).model_dump_json()
+            return _answer(cell, simulator).model_dump_json()
 
         return cls(*fork_to_answer(answer), indices)
 
     def read(self) -> bool:
-        """Take what is there; False at the end."""
+        """Read what is available; False at the end of the output."""
         part = os.read(self.pipe, 1 << 20)
-        self.said += part
+        self.output += part
         return bool(part)
 
     def answer(self, cell: Cell) -> Prediction:
@@ -176,46 +179,46 @@ class _Child:
         if os.WIFSIGNALED(status):
             how = signal_text(os.WTERMSIG(status))
             return refused(cell, "failed", f"the simulating process died of {how}")
-        if not self.said:
+        if not self.output:
             return refused(cell, "failed", "the simulating process ended without an answer")
-        return Prediction.model_validate_json(self.said)
+        return Prediction.model_validate_json(self.output)
 
 
-def _verdicts(cell: Cell, setting: Setting, found: Simulated) -> list[Verdict]:
-    """Of every GPU asked about. One with other kernels or workspaces than the simulated GPU's is
-    simulated too; the rest differ in room alone."""
+def _verdicts(cell: Cell, simulator: Simulator, found: Simulation) -> list[Verdict]:
+    """A verdict for every GPU of the request. A GPU with other kernels or workspaces needs a
+    simulation of its own (run.kind); the others only have another capacity."""
     from harness.simulate import make_prediction, run
 
-    simulated = {run.kind(setting.gpu): found} if setting.gpu is not None else {}
+    simulated = {run.kind(simulator.gpu): found} if simulator.gpu is not None else {}
     made = []
-    for gpu in setting.judge:
+    for gpu in simulator.judge:
         if run.kind(gpu) not in simulated:
-            on_cuda = setting.engine == "fake-cuda"
+            on_cuda = simulator.engine == "fake-cuda"
             if on_cuda:
-                patches.become(gpu)
-            simulated[run.kind(gpu)] = run.simulate(cell, gpu, on_cuda, setting.paged)
+                patches.switch_gpu(gpu)
+            simulated[run.kind(gpu)] = run.simulate(cell, gpu, on_cuda, simulator.paged)
         made.append(make_prediction.verdict(simulated[run.kind(gpu)], gpu))
     return made
 
 
-def _answer(cell: Cell, setting: Setting) -> Prediction:
-    """Simulate in this (forked) process. Mistakes of the user's and failures become answers."""
+def _answer(cell: Cell, simulator: Simulator) -> Prediction:
+    """Simulate in this (forked) process. User errors and failures become answers too."""
     from harness.simulate import make_prediction
     from harness.simulate.run import simulate
 
-    on_cuda = setting.engine == "fake-cuda"
+    on_cuda = simulator.engine == "fake-cuda"
     try:
-        found = simulate(cell, setting.gpu, on_cuda, setting.paged)
+        found = simulate(cell, simulator.gpu, on_cuda, simulator.paged)
         made = make_prediction.prediction(
-            cell, found, setting.engine, setting.gpu, missing_packages.versions()
+            cell, found, simulator.engine, simulator.gpu, missing_packages.versions()
         )
-        made.verdicts = _verdicts(cell, setting, found)
+        made.verdicts = _verdicts(cell, simulator, found)
     except UserError as error:
         return make_prediction.refused(cell, "invalid", str(error), missing_packages.versions())
     except Exception as error:
-        # A library that cannot do it on fake tensors: the answer says so, the log has the rest.
+        # A library fails on fake tensors: the answer has the first line, standard error the rest.
         traceback.print_exc()
         reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         return make_prediction.refused(cell, "failed", reason, missing_packages.versions())
-    made.assumptions += setting.notes
+    made.assumptions += simulator.notes
     return made

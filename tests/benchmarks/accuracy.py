@@ -1,6 +1,6 @@
-"""`harness/simulate/ACCURACY.md`: predictions beside published measurements.
+"""`tests/benchmarks/ACCURACY.md`: predictions beside published measurements.
 
-`python tests/benchmarks/accuracy.py --deepspeed DIR > harness/simulate/ACCURACY.md` predicts the
+`python tests/benchmarks/accuracy.py --deepspeed DIR > tests/benchmarks/ACCURACY.md` predicts the
 rows of `tests/data/published_measurements.csv` under the versions that were measured (pip installs
 them into a cache) and under the current ones, and asks accelerate and DeepSpeed about the same
 models. DIR has a DeepSpeed that need not be in this environment

@@ -1,4 +1,4 @@
-"""The text of `harness/simulate/ACCURACY.md`; every figure in it comes from its arguments."""
+"""The text of `tests/benchmarks/ACCURACY.md`; every figure in it comes from its arguments."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ Peak is `torch.cuda.max_memory_allocated()` during training on rank 0, steady `m
 at its end. All figures are bytes.
 
 This page is written by `python tests/benchmarks/accuracy.py`, the measured rows are
-[`tests/data/published_measurements.csv`](../../tests/data/published_measurements.csv), and
+[`tests/data/published_measurements.csv`](../data/published_measurements.csv), and
 `tests/integration/test_simulate_published.py` holds the agreement."""
 
 

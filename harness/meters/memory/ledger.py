@@ -1,9 +1,9 @@
 """The memory ledger: every live tensor storage on one device, by category and phase.
 
-It runs in separate, untimed steps as a `TorchDispatchMode`, writes down each storage's birth and
-death in 512-byte blocks (the unit of torch's CUDA caching allocator, `kMinBlockSize`), and answers
-every question afterwards by replaying that list. What a storage turned out to be (a gradient, an
-optimizer state) may be learnt after its birth, which is why nothing is summed on the way.
+It runs in separate, untimed steps as a `TorchDispatchMode` and lists the allocation and the freeing
+of each storage in 512-byte blocks (the unit of torch's CUDA caching allocator, `kMinBlockSize`).
+Peaks and categories are computed from that list afterwards, because the category of a storage (a
+gradient, an optimizer state) may only be known after it was allocated.
 """
 
 from __future__ import annotations
@@ -24,24 +24,26 @@ BLOCK_BYTES = 512
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """What this rank holds of a tensor: a DTensor's own storage is as large as the whole."""
+    """This rank's part of a DTensor, whose own storage has the size of the whole; else the
+    tensor."""
     return getattr(tensor, "_local_tensor", tensor)
 
 
 def held(parameter: torch.Tensor) -> torch.Tensor:
-    """A parameter's data; of one that ZeRO-3 has divided, this rank's part."""
+    """A parameter's data; of a parameter that ZeRO-3 has partitioned, this rank's part."""
     part = getattr(parameter, "ds_tensor", None)
     return parameter.data if part is None else part
 
 
 def block_bytes(size: int) -> int:
-    """`size` rounded up to whole blocks; an empty storage takes none."""
+    """`size` in bytes, rounded up to whole blocks; 0 for an empty storage."""
     return -(-size // BLOCK_BYTES) * BLOCK_BYTES
 
 
 @dataclass(slots=True, eq=False)
 class Storage:
-    """One storage. `category` is what it is known to be; None until somebody tags it."""
+    """One storage. `category` is None until it is tagged, and `guess` counts instead; `born` and
+    `died` are numbers of phase visits."""
 
     nbytes: int
     op: str
@@ -59,9 +61,9 @@ class Storage:
         return block_bytes(self.nbytes)
 
 
-class Event(NamedTuple):
-    """A change of `delta` block bytes by `storage`, while `phase` (the `visit`-th phase entered)
-    was on."""
+class MemoryEvent(NamedTuple):
+    """An allocation (`delta` > 0) or freeing (`delta` < 0) of `storage`, in block bytes, during
+    `phase`, which is the `visit`-th phase entered."""
 
     storage: Storage
     delta: int
@@ -69,7 +71,7 @@ class Event(NamedTuple):
     visit: int
 
 
-_NOTHING = Storage(0, "", (), "", "", "", "")
+_PHASE_START = Storage(0, "", (), "", "", "", "")
 
 
 class Peak(NamedTuple):
@@ -80,7 +82,7 @@ class Peak(NamedTuple):
 
 
 class Ledger(TorchDispatchMode):
-    """Follows storages on `device_type`. `vocabulary` marks logits by their last dimension."""
+    """Counts storages on `device_type`. Tensors with `vocabulary` as last dimension are logits."""
 
     def __init__(self, device_type: str, vocabulary: int | None = None) -> None:
         super().__init__()
@@ -89,7 +91,7 @@ class Ledger(TorchDispatchMode):
         self.logit_widths: set[int] = set() if vocabulary is None else {vocabulary}
         self.head_modules: set[str] = set()
         self.hidden_width: int | None = None
-        self.events: list[Event] = []
+        self.events: list[MemoryEvent] = []
         self.phase = "load"
         self.visit = 0
         self.module = ""
@@ -99,16 +101,17 @@ class Ledger(TorchDispatchMode):
     def enter_phase(self, phase: str) -> None:
         self.phase = phase
         self.visit += 1
-        # A phase in which nothing changes has a peak too: what was live before it.
+        # Without allocations a phase still has a peak: the bytes live when it began.
         if not self.closed:
-            self.events.append(Event(_NOTHING, 0, phase, self.visit))
+            self.events.append(MemoryEvent(_PHASE_START, 0, phase, self.visit))
 
     def close(self) -> None:
-        """Stop writing: what dies from now on is no longer part of the measured steps."""
+        """Stop counting: later frees are not part of the measured steps."""
         self.closed = True
 
     def tag(self, tensor: torch.Tensor, category: str) -> None:
-        """Say what a tensor's storage is; one not seen before is counted from now on."""
+        """Set the category of a tensor's storage; a storage not seen before is counted from now
+        on."""
         storage = self._see(tensor, "existing")
         if storage is not None:
             storage.category = category
@@ -116,7 +119,7 @@ class Ledger(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        # DTensor and its like take themselves apart; their local tensors come here afterwards.
+        # DTensor and other wrapper subclasses call their local tensors' ops, which come here later.
         if any(hasattr(kind, "__tensor_flatten__") for kind in types):
             return NotImplemented
         kwargs = kwargs or {}
@@ -133,14 +136,15 @@ class Ledger(TorchDispatchMode):
         return out
 
     def _see(self, tensor: torch.Tensor, op: str) -> Storage | None:
+        """The storage of a tensor, counted from now on; None if it is not counted here."""
         tensor = local(tensor)
-        if tensor.device.type != self.device_type:
-            return None
         raw = tensor.untyped_storage()
         key = raw._cdata
         known = self._live.get(key)
         if known is not None and known[0]() is raw:
             return known[1]
+        if not self._counts(tensor):
+            return None
         storage = Storage(
             raw.nbytes(),
             op,
@@ -155,6 +159,9 @@ class Ledger(TorchDispatchMode):
         self._note(storage, storage.block)
         return storage
 
+    def _counts(self, tensor: torch.Tensor) -> bool:
+        return tensor.device.type == self.device_type
+
     def _forget(self, key: int, storage: Storage) -> None:
         if key in self._live and self._live[key][1] is storage:
             del self._live[key]
@@ -163,11 +170,11 @@ class Ledger(TorchDispatchMode):
 
     def _note(self, storage: Storage, delta: int) -> None:
         if delta and not self.closed:
-            self.events.append(Event(storage, delta, self.phase, self.visit))
+            self.events.append(MemoryEvent(storage, delta, self.phase, self.visit))
 
     def _guess(self, tensor: torch.Tensor) -> str:
-        """What a new tensor is unless tagged: autograd's formulas run with gradients disabled, a
-        checkpoint's recomputation with gradients enabled."""
+        """Category of a new tensor unless it is tagged. In backward, autograd's formulas run with
+        gradients disabled, a checkpoint's recomputation with gradients enabled."""
         if self.phase not in ("forward", "backward"):
             return "temporaries"
         if self._is_logits(tensor):
@@ -176,8 +183,8 @@ class Ledger(TorchDispatchMode):
         return "activations" if recorded else "temporaries"
 
     def _is_logits(self, tensor: torch.Tensor) -> bool:
-        """By width; a forward at or around the output head, outside of the backbone, teaches the
-        widths that its backward is told by."""
+        """By the last dimension. Widths of tensors made at the output head in forward are
+        remembered, so that the same tensors are recognized in backward."""
         if tensor.dim() < 2:
             return False
         width = tensor.shape[-1]
@@ -188,10 +195,10 @@ class Ledger(TorchDispatchMode):
 
 
 def _composite(func: Any) -> Callable[..., Any] | None:
-    """For bitsandbytes' fused 4-bit product: the same product as the ops it is made of.
+    """For bitsandbytes' fused 4-bit product, a function that computes it with separate ops.
 
     On CPU, and on CUDA for more than a few rows, the kernel dequantizes the whole weight first;
-    inside the fused op that temporary would be invisible.
+    inside the fused op the ledger would not see that temporary.
     """
     if func.namespace != "bitsandbytes" or func._schema.name != "bitsandbytes::gemm_4bit":
         return None
@@ -202,14 +209,15 @@ def _composite(func: Any) -> Callable[..., Any] | None:
 
 
 def category(storage: Storage) -> str:
-    """Tagged category, else the guess; what a forward made and dropped was a temporary."""
+    """The tagged category, else the guess. An activation freed in the forward that made it counts
+    as a temporary."""
     if storage.category is not None:
         return storage.category
     dropped = storage.phase == "forward" and storage.died == storage.born
     return "temporaries" if dropped and storage.guess == "activations" else storage.guess
 
 
-def phase_peaks(events: Iterable[Event]) -> dict[str, Peak]:
+def phase_peaks(events: Iterable[MemoryEvent]) -> dict[str, Peak]:
     """Highest live bytes within each phase; a phase starts with what was live before it."""
     live = 0
     peaks: dict[str, Peak] = {}
@@ -228,7 +236,7 @@ def _raise(peaks: dict[str, Peak], phase: str, live: int, at: int) -> None:
         peaks[phase] = Peak(live, at)
 
 
-def phase_ends(events: Iterable[Event]) -> dict[str, int]:
+def phase_ends(events: Iterable[MemoryEvent]) -> dict[str, int]:
     """Live bytes at the last event of each phase."""
     live = 0
     ends: dict[str, int] = {}
@@ -238,7 +246,7 @@ def phase_ends(events: Iterable[Event]) -> dict[str, int]:
     return ends
 
 
-def live_at(events: list[Event], at: int) -> list[Storage]:
+def live_at(events: list[MemoryEvent], at: int) -> list[Storage]:
     """Storages alive right after event number `at`, largest first."""
     live: dict[Storage, None] = {}
     for event in events[: at + 1]:
@@ -258,7 +266,7 @@ def by_category(storages: Iterable[Storage]) -> dict[str, int]:
     return total
 
 
-def training_peak(events: list[Event]) -> tuple[Phase, Peak] | None:
+def training_peak(events: list[MemoryEvent]) -> tuple[Phase, Peak] | None:
     """The training phase with the highest peak, and that peak; None without training events."""
     peaks = phase_peaks(events)
     found = [(name, peaks[name]) for name in TRAINING_PHASES if name in peaks]
@@ -292,7 +300,7 @@ def quantization_tensors(state: Any) -> list[torch.Tensor]:
 
 
 def resident_bytes(model: nn.Module) -> dict[str, int]:
-    """Exact bytes by category of what the model holds; shared storages count once."""
+    """Exact bytes of the model's tensors by category; shared storages count once."""
     total: dict[str, int] = {}
     seen: set[int] = set()
     for tensor, name in tensors_by_category(model):
@@ -310,14 +318,14 @@ def tag_model(ledger: Ledger, model: nn.Module) -> None:
 
 
 def tag_gradients(ledger: Ledger, model: nn.Module) -> list[Any]:
-    """Tag each gradient as it lands on its parameter; returns the hooks, to be removed."""
+    """Hooks that tag each gradient when it is accumulated; returned so that they can be removed."""
 
-    def landed(parameter: torch.Tensor) -> None:
+    def accumulated(parameter: torch.Tensor) -> None:
         if parameter.grad is not None:
             ledger.tag(parameter.grad, "gradients")
 
     return [
-        parameter.register_post_accumulate_grad_hook(landed)
+        parameter.register_post_accumulate_grad_hook(accumulated)
         for parameter in model.parameters()
         if parameter.requires_grad
     ]
@@ -330,12 +338,13 @@ def tag_optimizer(ledger: Ledger, optimizer: torch.optim.Optimizer) -> None:
 
 
 def name_modules(ledger: Ledger, model: Any) -> list[Any]:
-    """Have the ledger know which module's forward is running; returns the hooks."""
+    """Hooks that tell the ledger which module's forward is running; returned so that they can be
+    removed."""
     stack: list[str] = []
     names = {module: name for name, module in model.named_modules()}
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if head is not None:
-        # The head and every module around it; the backbone stands beside it.
+        # The head and every module that contains it; the backbone does not.
         parts = names[head].split(".")
         ledger.head_modules = {".".join(parts[:length]) for length in range(len(parts) + 1)}
         ledger.hidden_width = head.weight.shape[-1]

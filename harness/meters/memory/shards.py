@@ -1,4 +1,4 @@
-"""What one rank holds of a model that FSDP or DeepSpeed has spread over several."""
+"""The part of a model on one rank, when FSDP or DeepSpeed has sharded it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from harness.meters.memory.ledger import Ledger, held, local, tensors_by_categor
 
 
 def tag(ledger: Ledger, model: nn.Module) -> None:
-    """Say which storages the prepared parameters lie in, whole or in part."""
+    """Tag the storages of the prepared parameters, whole or sharded."""
     for tensor, name in tensors_by_category(model):
         if tensor.numel():
             ledger.tag(tensor, name)
@@ -23,7 +23,7 @@ def tag(ledger: Ledger, model: nn.Module) -> None:
 
 
 def _flat_parameters(model: nn.Module) -> Iterator[Any]:
-    """FSDP1's, each of which stands for the parameters of one wrapped module."""
+    """FSDP1's flat parameters; each has all parameters of one wrapped module."""
     for module in model.modules():
         flat = getattr(getattr(module, "_handle", None), "flat_param", None)
         if flat is not None:
@@ -31,40 +31,40 @@ def _flat_parameters(model: nn.Module) -> Iterator[Any]:
 
 
 def tag_gradients(ledger: Ledger, optimizer: Any) -> None:
-    """Gradients as the optimizer is about to use them; where it trains copies (ZeRO), those are
-    its own, beside its states."""
+    """Tag gradients before the optimizer uses them; ZeRO's optimizer has gradients of its own fp32
+    copies."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if parameter.grad is not None:
                 ledger.tag(parameter.grad, "gradients")
 
 
-class Held(NamedTuple):
-    """Parameters, by number and in bytes. A packed 4-bit weight counts as the elements it is stored
-    in; quantization state and buffers are left out; what shares memory counts once."""
+class ParameterSize(NamedTuple):
+    """Number and bytes of parameters. A packed 4-bit weight counts in elements of its storage
+    dtype; quantization state and buffers are left out; shared storages count once."""
 
     elements: int
     bytes: int
 
 
-def held_here(model: nn.Module) -> Held:
-    """What this rank holds of the model, wherever it keeps it."""
+def on_this_rank(model: nn.Module) -> ParameterSize:
+    """The model's parameters on this rank, in device or host memory."""
     return _total(_parts(model))
 
 
-def held_by_all(model: nn.Module) -> Held:
-    """All of the model, on however many ranks it is already."""
+def on_all_ranks(model: nn.Module) -> ParameterSize:
+    """The whole model's parameters, on all ranks."""
     divided = [p for p in model.parameters() if hasattr(p, "ds_numel")]
     whole = _total(p.data for p in model.parameters() if not hasattr(p, "ds_numel"))
     elements = sum(int(p.ds_numel) for p in divided)
     size = sum(int(p.ds_numel) * p.element_size() for p in divided)
-    return Held(whole.elements + elements, whole.bytes + size)
+    return ParameterSize(whole.elements + elements, whole.bytes + size)
 
 
-def _total(parts: Iterable[torch.Tensor]) -> Held:
+def _total(parts: Iterable[torch.Tensor]) -> ParameterSize:
     storages = {part.untyped_storage()._cdata: part for part in parts}
     sizes = [(part.untyped_storage().nbytes(), part.element_size()) for part in storages.values()]
-    return Held(sum(size // each for size, each in sizes), sum(size for size, _ in sizes))
+    return ParameterSize(sum(size // each for size, each in sizes), sum(size for size, _ in sizes))
 
 
 def _parts(model: nn.Module) -> Iterator[torch.Tensor]:

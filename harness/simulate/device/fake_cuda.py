@@ -1,7 +1,7 @@
-"""Tensors on a `cuda` device that is not there: forward, backward and autocast, no GPU, no driver.
+"""Fake tensors on a `cuda` device without a GPU or driver: forward, backward and autocast.
 
-torch's FakeTensorMode carries `cuda` tensors without a GPU, but two places ask the device itself.
-Both are answered here, once per process and for good, so this belongs into a process of its own:
+torch's FakeTensorMode can have `cuda` tensors without a GPU, but two places in torch ask the device
+itself. Both are replaced here for the rest of the process, so this needs a process of its own:
 
 * Every op switches to its tensors' device through a guard. In a build without CUDA that guard is
   missing; `torch._C._ensureCUDADeviceGuardSet` (torch >= 2.10) puts torch's own do-nothing guard

@@ -1,7 +1,8 @@
-"""The self-check: is the fake device one here, and does the ledger count what is known?
+"""Self-check: whether the fake device works here, and the ledger counts a known number of bytes.
 
-The device rests on memory layouts of torch that nothing promises, and a wrong guess ends in a
-segmentation fault. So it is tried in a child process first, on a small problem with a known answer.
+The fake device depends on memory layouts of torch that are not part of its interface; if one is
+other than expected, the process may crash. So a child process tries it first, on a small problem
+with a known answer.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def _try(gpu: Gpu | None) -> None:
     if gpu is not None:
         place = "cuda"
         fake_cuda.enable()
-        torch_cuda.pretend(gpu)
+        torch_cuda.patch(gpu)
     ledger = SimulatedLedger(place, workspace_bytes=0)
     with FakeTensorMode(allow_non_fake_inputs=True), ledger:
         weight = nn.Parameter(torch.empty(WIDTH, WIDTH, device=place, dtype=torch.bfloat16))

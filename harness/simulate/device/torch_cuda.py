@@ -1,6 +1,7 @@
-"""What `torch.cuda` answers on the host about a GPU that is not there: properties, streams, events.
+"""Patches of `torch.cuda` for a GPU that does not exist: properties, streams, events, memory
+counters.
 
-Everything is replaced for the whole process, which is a simulator and nothing else.
+They last as long as the process, which only simulates.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class _Current(threading.local):
 
 
 class Stream:
-    """Work on a fake device is done when it is asked for, so streams order nothing."""
+    """A CUDA stream that orders nothing: work on the fake device is done at once."""
 
     def __init__(self, device: Any = None, priority: int = 0, **_: Any) -> None:
         self.device = torch.device("cuda", 0)
@@ -125,8 +126,9 @@ def _block() -> Callable[..., Any]:
     return block
 
 
-def pretend(gpu: Gpu) -> None:
-    """Have `torch.cuda` tell of one device like `gpu`; with several, a trainer would use them."""
+def patch(gpu: Gpu) -> None:
+    """Patch `torch.cuda` to have one device like `gpu`; with several, a trainer would use them
+    all."""
     _fake_tensors_know_the_device()
     for name, answer in (_properties(gpu) | _queues() | _counters(gpu)).items():
         setattr(torch.cuda, name, answer)

@@ -1,4 +1,4 @@
-"""Attention kernels that only exist on a GPU, as far as memory can tell them apart.
+"""Attention kernels that only exist on a GPU: their allocations, and what they compute.
 
 * flash-attn 2: a stand-in package whose functions allocate what flash-attn 2.7's do (csrc/
   flash_attn/flash_api.cpp, mha_fwd and mha_bwd), so that transformers' own code around them runs.
@@ -38,7 +38,7 @@ class Kernel(NamedTuple):
     products: int
 
 
-# Told about every such call while set.
+# Called with every call of a flash-attn kernel, if set.
 kernel_ran: Callable[[Kernel], None] | None = None
 
 
@@ -72,7 +72,7 @@ class _Flash(torch.autograd.Function):
         q, k, v, out, lse, _ = ctx.saved_tensors
         grad = _last_contiguous(grads[0])
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        # They are held until the kernels are done.
+        # Allocated until the kernels are done.
         scratch = _backward_scratch(q, k, ctx.lengths)
         del scratch
         _tell((q, k, v, out, lse, grad, dq, dk, dv), ctx.lengths[0], ctx.window, 5)
@@ -80,7 +80,7 @@ class _Flash(torch.autograd.Function):
 
 
 def _tell(tensors: tuple[torch.Tensor, ...], sequences: int, window: int, products: int) -> None:
-    """Sequences are taken to be equally long."""
+    """Report a kernel call; sequences are assumed to be equally long."""
     if kernel_ran is None:
         return
     length = tensors[0].shape[:-2].numel() // sequences
@@ -180,7 +180,7 @@ class _FlashMetadata(importlib.metadata.Distribution):
 
 
 class _FlashFinder(importlib.metadata.DistributionFinder):
-    """Libraries ask the installed metadata whether flash-attn is there, and in which version."""
+    """Metadata of an installed flash-attn, which libraries ask for its version."""
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> None:
         return None
@@ -195,7 +195,7 @@ class _FlashFinder(importlib.metadata.DistributionFinder):
 
 
 def stand_in_for_flash_attn() -> bool:
-    """Put the stand-in where flash-attn is not installed; returns whether it was put there."""
+    """Install the stand-in package if flash-attn is not installed; returns whether it did."""
     if importlib.util.find_spec("flash_attn") is not None:
         return False
     package = _module("flash_attn")
@@ -255,7 +255,7 @@ def choose_sdpa_kernel(compute_capability: tuple[int, int]) -> None:
 
 
 def _autocast(tensor: Any) -> Any:
-    """What autocast makes of an argument: fp32 on the device becomes the autocast dtype."""
+    """Cast as autocast does: fp32 on the device becomes the autocast dtype."""
     if tensor is None or tensor.device.type != "cuda" or tensor.dtype is not torch.float32:
         return tensor
     return tensor.to(torch.get_autocast_dtype("cuda"))

@@ -1,7 +1,7 @@
-"""bitsandbytes on fake tensors: 4-bit weights with its own shapes, its optimizers' true states.
+"""bitsandbytes on fake tensors: 4-bit weights and optimizer states of their true sizes.
 
-What is replaced is what reads values (code tables are computed, then carried over), calls the
-driver (managed memory, synchronization), or refuses tensors without data (`Params4bit`).
+Replaced are functions that read values (code tables are computed on real tensors), that call the
+driver (managed memory, synchronization), and `Params4bit`, which refuses tensors without data.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Params4bit(FakeTensor, bnb.nn.Params4bit):
     """A 4-bit weight without data. Libraries ask for the class by its name and by isinstance."""
 
     def __new__(cls, data: torch.Tensor, requires_grad: bool = False, **given: Any) -> Params4bit:
-        """What the original is called with when a weight is quantized anew (PEFT's OLoRA). The
-        original waits until it is moved to its device, where this one's data is already."""
+        """Quantize `data`, as when a weight is quantized anew (PEFT's OLoRA). The original
+        quantizes when it is moved to its device; this one's data is there already."""
         return _packed(data, given)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Params4bit:
@@ -50,8 +50,8 @@ class Params4bit(FakeTensor, bnb.nn.Params4bit):
         return cast(Params4bit, copied)
 
     def to(self, *args: Any, **kwargs: Any) -> Params4bit:
-        """Moved together with its quantization state, as the original does it; the original would
-        build the parameter anew. Already where it belongs, it is left alone."""
+        """Move together with the quantization state; on the right device already, return itself.
+        The original would build the parameter anew."""
         place = torch._C._nn._parse_to(*args, **kwargs)[0]
         if place is None or place.type == self.device.type:
             return self
@@ -63,7 +63,7 @@ class Params4bit(FakeTensor, bnb.nn.Params4bit):
         return cast(Params4bit, moved)
 
     def detach(self) -> Params4bit:
-        """It has no gradient to be detached from, and has to stay one of its kind."""
+        """Itself: it has no gradient, and the result has to be a Params4bit."""
         return self
 
     def cuda(self, *_: Any, **__: Any) -> Params4bit:
@@ -83,7 +83,7 @@ def _packed(weight: torch.Tensor, given: dict[str, Any]) -> Params4bit:
     place = weight.device
     asked = {name: given[name] for name in _ASKED if given.get(name) is not None}
     if not _has_operators() and place.type == "cpu":
-        # It could not quantize there: that was done on the device, where the state stays.
+        # Such a release cannot quantize on CPU: quantize on the device, where the state stays.
         weight = weight.to(device.training_device())
     packed, state = bnb.functional.quantize_4bit(weight, **asked)
     parameter: Any = torch.nn.Parameter(packed.to(place), requires_grad=False)
@@ -100,8 +100,8 @@ def _packed(weight: torch.Tensor, given: dict[str, Any]) -> Params4bit:
     return cast(Params4bit, parameter)
 
 
-class Paged:
-    """Managed memory handed out so far, bytes: outside of torch's pool."""
+class ManagedMemory:
+    """Counts managed memory in bytes (paged optimizer states), which is outside torch's pool."""
 
     def __init__(self) -> None:
         self.nbytes = 0
@@ -114,11 +114,11 @@ class Paged:
         return tensor
 
 
-def pretend() -> Paged:
-    """Let bitsandbytes run without its driver calls; returns the account of managed memory."""
+def patch() -> ManagedMemory:
+    """Patch bitsandbytes to run without driver calls; returns the counter of managed memory."""
     functional, optimizer = bnb.functional, bnb.optim.optimizer
     functional.create_dynamic_map = _computed(functional.create_dynamic_map)
-    paged = Paged()
+    paged = ManagedMemory()
     functional.get_paged = paged.get
     functional.prefetch_tensor = _none
     functional.fill = _none
@@ -130,12 +130,12 @@ def pretend() -> Paged:
 
 
 def forget() -> None:
-    """Drop code tables kept from another simulation of this process: this one has none yet."""
+    """Drop code tables that bitsandbytes keeps from another simulation of this process."""
     bnb.functional.name2qmap.clear()
 
 
 class _AsItIs(bnb.nn.Params4bit):
-    """Makes a plain parameter of a fake tensor, which is FSDP's view of a flat one."""
+    """Params4bit of a fake tensor is a plain parameter (FSDP's view of a flat parameter)."""
 
     def __new__(cls, data: Any = None, *given: Any, **named: Any) -> Any:
         if isinstance(data, FakeTensor):

@@ -1,5 +1,5 @@
-"""A model without weights, built and placed the way `from_pretrained` does it: a skeleton without
-storage first, then tensor by tensor onto the device, quantized one at a time.
+"""A model without weight values, built and placed as `from_pretrained` does: first on the meta
+device, then tensor by tensor on the training device, quantized one at a time.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ DTYPE_ARGUMENT = "dtype" if TRANSFORMERS >= (4, 56) else "torch_dtype"
 
 
 def model_config(model: Model) -> Any:
-    """The architecture of a cell's model. Raises UserError when there is none to be had."""
+    """The transformers config of a cell's model. Raises UserError if there is none."""
     path = _config_path(model)
     if path is None:
         return _hub_config(model)
@@ -132,8 +132,8 @@ def _replace_linears(model: Any, cell: Cell) -> None:
 
 
 def materialize(model: Any, place: torch.device | None = None) -> Any:
-    """Put every parameter and buffer on the training device, or on `place`, from where a library
-    that shards takes them; shared ones stay shared."""
+    """Make every parameter and buffer on the training device, or on `place` if a library shards
+    from there; shared ones stay shared."""
     on_device = place is None
     place = place or device.training_device()
     loaded_in = getattr(model.config, "_pre_quantization_dtype", None)
@@ -173,7 +173,7 @@ def materialize(model: Any, place: torch.device | None = None) -> Any:
 
 
 def experts(config: Any) -> int | None:
-    """Experts that a token's router chooses from, none in a dense model."""
+    """Number of experts of a mixture of experts; None for a dense model."""
     for name in ("num_local_experts", "num_experts", "n_routed_experts"):
         value = getattr(config.get_text_config(), name, None)
         if isinstance(value, int) and value > 1:

@@ -1,4 +1,4 @@
-"""Ops whose kernel on a GPU allocates otherwise than the op's fake implementation says."""
+"""Ops whose GPU kernel allocates other memory than their fake implementation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from harness.simulate.libraries import bitsandbytes_4bit
 
 
 def composites() -> dict[str, Callable[..., Any]]:
-    """By schema name, the ops an op is to be replaced by."""
+    """Functions to run in place of an op, by its schema name."""
     return {
         "bitsandbytes::gemm_4bit": bitsandbytes_4bit.gemm_4bit,
         "aten::_grouped_mm": grouped_mm,

@@ -1,7 +1,7 @@
-"""Make room for other software stacks: what cannot be imported beside them gets a stand-in.
+"""Stand-ins for packages that cannot be imported together with another software stack.
 
-A stack of older packages in front of the installed ones may not go with everything behind it.
-`datasets` is needed by trainers for its types only, so a stand-in serves; TRL that cannot be
+Older packages in front of the installed ones (launch.predict.overlays) may not be compatible with
+all of them. Trainers need `datasets` for its types only, so it gets a stand-in; TRL that cannot be
 imported is hidden, and transformers' own Trainer runs.
 """
 
@@ -30,7 +30,7 @@ PACKAGES = (
 
 
 class Rows:
-    """A dataset in memory, of a class that trainers know no tricks for."""
+    """A dataset in memory."""
 
     def __init__(self, columns: dict[str, list[Any]]) -> None:
         self._columns = columns
@@ -90,8 +90,8 @@ class _DatasetsFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         pass
 
 
-def settle() -> list[str]:
-    """Import what may not go together; returns what had to be left out, and why."""
+def replace_missing() -> list[str]:
+    """Import `datasets` and TRL, or replace them; returns a note for each that was replaced."""
     notes = []
     problem = _problem("datasets")
     if problem is not None:
@@ -127,7 +127,7 @@ def _forget(name: str) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that were executed, as they say themselves."""
+    """Versions of the packages that were imported, by their `__version__`."""
     found = {"python": ".".join(str(part) for part in sys.version_info[:3])}
     for name in PACKAGES:
         module = sys.modules.get(name)

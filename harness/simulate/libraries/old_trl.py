@@ -1,6 +1,4 @@
-"""What older releases of the stack did around the model, where the harness's own code expects
-newer ones; and a tokenizer for trainers that ask for one.
-"""
+"""What TRL before 1.0 did to a model with adapters; a tokenizer for trainers that ask for one."""
 
 from __future__ import annotations
 
@@ -14,7 +12,7 @@ from matrices.cell import Cell
 
 
 def tokenizer() -> Any:
-    """The least a trainer accepts. Rows are token ids already, so it never tokenizes anything."""
+    """The smallest tokenizer a trainer accepts. Rows are token ids, so it tokenizes nothing."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 

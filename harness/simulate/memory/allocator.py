@@ -1,9 +1,9 @@
-"""torch's CUDA caching allocator, replayed in Python: what it reserves, and when it gives up.
+"""torch's CUDA caching allocator in Python: which bytes it reserves, and when it is out of memory.
 
 After `c10/cuda/CUDACachingAllocator.cpp` with its default settings (no `max_split_size_mb`, no
 expandable segments, no garbage collection threshold): sizes rounded to 512 bytes, a pool for blocks
 up to 1 MiB and one for larger ones, best fit, splitting, merging of free neighbours, and on
-exhaustion every wholly free segment given back before the request is tried once more.
+exhaustion every wholly free segment returned to the device before the request is retried once.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ MIN_LARGE = 10 * MIB  # sizes from here on get a segment of their own
 ROUND_LARGE = 2 * MIB
 
 
-class OutOfMemory(MemoryError):
-    """The device has no room for a segment of `requested` bytes, even without cached blocks."""
+class OutOfMemoryError(MemoryError):
+    """The device has no room for a segment of `requested` bytes after all cached blocks are
+    returned. `allocated` and `reserved` are the allocator's bytes then."""
 
     def __init__(self, requested: int, allocated: int, reserved: int) -> None:
         super().__init__(requested, allocated, reserved)
@@ -30,7 +31,7 @@ class OutOfMemory(MemoryError):
 
 @dataclass(slots=True, eq=False)
 class Block:
-    """A piece of a segment. `address` orders free blocks of equal size, as the real ones do."""
+    """A part of a segment. Free blocks of equal size are ordered by `address`, as in torch."""
 
     size: int
     address: int
@@ -67,19 +68,20 @@ class _Pool:
 
 
 class Allocator:
-    """`capacity_bytes` is what the device has for segments; None has no end."""
+    """Caching allocator of a device with `capacity_bytes` for segments; None is unlimited."""
 
     def __init__(self, capacity_bytes: int | None = None) -> None:
         self.capacity_bytes = capacity_bytes
         self.allocated = self.reserved = self.peak_allocated = self.peak_reserved = 0
         self.retries = 0
-        # torch has such a pair for every stream. Which blocks of another stream are free again is a
-        # matter of timing, so all share one here; against published FSDP runs that errs less.
+        # torch has such a pair of pools for every stream. When blocks of another stream are free
+        # again depends on timing, so all streams share one here; against published FSDP runs that
+        # errs less.
         self._small, self._large = _Pool(), _Pool()
         self._next_address = MIB
 
     def malloc(self, nbytes: int) -> Block:
-        """A block of at least `nbytes` (> 0). Raises OutOfMemory."""
+        """A block of at least `nbytes` (> 0). Raises OutOfMemoryError."""
         size = round_size(nbytes)
         small = size <= SMALL
         pool = self._small if small else self._large
@@ -102,7 +104,7 @@ class Allocator:
         pool.put(block)
 
     def release_cached(self) -> None:
-        """Give wholly free segments back to the device, as `torch.cuda.empty_cache` does."""
+        """Return wholly free segments to the device, as `torch.cuda.empty_cache` does."""
         for pool in (self._small, self._large):
             for block in list(pool.blocks.values()):
                 if block.before is None and block.after is None:
@@ -115,7 +117,7 @@ class Allocator:
             self.release_cached()
             self.retries += 1
             if not self._has_room(segment):
-                raise OutOfMemory(segment, self.allocated, self.reserved)
+                raise OutOfMemoryError(segment, self.allocated, self.reserved)
         self.reserved += segment
         self.peak_reserved = max(self.peak_reserved, self.reserved)
         block = Block(segment, self._next_address, small)
@@ -150,7 +152,7 @@ def round_size(nbytes: int) -> int:
 
 
 def segment_size(size: int) -> int:
-    """What is asked of the device for a block of `size`."""
+    """Bytes of the segment requested from the device for a block of `size` bytes."""
     if size <= SMALL:
         return SMALL_SEGMENT
     if size < MIN_LARGE:

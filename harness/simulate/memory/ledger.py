@@ -1,12 +1,11 @@
-"""The memory ledger on fake tensors: the same list of births and deaths, plus what only a real
-device would show: library workspaces, scratch inside kernels, storages resized in place, and an
-answer wherever a program asks a tensor for its value.
+"""The memory ledger on fake tensors: the same list of allocations and frees, and in addition cuBLAS
+workspaces, scratch memory inside kernels, storages that are resized in place, and a value for each
+program that reads one from a tensor.
 """
 
 from __future__ import annotations
 
 import threading
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Self
@@ -16,23 +15,24 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from harness.meters.memory.ledger import Event, Ledger, Storage, local
-from harness.simulate.memory.op_cache import FastFake
+from harness.meters.memory.ledger import Ledger, MemoryEvent, Storage
+from harness.simulate.memory.op_cache import OpCache
 
 if TYPE_CHECKING:
     from harness.simulate.step_time.roofline import Traffic
 
 PRODUCTS = frozenset({"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::linear"})
 
-# Of scalars whose origin decides what a program is told about them.
+# For scalars of these dtypes the op that made them decides the value (SimulatedLedger._value).
 ASKED_DTYPES = frozenset({torch.bool, torch.int64})
 
 # bytes an op needs for itself while it runs: (args, out) -> bytes
 Scratch = Callable[[tuple[Any, ...], Any], int]
 
 
-# Answer repeated ops from recipes (fast_fake); with `checked` compare each answer. For tests.
-fast, checked = True, False
+# For tests: whether ops are answered from a cache, and whether each answer is compared with
+# FakeTensorMode's.
+cached, checked = True, False
 _DEVICE = torch.ops.prim.device.default
 
 
@@ -40,16 +40,18 @@ def _ask(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     return func(*args, **kwargs)
 
 
-# Stands in an event for the moment at which cached blocks went back to the device.
+# Storage of the event that the allocator returns its cached blocks to the device.
 RELEASED = Storage(0, "empty_cache", (), "", "", "", "")
 
 
 class SimulatedLedger(Ledger):
-    """Follows fake storages on `device_type`.
+    """Counts fake storages on `device_type`.
 
-    `workspace_bytes` is what cuBLAS takes for each thread that multiplies, at its first product,
-    and keeps. `experts` is the number of experts that routing is assumed to be balanced over;
-    `packed_rows` says that the batch at hand has several sequences in one row.
+    `workspace_bytes` is what cuBLAS allocates for each thread at its first product and keeps.
+    `experts` is the number of experts that routing is assumed to be balanced over; `packed_rows`
+    says that the current batch has several sequences in a row; `scratch` has kernels' own memory by
+    op, `composites` ops to run in place of an op (harness.simulate.libraries.kernels); `assumed`
+    collects the assumptions that were needed.
     """
 
     def __init__(self, device_type: str, workspace_bytes: int) -> None:
@@ -67,8 +69,6 @@ class SimulatedLedger(Ledger):
         self._paused = False
         self._multiplied: set[int] = set()
         self._made_by: dict[int, str] = {}
-        # Who is to be told when a storage dies.
-        self.mourners: dict[Storage, Callable[[], None]] = {}
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -77,19 +77,19 @@ class SimulatedLedger(Ledger):
 
     def __enter__(self) -> Self:
         self._fake_mode = torch._guards.active_fake_mode()
-        if self._fake_mode is not None and fast:
-            self._call = FastFake(self._fake_mode, checked)
-        _followers.append(self)
+        if self._fake_mode is not None and cached:
+            self._call = OpCache(self._fake_mode, checked)
+        _active.append(self)
         super().__enter__()
         return self
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
-        _followers.remove(self)
+        _active.remove(self)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Shapes are being worked out, nothing is computed: count nothing."""
+        """Count nothing within: a library works out shapes."""
         before, self._paused = self._paused, True
         try:
             yield
@@ -100,9 +100,9 @@ class SimulatedLedger(Ledger):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is _DEVICE:
-            # Autograd asks this more often than everything else together.
+            # The autograd engine asks this more often than it calls all other ops together.
             return args[0].device
-        # DTensor and its like take themselves apart; their local tensors come here afterwards.
+        # DTensor and other wrapper subclasses call their local tensors' ops, which come here later.
         if any(hasattr(kind, "__tensor_flatten__") for kind in types):
             return NotImplemented
         kwargs = kwargs or {}
@@ -114,7 +114,7 @@ class SimulatedLedger(Ledger):
         self.op = name
         composite = self.composites.get(name)
         if composite is not None:
-            # What it is made of is memory; its work is counted as the op it is.
+            # Memory is counted op by op, operations and bytes moved as one call of the whole.
             traffic, self.traffic = self.traffic, None
             with _reentered(self):
                 out = composite(*args, **kwargs)
@@ -128,7 +128,7 @@ class SimulatedLedger(Ledger):
                     made_by = "aten::all" if self._counts_all(name, args) else name
                     self._made_by[value.untyped_storage()._cdata] = made_by
         if name in PRODUCTS:
-            # The result is there before cuBLAS is asked for.
+            # torch allocates the result before the workspace.
             self._take_workspace(args)
         scratch = self.scratch.get(name)
         if scratch is not None:
@@ -137,55 +137,17 @@ class SimulatedLedger(Ledger):
             self.traffic.note(func, args, kwargs, out)
         return out
 
-    def _see(self, tensor: torch.Tensor, op: str) -> Storage | None:
-        tensor = local(tensor)
-        if self._paused or tensor.device.type != self.device_type:
-            return None
+    def _counts(self, tensor: torch.Tensor) -> bool:
+        if self._paused or not super()._counts(tensor):
+            return False
         mode = getattr(tensor, "fake_mode", None)
-        # DTensor works shapes out in a fake mode of its own.
-        if mode is not None and self._fake_mode is not None and mode is not self._fake_mode:
-            return None
-        return super()._see(tensor, op)
-
-    def _forget(self, key: int, storage: Storage) -> None:
-        super()._forget(key, storage)
-        tell = self.mourners.pop(storage, None)
-        if tell is not None:
-            tell()
-
-    def known(self, tensor: torch.Tensor) -> Storage | None:
-        """What is followed of this tensor."""
-        raw = tensor.untyped_storage()
-        known = self._live.get(raw._cdata)
-        return known[1] if known is not None and known[0]() is raw else None
-
-    def born(self, storage: Storage) -> None:
-        """A storage that no tensor stands for; its death has to be told too."""
-        self._note(storage, storage.block)
-
-    def gone(self, storage: Storage) -> None:
-        storage.died = self.visit
-        self._note(storage, -storage.block)
-
-    def adopt(self, tensor: torch.Tensor, storage: Storage) -> None:
-        """A tensor made outside of any op, known as `storage` from now on."""
-        raw = tensor.untyped_storage()
-        key = raw._cdata
-        self._live[key] = (weakref.ref(raw, lambda _: self._forget(key, storage)), storage)
-        self.born(storage)
-
-    def let_go(self, storage: Storage) -> None:
-        """Count it as dead from here on, though something still holds it."""
-        for key, (_, known) in self._live.items():
-            if known is storage:
-                del self._live[key]
-                break
-        self.gone(storage)
+        # DTensor works out shapes in a fake mode of its own.
+        return mode is None or self._fake_mode is None or mode is self._fake_mode
 
     def release_cached(self) -> None:
         """The program called `torch.cuda.empty_cache()`."""
         if not (self._paused or self.closed):
-            self.events.append(Event(RELEASED, 0, self.phase, self.visit))
+            self.events.append(MemoryEvent(RELEASED, 0, self.phase, self.visit))
 
     def _take_workspace(self, args: Any) -> None:
         thread = threading.get_ident()
@@ -198,18 +160,19 @@ class SimulatedLedger(Ledger):
             self._note(workspace, workspace.block)
 
     def _pass_through(self, op: str, nbytes: int) -> None:
-        """Scratch of one kernel: there and gone."""
+        """Scratch memory of one kernel: allocated and freed at once."""
         if nbytes and not self._paused:
             storage = self._storage(nbytes, op)
             storage.category = "temporaries"
-            self.born(storage)
-            self.gone(storage)
+            storage.died = self.visit
+            self._note(storage, storage.block)
+            self._note(storage, -storage.block)
 
     def _storage(self, nbytes: int, op: str) -> Storage:
         return Storage(nbytes, op, (nbytes,), "uint8", self.module, self.phase, "", born=self.visit)
 
     def resized(self, raw: torch.UntypedStorage) -> None:
-        """A storage has another size now: the old block is freed, a new one is taken."""
+        """A storage has another size now: its block is freed and a new one is allocated."""
         known = self._live.get(raw._cdata)
         if self._paused or known is None or known[0]() is not raw:
             return
@@ -220,7 +183,7 @@ class SimulatedLedger(Ledger):
             self._note(storage, storage.block)
 
     def _value(self, tensor: torch.Tensor) -> bool | float | int:
-        """What a program is told that reads a tensor's value: no padding, nothing overflows."""
+        """The value a program reads from a scalar tensor: no padding, no overflow, no NaN."""
         if tensor.dtype is torch.bool:
             # "Is everything unmasked?" yes; "is there any NaN?" no. Packed rows have no mask: of
             # them it is asked whether all positions belong to one sequence.
@@ -229,14 +192,15 @@ class SimulatedLedger(Ledger):
         return 1.0 if tensor.dtype.is_floating_point else 0
 
     def _counts_all(self, op: str, args: Any) -> bool:
-        """Whether this is transformers' other way to ask if a mask is all true, `fast_all`:
-        `mask.sum() == mask.numel()`."""
+        """Whether this is `mask.sum() == mask.numel()`, by which transformers asks if a mask is all
+        true (`fast_all`)."""
         if op != "aten::eq" or isinstance(args[1], torch.Tensor) or not args[1]:
             return False
         return self._made_by.get(args[0].untyped_storage()._cdata) == "aten::sum"
 
     def _positions(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Indices of true entries: every expert is hit, each by an equal share of the tokens."""
+        """Indices of true entries (n, dims). Routing is assumed to be balanced: every expert gets
+        an equal share of the tokens. Of other tensors all entries are assumed to be true."""
         rows = tensor.numel()
         if self.experts and tensor.dim() > 1:
             rows //= self.experts
@@ -250,7 +214,7 @@ class SimulatedLedger(Ledger):
 
 @contextmanager
 def _reentered(mode: TorchDispatchMode) -> Iterator[None]:
-    """Run ops under the mode again, from inside of it."""
+    """Run ops under the mode from within its own `__torch_dispatch__`."""
     TorchDispatchMode.__enter__(mode)
     try:
         yield
@@ -258,33 +222,34 @@ def _reentered(mode: TorchDispatchMode) -> Iterator[None]:
         TorchDispatchMode.__exit__(mode, None, None, None)
 
 
-_followers: list[SimulatedLedger] = []
+_active: list[SimulatedLedger] = []
 
 
 @contextmanager
-def all_paused() -> Iterator[None]:
-    """Nothing that runs meanwhile is memory."""
+def pause_all() -> Iterator[None]:
+    """Count nothing within, in any active ledger."""
     with ExitStack() as stack:
-        for ledger in _followers:
+        for ledger in _active:
             stack.enter_context(ledger.paused())
         yield
 
 
 def release_cached() -> None:
-    for ledger in _followers:
+    for ledger in _active:
         ledger.release_cached()
 
 
 _resize = torch.UntypedStorage.resize_
 
 
-def _resize_and_tell(raw: torch.UntypedStorage, size: int) -> Any:
+def _resize_and_count(raw: torch.UntypedStorage, size: int) -> Any:
     done = _resize(raw, size)
-    for ledger in _followers:
+    for ledger in _active:
         ledger.resized(raw)
     return done
 
 
 def follow_resizes() -> None:
-    """FSDP frees and refills its parameters by resizing storages, which no dispatch mode sees."""
-    torch.UntypedStorage.resize_ = _resize_and_tell  # type: ignore[assignment,method-assign]
+    """Count storage resizes, by which FSDP frees and refills its parameters; no dispatch mode sees
+    them."""
+    torch.UntypedStorage.resize_ = _resize_and_count  # type: ignore[assignment,method-assign]

@@ -1,10 +1,11 @@
-"""Fake results without asking FakeTensorMode twice: an op called again on tensors of the same
-layout gives tensors of the same layout.
+"""A cache of op results on fake tensors: an op that is called again on tensors of the same metadata
+returns tensors of the same metadata.
 
-The first call of each kind goes through FakeTensorMode; what it returned is written down as a
-recipe (a new storage, a view of an argument's storage, the argument itself, a plain value), and
-later calls are answered from the recipe. Whatever is not of that simple form, or depends on
-anything but its arguments' layouts and plain values, always takes the long way.
+The key of an entry is the op, the metadata of its tensor arguments and the values of its other
+arguments. The first call goes through FakeTensorMode; the entry says how to make its results again
+(a new storage, a view of an argument's storage, the argument itself, a plain value), which is tried
+once before the entry is kept. Ops whose results depend on anything else always go through
+FakeTensorMode. Its own cache does the same for fewer ops, at several times the cost of a call.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 _K = torch._C.DispatchKey
-# Above the kernels: a view made here must neither enter the autograd graph nor share a version.
+# Dispatch keys above the kernels: results get neither an autograd graph nor a shared version here.
 _ABOVE_KERNELS = functools.reduce(
     lambda keys, name: keys.add(getattr(_K, name)),
     ("ADInplaceOrView", "AutogradFunctionality", "AutogradOther", "AutogradCPU", "AutogradCUDA",
@@ -31,37 +32,40 @@ _META = torch.device("meta")
 
 _make_subclass: Any = torch.Tensor._make_subclass
 _empty_strided = torch.empty_strided
-# As FakeTensor itself does: some optimizers ask for addresses, and use them for nothing.
-_no_data = torch._C._set_warn_deprecated_on_mutable_data_ptr
+# FakeTensor does the same: some optimizers read addresses of tensors that have none.
+_warn_at_data_ptr = torch._C._set_warn_deprecated_on_mutable_data_ptr
 _active_mode = torch._C._get_dispatch_mode
-_default_dtype = torch.get_default_dtype
 
-# Types whose values compare by what they mean to an op.
+# Types of arguments that belong to a key as they are.
 _PLAIN = frozenset(
-    (
-        int,
-        float,
-        bool,
-        str,
-        type(None),
-        torch.dtype,
-        torch.device,
-        torch.layout,
-        torch.memory_format,
-    )
-)
-# Their fake kernels are functions of layouts, and return no views of anything hidden.
+    (int, float, bool, str, type(None),
+     torch.dtype, torch.device, torch.layout, torch.memory_format)
+)  # fmt: skip
+# Fake implementations of these ops depend on their arguments only.
 _NAMESPACES = frozenset(("aten", "prims", "bitsandbytes"))
 _LIFTS = frozenset((torch.ops.aten.lift_fresh.default, torch.ops.aten.lift_fresh_copy.default))
-_ELEMENTWISE = ("aten::_foreach_", "aten::_fused_adam", "aten::_fused_sgd", "aten::_fused_adagrad")
+_UNPREDICTABLE = (
+    torch.Tag.data_dependent_output,
+    torch.Tag.dynamic_output_shape,
+    torch.Tag.inplace_view,
+)
+_FOREACH_NAMES = (
+    "aten::_foreach_",
+    "aten::_fused_adam",
+    "aten::_fused_sgd",
+    "aten::_fused_adagrad",
+)
 
-_LONG_WAY, _BY_LAYOUT, _IN_PLACE, _LISTS = range(4)
-_VALUE, _SAME, _ALIAS, _VIEW, _NEW = range(5)
+_UNCACHED, _ONE, _FOREACH = range(3)
+_VALUE, _ARGUMENT, _ALIAS, _VIEW, _NEW = range(5)
 
 
-class Layout(NamedTuple):
-    """One result. `source` counts the tensors among the arguments; `nbytes` is what the layout
-    spans of its storage; `state` is what a FakeTensor carries beside its layout."""
+class Output(NamedTuple):
+    """How to make one result.
+
+    `source` is the position among the tensor arguments whose storage it shares, `nbytes` what it
+    needs of that storage, `attributes` what a FakeTensor holds beside its metadata.
+    """
 
     kind: int
     value: Any = None
@@ -72,187 +76,164 @@ class Layout(NamedTuple):
     nbytes: int = 0
     dtype: torch.dtype | None = None
     device: torch.device | None = None
-    state: dict[str, Any] | None = None
+    attributes: dict[str, Any] | None = None
 
 
-_NOT_BUILT = object()
-
-
-class _Recipe(NamedTuple):
-    """`container` is the type of the results' list, None for a result on its own."""
+class _Entry(NamedTuple):
+    """`container` is the type of a list of results, None for a single result."""
 
     container: type | None
-    outputs: tuple[Layout, ...]
+    outputs: tuple[Output, ...]
 
 
-class FastFake:
-    """Calls ops on behalf of a dispatch mode outside of `fake_mode`.
+_NO_RESULT = object()
 
-    With `checked`, every answer from a recipe is compared with FakeTensorMode's own and an
-    AssertionError tells of the first that differs.
+
+class OpCache:
+    """Calls ops for a dispatch mode that is outside of `fake_mode`.
+
+    With `checked` every answer is compared with FakeTensorMode's own. Raises AssertionError if they
+    differ.
     """
 
     def __init__(self, fake_mode: FakeTensorMode, checked: bool = False) -> None:
         self.checked = checked
-        self.answered = self.asked = 0
+        self.hits = self.misses = 0
         self._mode = fake_mode
         self._kinds: dict[Any, int] = {}
-        self._recipes: dict[Any, _Recipe | None] = {}
+        self._entries: dict[Any, _Entry | None] = {}
 
     def __call__(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         kind = self._kinds.get(func)
         if kind is None:
             kind = self._kinds[func] = _kind(func)
-        if kind == _LONG_WAY or _active_mode(_FAKE) is not self._mode:
-            self.asked += 1
+        if kind == _UNCACHED or _active_mode(_FAKE) is not self._mode:
+            self.misses += 1
             return func(*args, **kwargs)
-        if kind == _LISTS:
-            return self._elementwise(func, args, kwargs)
-        return self._one(func, args, kwargs, kind == _BY_LAYOUT)
+        if kind == _FOREACH:
+            return self._foreach(func, args, kwargs)
+        return self._one(func, args, kwargs)
 
-    def _one(self, func: Any, args: Any, kwargs: dict[str, Any], scalars: bool) -> Any:
-        key = self._key(func, args, kwargs, scalars)
-        recipe = self._recipes.get(key) if key is not None else None
-        if recipe is not None:
-            out = _build(recipe, args, kwargs)
-            if out is not _NOT_BUILT:
-                self.answered += 1
+    def _foreach(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """An op over lists does the same to every entry: each entry is a list of one."""
+        length = len(args[0])
+        calls = [
+            (
+                [_at(value, at, length) for value in args],
+                {name: _at(value, at, length) for name, value in kwargs.items()},
+            )
+            for at in range(length)
+        ]
+        if not calls or any(self._key(func, *call) is None for call in calls):
+            self.misses += 1
+            return func(*args, **kwargs)
+        results = [self._one(func, *call) for call in calls]
+        return [result[0] for result in results] if func._schema.returns else None
+
+    def _one(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        key = self._key(func, args, kwargs)
+        entry = self._entries.get(key) if key is not None else None
+        if entry is not None:
+            out = _make(entry, args, kwargs)
+            if out is not _NO_RESULT:
+                self.hits += 1
                 if self.checked:
                     _check(func, out, func(*args, **kwargs))
                 return out
-        self.asked += 1
+        self.misses += 1
         out = func(*args, **kwargs)
-        if key is not None and key not in self._recipes:
-            # An op that changed its arguments' layout is another one next time.
-            unchanged = self._key(func, args, kwargs, scalars) == key
-            self._recipes[key] = self._learn(func, args, kwargs, out) if unchanged else None
+        if key is not None and key not in self._entries:
+            # An op that changed its arguments' metadata has another key next time.
+            same = self._key(func, args, kwargs) == key
+            self._entries[key] = self._entry(args, kwargs, out) if same else None
         return out
 
-    def _elementwise(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """An op over lists does the same to every entry, so each kind of entry is asked once."""
-        length = len(args[0])
-        scalars = len(func._schema.returns) > 0
-        calls = []
-        for at in range(length):
-            one_args = [_entry(value, at, length) for value in args]
-            one_kwargs = {name: _entry(value, at, length) for name, value in kwargs.items()}
-            calls.append((one_args, one_kwargs))
-        if not calls or any(self._key(func, *call, scalars) is None for call in calls):
-            self.asked += 1
-            return func(*args, **kwargs)
-        made = [self._one(func, *call, scalars) for call in calls]
-        return [out[0] for out in made] if scalars else None
-
-    def _key(
-        self, func: Any, args: Any, kwargs: dict[str, Any], scalars: bool
-    ) -> tuple[Any, ...] | None:
-        """What the result depends on; None if that cannot be told from layouts and plain values."""
-        key: list[Any] = [func, _default_dtype()]
-        if not self._describe(key, args, scalars):
+    def _key(self, func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
+        """What the results depend on; None if it is more than metadata and plain values."""
+        key: list[Any] = [func, torch.get_default_dtype()]
+        if not self._describe(key, args):
             return None
         for name, value in kwargs.items():
             key.append(name)
-            if not self._describe(key, (value,), scalars):
+            if not self._describe(key, (value,)):
                 return None
         return tuple(key)
 
-    def _describe(self, key: list[Any], values: Iterable[Any], scalars: bool) -> bool:
+    def _describe(self, key: list[Any], values: Iterable[Any]) -> bool:
         for value in values:
             kind = type(value)
             if kind is FakeTensor or isinstance(value, FakeTensor):
-                # Constants are computed with, and another mode's tensors are not ours to make.
+                # FakeTensorMode computes with constants.
                 if value.fake_mode is not self._mode or value.constant is not None:
                     return False
                 key += (kind, value.shape, value.stride(), value.storage_offset(), value.dtype)
                 key.append(value._fake_device)
             elif kind in _PLAIN:
                 # 1, 1.0 and True are equal, and promote differently.
-                key.append(kind)
-                if scalars:
-                    key.append(value)
+                key += (kind, value)
             elif kind is list or kind is tuple:
                 key += (kind, len(value))
-                if not self._describe(key, value, scalars):
+                if not self._describe(key, value):
                     return False
             else:
                 return False
         return True
 
-    def _learn(self, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> _Recipe | None:
+    def _entry(self, args: Any, kwargs: dict[str, Any], out: Any) -> _Entry | None:
         tensors = _tensors(args, kwargs)
         container = type(out) if isinstance(out, tuple | list) else None
         if container not in (None, tuple, list):
             return None
-        outputs = []
-        storages: set[int] = set()
-        for value in out if container is not None else (out,):
-            output = self._output(value, tensors)
-            if output is None:
-                return None
-            if output.kind == _NEW:
-                storages.add(value.untyped_storage()._cdata)
-            outputs.append(output)
-        if len(storages) != sum(output.kind == _NEW for output in outputs):
-            return None
-        recipe = _Recipe(container, tuple(outputs))
-        return recipe if _agree(_build(recipe, args, kwargs), out) else None
+        outputs = [self._output(value, tensors) for value in (out if container else (out,))]
+        known = [output for output in outputs if output is not None]
+        entry = _Entry(container, tuple(known))
+        same = len(known) == len(outputs) and _agree(_make(entry, args, kwargs), out)
+        return entry if same else None
 
-    def _output(self, value: Any, tensors: list[torch.Tensor]) -> Layout | None:
+    def _output(self, value: Any, tensors: list[torch.Tensor]) -> Output | None:
         if value is None or type(value) in (bool, int, float):
-            return Layout(_VALUE, value)
+            return Output(_VALUE, value)
         for at, tensor in enumerate(tensors):
             if tensor is value:
-                return Layout(_SAME, source=at)
+                return Output(_ARGUMENT, source=at)
         if type(value) is not FakeTensor or value.fake_mode is not self._mode:
             return None
         if value.constant is not None or value.layout is not torch.strided:
             return None
-        layout = _layout_arguments(value)
-        storage = value.untyped_storage()._cdata
+        layout: dict[str, Any] = {
+            "shape": tuple(value.shape),
+            "stride": value.stride(),
+            "offset": value.storage_offset(),
+            "nbytes": _span(value),
+            "dtype": value.dtype,
+            "device": value._fake_device,
+            "attributes": dict(vars(value)),
+        }
         for at, tensor in enumerate(tensors):
-            if tensor.untyped_storage()._cdata == storage:
+            if tensor.untyped_storage()._cdata == value.untyped_storage()._cdata:
                 if tensor.dtype is not value.dtype:
                     return None
-                same = all(
-                    getattr(tensor, name)() == getattr(value, name)()
-                    for name in ("size", "stride", "storage_offset")
-                )
-                return Layout(_ALIAS if same else _VIEW, source=at, **layout)
-        return Layout(_NEW, **layout)
+                alias = _geometry(tensor) == _geometry(value)
+                return Output(_ALIAS if alias else _VIEW, source=at, **layout)
+        return Output(_NEW, **layout)
 
 
 def without_torch_function() -> None:
-    """FakeTensor inherits a `__torch_function__` that only turns results into its own class, which
-    they are; without it every attribute of a fake tensor costs a tenth."""
+    """FakeTensor inherits a `__torch_function__` that turns results into its own class, which they
+    are already. Without it reading an attribute of a fake tensor takes a tenth of the time."""
     FakeTensor.__torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
 
 def _kind(func: Any) -> int:
     if not isinstance(func, torch._ops.OpOverload) or func.namespace not in _NAMESPACES:
-        return _LONG_WAY
-    if func in _LIFTS or torch.Tag.data_dependent_output in func.tags:
-        return _LONG_WAY
-    if torch.Tag.inplace_view in func.tags or torch.Tag.dynamic_output_shape in func.tags:
-        return _LONG_WAY
-    written = [
-        each.alias_info is not None and each.alias_info.is_write for each in _arguments(func)
-    ]
-    returned = [each.alias_info is not None and each.alias_info.is_write for each in _returns(func)]
-    if func._schema.name.startswith(_ELEMENTWISE) and len(returned) < 2:
-        return _LISTS
-    # Nothing comes back but what was written to, whatever the numbers are.
-    return _IN_PLACE if any(written) and all(returned) else _BY_LAYOUT
+        return _UNCACHED
+    if func in _LIFTS or any(tag in func.tags for tag in _UNPREDICTABLE):
+        return _UNCACHED
+    foreach = func._schema.name.startswith(_FOREACH_NAMES) and len(func._schema.returns) < 2
+    return _FOREACH if foreach else _ONE
 
 
-def _arguments(func: Any) -> Any:
-    return func._schema.arguments
-
-
-def _returns(func: Any) -> Any:
-    return func._schema.returns
-
-
-def _entry(value: Any, at: int, length: int) -> Any:
+def _at(value: Any, at: int, length: int) -> Any:
     return [value[at]] if isinstance(value, list | tuple) and len(value) == length else value
 
 
@@ -273,12 +254,12 @@ def _gather(values: Iterable[Any], found: list[torch.Tensor]) -> None:
             _gather(value, found)
 
 
-def _build(recipe: _Recipe, args: Any, kwargs: dict[str, Any]) -> Any:
+def _make(entry: _Entry, args: Any, kwargs: dict[str, Any]) -> Any:
     tensors: list[torch.Tensor] | None = None
     made: list[Any] = []
-    for output in recipe.outputs:
+    for output in entry.outputs:
         if output.kind == _NEW:
-            made.append(make(output))
+            made.append(_new(output))
         elif output.kind == _VALUE:
             made.append(output.value)
         else:
@@ -286,46 +267,24 @@ def _build(recipe: _Recipe, args: Any, kwargs: dict[str, Any]) -> Any:
                 tensors = _tensors(args, kwargs)
             source = tensors[output.source]
             if output.kind == _VIEW and source.untyped_storage().nbytes() < output.nbytes:
-                # FSDP has freed it for now; pointing a tensor at it would make it grow.
-                return _NOT_BUILT
-            made.append(source if output.kind == _SAME else _view(output, source))
-    return made[0] if recipe.container is None else recipe.container(made)
+                # FSDP has freed the storage for now, and `set_` would make it grow.
+                return _NO_RESULT
+            made.append(source if output.kind == _ARGUMENT else _view(output, source))
+    return made[0] if entry.container is None else entry.container(made)
 
 
-def layout_of(tensor: torch.Tensor) -> Layout | None:
-    """How to make a tensor like this one, in a storage of its own; None if it shares one."""
-    if type(tensor) is not FakeTensor or tensor.layout is not torch.strided:
-        return None
-    layout = Layout(_NEW, **_layout_arguments(tensor))
-    whole = tensor.untyped_storage().nbytes() == layout.nbytes and not layout.offset
-    return layout if whole and tensor.constant is None else None
-
-
-def _layout_arguments(tensor: FakeTensor) -> dict[str, Any]:
-    return {
-        "shape": tuple(tensor.shape),
-        "stride": tensor.stride(),
-        "offset": tensor.storage_offset(),
-        "nbytes": _span(tensor),
-        "dtype": tensor.dtype,
-        "device": tensor._fake_device,
-        "state": dict(vars(tensor)),
-    }
-
-
-def make(output: Layout) -> Any:
-    """A fake tensor of this layout, in a new storage."""
+def _new(output: Output) -> Any:
     with _Without(_ABOVE_KERNELS):
         blank = _empty_strided(output.shape, output.stride, dtype=output.dtype, device=_META)
         made = _make_subclass(
             FakeTensor, blank, False, dispatch_device=True, device_for_backend_keys=output.device
         )
-        _no_data(made)
-    vars(made).update(output.state)
+        _warn_at_data_ptr(made)
+    vars(made).update(output.attributes)
     return made
 
 
-def _view(output: Layout, source: torch.Tensor) -> Any:
+def _view(output: Output, source: torch.Tensor) -> Any:
     with _Without(_ABOVE_KERNELS):
         made = _make_subclass(
             FakeTensor, source, False, dispatch_device=True, device_for_backend_keys=output.device
@@ -333,8 +292,12 @@ def _view(output: Layout, source: torch.Tensor) -> Any:
         if output.kind == _VIEW:
             with _With(_K.Meta):
                 made.set_(source.untyped_storage(), output.offset, output.shape, output.stride)
-    vars(made).update(output.state)
+    vars(made).update(output.attributes)
     return made
+
+
+def _geometry(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tuple(tensor.shape), tensor.stride(), tensor.storage_offset()
 
 
 def _span(tensor: torch.Tensor) -> int:
@@ -345,12 +308,10 @@ def _span(tensor: torch.Tensor) -> int:
     return int(tensor.storage_offset() + last + 1) * tensor.element_size()
 
 
-def _layout(value: torch.Tensor) -> tuple[Any, ...]:
+def _metadata(value: torch.Tensor) -> tuple[Any, ...]:
     return (
         type(value),
-        tuple(value.shape),
-        value.stride(),
-        value.storage_offset(),
+        _geometry(value),
         value.dtype,
         getattr(value, "fake_device", value.device),
         value.untyped_storage().nbytes(),
@@ -362,15 +323,23 @@ def _layout(value: torch.Tensor) -> tuple[Any, ...]:
 
 
 def _agree(one: Any, other: Any) -> bool:
+    """Whether two results are alike: equal metadata, storages shared or apart in the same way."""
     if isinstance(one, tuple | list):
         if type(one) is not type(other) or len(one) != len(other):
             return False
-        return all(_agree(left, right) for left, right in zip(one, other, strict=True))
+        return _sharing(one) == _sharing(other) and all(map(_agree, one, other))
     if isinstance(one, torch.Tensor):
-        return isinstance(other, torch.Tensor) and _layout(one) == _layout(other)
+        return isinstance(other, torch.Tensor) and _metadata(one) == _metadata(other)
     return type(one) is type(other) and bool(one == other)
 
 
-def _check(func: Any, quick: Any, asked: Any) -> None:
-    if not _agree(quick, asked):
-        raise AssertionError(f"{func} gives {asked}, its recipe {quick}")
+def _sharing(values: Iterable[Any]) -> list[int]:
+    """Each tensor's storage, numbered by first appearance."""
+    numbers: dict[int, int] = {}
+    storages = [v.untyped_storage()._cdata for v in values if isinstance(v, torch.Tensor)]
+    return [numbers.setdefault(each, len(numbers)) for each in storages]
+
+
+def _check(func: Any, cached: Any, fresh: Any) -> None:
+    if not _agree(cached, fresh):
+        raise AssertionError(f"{func} gives {fresh}, the cache {cached}")

@@ -1,21 +1,24 @@
-"""From a ledger's list of births and deaths to figures: one walk behind an allocator."""
+"""Replay a ledger's allocations and frees on the caching allocator: peaks per phase, reserved
+bytes, the first allocation that fails.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from harness.meters.memory.ledger import Event, Storage
+from harness.meters.memory.ledger import MemoryEvent, Storage
 from harness.records.record import TRAINING_PHASES
-from harness.simulate.memory.allocator import Allocator, Block, OutOfMemory
+from harness.simulate.memory.allocator import Allocator, Block, OutOfMemoryError
 from harness.simulate.memory.ledger import RELEASED
 
 
 @dataclass(frozen=True)
-class Refused:
-    """The event an allocation failed at, and the state of the allocator there, bytes."""
+class FailedAllocation:
+    """An allocation that failed: its event, the segment `requested` from the device, and what the
+    allocator had `allocated` and `reserved`, all in bytes."""
 
-    event: Event
+    event: MemoryEvent
     requested: int
     allocated: int
     reserved: int
@@ -23,8 +26,10 @@ class Refused:
 
 @dataclass
 class Walk:
-    """What a walk over the events found. `sizes` are the blocks' at the training peak, which is
-    after event number `peak_at`; `steady` is the live bytes after event number `until`."""
+    """Result of a replay, bytes. `peaks` and `ends` are live bytes per phase, at the most and at
+    its last event; `peak` is the highest of the training phases, after event number `peak_at`;
+    `steady` is live after `until` events; `retries` counts releases of cached blocks before an
+    allocation."""
 
     peaks: dict[str, int] = field(default_factory=dict)
     ends: dict[str, int] = field(default_factory=dict)
@@ -34,11 +39,14 @@ class Walk:
     steady: int | None = None
     reserved: int | None = None
     retries: int = 0
-    refused: Refused | None = None
+    failed: FailedAllocation | None = None
 
 
-def walk(events: Sequence[Event], allocator: Allocator | None, until: int | None = None) -> Walk:
-    """Replay all events. Without an allocator a block is as large as its storage, rounded."""
+def walk(
+    events: Sequence[MemoryEvent], allocator: Allocator | None, until: int | None = None
+) -> Walk:
+    """Replay all events. Without an allocator a block is the storage's size rounded up to 512
+    bytes."""
     found = Walk()
     live = _Live(allocator)
     visit = None
@@ -49,8 +57,8 @@ def walk(events: Sequence[Event], allocator: Allocator | None, until: int | None
             _raise(found, event.phase, live.total, at - 1)
         try:
             live.apply(event)
-        except OutOfMemory as error:
-            found.refused = Refused(event, error.requested, error.allocated, error.reserved)
+        except OutOfMemoryError as error:
+            found.failed = FailedAllocation(event, error.requested, error.allocated, error.reserved)
             break
         if event.delta > 0:
             _raise(found, event.phase, live.total, at)
@@ -62,7 +70,9 @@ def walk(events: Sequence[Event], allocator: Allocator | None, until: int | None
     return found
 
 
-def sizes_at(events: Sequence[Event], at: int, allocator: Allocator | None) -> dict[Storage, int]:
+def sizes_at(
+    events: Sequence[MemoryEvent], at: int, allocator: Allocator | None
+) -> dict[Storage, int]:
     """Block bytes of every storage that is live after event number `at`, largest first."""
     live = _Live(allocator)
     for event in events[: at + 1]:
@@ -77,7 +87,7 @@ class _Live:
         self._sizes: dict[Storage, int] = {}
         self.total = 0
 
-    def apply(self, event: Event) -> None:
+    def apply(self, event: MemoryEvent) -> None:
         storage, delta = event.storage, event.delta
         if storage is RELEASED and self._allocator is not None:
             self._allocator.release_cached()

@@ -1,8 +1,8 @@
-"""DDP, modelled: its C++ reducer reads memory that a fake tensor does not have.
+"""A model of DistributedDataParallel: its C++ reducer needs memory that fake tensors do not have.
 
-What DistributedDataParallel adds to a rank's memory are the flat buckets its reducer copies
-gradients into (torch/csrc/distributed/c10d/reducer.cpp, `initialize_buckets`). They are allocated
-here at construction, divided by torch's own function, and live as long as the wrapper.
+DDP adds to a rank's memory the flat buckets that its reducer copies gradients into
+(torch/csrc/distributed/c10d/reducer.cpp, `initialize_buckets`). They are allocated here at
+construction, divided by torch's own function, and live as long as the wrapper.
 """
 
 from __future__ import annotations
@@ -10,27 +10,26 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
 
-from harness.simulate.memory.replacing import replaced
-
 # torch's defaults: a small first bucket, so that communication starts early, then `bucket_cap_mb`.
 FIRST_BUCKET_BYTES = 2**20
 BUCKET_BYTES = 25 * 2**20
-SAID = (
+NOTE_BUCKETS = (
     "ddp: one device is simulated, and the reducer's buckets are added to it: as many bytes as the "
     "trainable parameters' gradients (accelerate leaves gradient_as_bucket_view off)"
 )
-SAID_VIEWS = (
+NOTE_BUCKET_VIEWS = (
     "ddp: one device is simulated; gradients are views into the reducer's buckets and take no "
     "more than on one device"
 )
 
 
-class Modelled(nn.Module):
-    """Stands where DistributedDataParallel would: the module, and the memory of its buckets."""
+class ModelledDDP(nn.Module):
+    """In place of DistributedDataParallel: the module and its gradient buckets."""
 
     def __init__(
         self, module: nn.Module, gradient_as_bucket_view: bool = False, **options: Any
@@ -54,7 +53,8 @@ class Modelled(nn.Module):
 
 
 def _buckets(parameters: list[nn.Parameter], limits: list[int]) -> list[torch.Tensor]:
-    """One flat tensor per bucket, in the order gradients arrive: the last layer's first."""
+    """One flat tensor per bucket, in the order gradients arrive: from the last layer to the
+    first."""
     backwards = parameters[::-1]
     if not backwards:
         return []
@@ -72,12 +72,14 @@ def _buckets(parameters: list[nn.Parameter], limits: list[int]) -> list[torch.Te
 
 @contextlib.contextmanager
 def buckets(modelled: list[str]) -> Iterator[None]:
-    """accelerate wraps in the model of DDP; what was modelled is said in `modelled`."""
+    """Patch accelerate to wrap in ModelledDDP; each wrapper adds its note to `modelled`."""
 
-    class Wrapper(Modelled):
+    class Wrapper(ModelledDDP):
         def __init__(self, module: nn.Module, *args: Any, **options: Any) -> None:
             super().__init__(module, **options)
-            modelled.append(SAID_VIEWS if options.get("gradient_as_bucket_view") else SAID)
+            modelled.append(
+                NOTE_BUCKET_VIEWS if options.get("gradient_as_bucket_view") else NOTE_BUCKETS
+            )
 
-    with replaced(torch.nn.parallel, "DistributedDataParallel", Wrapper):
+    with patch.object(torch.nn.parallel, "DistributedDataParallel", Wrapper):
         yield

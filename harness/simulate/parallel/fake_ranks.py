@@ -1,19 +1,20 @@
-"""Several devices: rank 0 of a run on `cell.devices` ranks, as `accelerate launch` would start it.
+"""Several devices: rank 0 of a run on `cell.devices` ranks, as `accelerate launch` starts it.
 
-A fake process group answers every collective at once, so the libraries' own code shards the model:
-accelerate prepares FSDP2, FSDP1 or DeepSpeed inside the Trainer, told by the environment variables
-its launcher sets. The engine uses it like this, everything else is as on one device:
+torch's fake process group answers every collective at once, so the libraries' own code shards the
+model: accelerate prepares FSDP2, FSDP1 or DeepSpeed inside the Trainer, by the environment
+variables that its launcher sets. `harness.simulate.run` uses it so; everything else is as on one
+device:
 
-    with ranks(cell) as layout:            # before the model is built
+    with ranks(cell) as rank:            # before the model is built
         with FakeTensorMode(allow_non_fake_inputs=True), ledger:
-            ... build the model on layout.load_device, trainer = build_trainer(...)
-            layout.begin(ledger, model)    # when training begins (Observer.train_begin)
-            layout.step(ledger, optimizer) # when the optimizer's phase starts
+            ... build the model on rank.load_device, trainer = build_trainer(...)
+            rank.begin(ledger, model)    # when training begins (Observer.train_begin)
+            rank.step(ledger, optimizer) # when the optimizer's phase starts
 
-and reads `layout.modelled`, `layout.assumptions` and `layout.host_bytes()` at the end.
+and reads `rank.modelled`, `rank.assumptions` and `rank.host_bytes()` at the end.
 
-Only rank 0 is simulated. Its peers are alike: FSDP1 and ZeRO pad what they divide, FSDP2 gives the
-first ranks the larger share where rows do not divide, so rank 0's figure is the highest.
+Only rank 0 is simulated. The other ranks hold as much: FSDP1 and ZeRO pad what they shard; FSDP2
+gives the first ranks the larger share if rows do not divide evenly, so rank 0 has the peak.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from harness.simulate.memory.ledger import SimulatedLedger
-from harness.simulate.memory.replacing import replaced
 from harness.simulate.parallel import ddp, fsdp, zero
 from matrices.cell import Cell
 from matrices.errors import UserError
@@ -48,13 +49,12 @@ def _nothing(*_: Any) -> None:
 
 
 @dataclass
-class Layout:
-    """How one cell lies on its devices, for the engine.
+class SimulatedRank:
+    """The simulated rank of a cell.
 
-    `load_device` is where `from_pretrained` has to leave the weights: host memory where the library
-    shards from there, none for the training device. `begin(ledger, model)` and
-    `step(ledger, optimizer)` tell the ledger what the shards are. `host_bytes()` is the training
-    state that the simulated rank holds in host memory.
+    `load_device` is where the weights have to be loaded: host memory if the library shards from
+    there, None for the training device. `begin(ledger, model)` and `step(ledger, optimizer)` tag
+    the shards in the ledger. `host_bytes()` is the training state of this rank in host memory.
     """
 
     ranks: int = 1
@@ -67,10 +67,10 @@ class Layout:
 
 
 @contextlib.contextmanager
-def ranks(cell: Cell) -> Iterator[Layout]:
-    """Rank 0's surroundings for `cell`; nothing at all for a cell on one device.
+def ranks(cell: Cell) -> Iterator[SimulatedRank]:
+    """Environment and process group of rank 0; nothing for a cell on one device.
 
-    Raises UserError when the installed libraries cannot spread the cell as it asks.
+    Raises UserError if the installed libraries do not have the cell's kind of parallelism.
     """
     strategy = cell.strategy
     if not strategy.is_distributed:
@@ -81,7 +81,7 @@ def ranks(cell: Cell) -> Iterator[Layout]:
                 f"{', '.join(others)}",
                 key="parallelism",
             )
-        yield Layout()
+        yield SimulatedRank()
         return
     if not torch.cuda.is_available():
         raise UserError(
@@ -89,23 +89,23 @@ def ranks(cell: Cell) -> Iterator[Layout]:
             "only, which cannot be had here",
             key="parallelism",
         )
-    layout = Layout(ranks=cell.devices, modelled=[ALIKE], assumptions=[COLLECTIVES])
+    layout = SimulatedRank(ranks=cell.devices, modelled=[ALIKE], assumptions=[COLLECTIVES])
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_environment(_launcher(cell.devices)))
+        stack.enter_context(patch.dict(os.environ, _launcher(cell.devices)))
         stack.enter_context(_process_group(cell.devices))
         stack.enter_context(storages_have_addresses())
-        stack.enter_context(data_takes_its_device_along())
-        stack.enter_context(random_states_stay())
+        stack.enter_context(data_assignment_keeps_the_device())
+        stack.enter_context(rng_states_are_not_synchronized())
         # What divides the weights takes its part of them from host memory.
         layout.load_device = torch.device("cpu") if strategy.shards_parameters else None
         if strategy.replicates:
             stack.enter_context(ddp.buckets(layout.modelled))
         elif strategy.fsdp_version:
-            stack.enter_context(_environment(fsdp.environment(strategy.fsdp_version)))
+            stack.enter_context(patch.dict(os.environ, fsdp.environment(strategy.fsdp_version)))
             stack.enter_context(fsdp.patched())
             layout.begin, layout.step = fsdp.tag_shards, fsdp.tag_gradients
         else:
-            stack.enter_context(_environment(zero.environment(cell)))
+            stack.enter_context(patch.dict(os.environ, zero.environment(cell)))
             stack.enter_context(zero.patched())
             layout.begin, layout.step = zero.tag_shards, zero.tag_gradients
             layout.host_bytes = zero.host_bytes
@@ -114,7 +114,7 @@ def ranks(cell: Cell) -> Iterator[Layout]:
 
 
 def check(cell: Cell, model: nn.Module) -> None:
-    """Refuse more ranks than a layer has anything for. Raises UserError."""
+    """Refuse more ranks than the longest weight has rows. Raises UserError."""
     if not cell.strategy.shards:
         return
     rows = max((p.shape[0] for p in model.parameters() if p.dim() > 1), default=1)
@@ -127,42 +127,29 @@ def check(cell: Cell, model: nn.Module) -> None:
 
 
 def _launcher(count: int) -> dict[str, str]:
-    """What torchrun tells the first process of a node."""
+    """Environment variables that torchrun sets for the first process of a node."""
     return {
         "RANK": "0",
         "LOCAL_RANK": "0",
         "WORLD_SIZE": str(count),
         "LOCAL_WORLD_SIZE": str(count),
-        # Nobody listens there: the group exists already when the libraries ask for it.
+        # Not used: the process group exists already when the libraries ask for it.
         "MASTER_ADDR": "localhost",
         "MASTER_PORT": "1",
     }
 
 
 @contextlib.contextmanager
-def _environment(variables: dict[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-
-@contextlib.contextmanager
 def _process_group(count: int) -> Iterator[None]:
-    """torch's own fake backend, and libraries that have not seen another one before."""
+    """torch's fake process group of `count` ranks, and accelerate's state reset before and
+    after."""
     from accelerate.state import AcceleratorState
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     AcceleratorState._reset_state(reset_partial_state=True)
     torch.distributed.init_process_group("fake", rank=0, world_size=count, store=FakeStore())
     try:
-        with replaced(torch.cuda, "device_count", lambda: count):
+        with patch.object(torch.cuda, "device_count", lambda: count):
             yield
     finally:
         torch.distributed.destroy_process_group()
@@ -171,8 +158,8 @@ def _process_group(count: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def storages_have_addresses() -> Iterator[None]:
-    """FSDP and DeepSpeed compare addresses to see which tensors share memory, or whether they have
-    any; all fake tensors are at 0. The storage's identity serves as its address."""
+    """FSDP and DeepSpeed compare addresses to see which tensors share memory, and whether they have
+    any; fake tensors have address 0. The identity of the storage serves as its address."""
     real = torch.UntypedStorage.data_ptr
 
     def of_storage(storage: torch.UntypedStorage) -> int:
@@ -185,15 +172,15 @@ def storages_have_addresses() -> Iterator[None]:
         return start + int(tensor.storage_offset()) * tensor.element_size() if start else 0
 
     with (
-        replaced(torch.UntypedStorage, "data_ptr", of_storage),
-        replaced(FakeTensor, "data_ptr", of_tensor),
+        patch.object(torch.UntypedStorage, "data_ptr", of_storage),
+        patch.object(FakeTensor, "data_ptr", of_tensor),
     ):
         yield
 
 
 @contextlib.contextmanager
-def data_takes_its_device_along() -> Iterator[None]:
-    """`p.data = p.to("cuda")` exchanges a fake tensor's contents, but not the device it claims."""
+def data_assignment_keeps_the_device() -> Iterator[None]:
+    """`p.data = p.to("cuda")` does not change `fake_device` of a fake tensor: set it too."""
     plain: Any = torch.Tensor.data
 
     def exchange(tensor: Any, value: Any) -> None:
@@ -201,14 +188,14 @@ def data_takes_its_device_along() -> Iterator[None]:
         if isinstance(value, FakeTensor):
             tensor.fake_device = value.fake_device
 
-    with replaced(FakeTensor, "data", property(plain.__get__, exchange)):
+    with patch.object(FakeTensor, "data", property(plain.__get__, exchange)):
         yield
 
 
 @contextlib.contextmanager
-def random_states_stay() -> Iterator[None]:
-    """accelerate sends rank 0's random state to everybody, and cannot set one without a value."""
+def rng_states_are_not_synchronized() -> Iterator[None]:
+    """accelerate broadcasts rank 0's random state; a fake tensor has no value to set it from."""
     import accelerate.data_loader
 
-    with replaced(accelerate.data_loader, "synchronize_rng_states", _nothing):
+    with patch.object(accelerate.data_loader, "synchronize_rng_states", _nothing):
         yield

@@ -1,4 +1,4 @@
-"""FSDP on a fake device: what accelerate's launcher would say, and what torch needs there."""
+"""FSDP on a fake device: accelerate's environment variables, and patches of torch."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import contextlib
 import dataclasses
 from collections.abc import Iterable, Iterator
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
 from harness.meters.memory.ledger import tensors_by_category
-from harness.simulate.memory import ledger as following
+from harness.simulate.memory import ledger as simulated_ledger
 from harness.simulate.memory.ledger import SimulatedLedger
-from harness.simulate.memory.replacing import replaced
 from matrices.errors import UserError
 
 
@@ -55,37 +55,36 @@ def environment(version: int) -> dict[str, str]:
 
 @contextlib.contextmanager
 def patched() -> Iterator[None]:
-    with shapes_cost_nothing(), meshes_are_real(), accelerator_is_cuda():
+    with shape_propagation_is_not_counted(), device_meshes_have_values(), accelerator_is_cuda():
         yield
 
 
 @contextlib.contextmanager
 def accelerator_is_cuda() -> Iterator[None]:
-    """FSDP2 asks torch's C side for the device of its mesh, which counts devices it cannot see."""
-    with replaced(torch._C, "_get_accelerator", lambda check=None: torch.device("cuda")):
+    """FSDP2 takes its mesh's device from torch's C++, which finds no GPU."""
+    with patch.object(torch._C, "_get_accelerator", lambda check=None: torch.device("cuda")):
         yield
 
 
 @contextlib.contextmanager
-def shapes_cost_nothing() -> Iterator[None]:
-    """DTensor finds out what an op would give on the whole tensor by running it on fake tensors
-    of its own, in our mode; nothing of that is memory."""
+def shape_propagation_is_not_counted() -> Iterator[None]:
+    """DTensor runs ops on fake tensors of the whole size to get shapes; that is no memory."""
     from torch.distributed.tensor._sharding_prop import ShardingPropagator
 
     name = "_propagate_tensor_meta_non_cached"
     propagate = getattr(ShardingPropagator, name)
 
     def quietly(*args: Any, **kwargs: Any) -> Any:
-        with following.all_paused():
+        with simulated_ledger.pause_all():
             return propagate(*args, **kwargs)
 
-    with replaced(ShardingPropagator, name, quietly):
+    with patch.object(ShardingPropagator, name, quietly):
         yield
 
 
 @contextlib.contextmanager
-def meshes_are_real() -> Iterator[None]:
-    """A device mesh reads the ranks it is made of, so its little tensors must have values."""
+def device_meshes_have_values() -> Iterator[None]:
+    """A device mesh reads its ranks from a tensor, so it is made of real tensors."""
     from torch.distributed import device_mesh
     from torch.distributed.fsdp import _fully_shard
     from torch.utils._python_dispatch import _disable_current_modes
@@ -99,12 +98,12 @@ def meshes_are_real() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for owner in (device_mesh, torch.distributed, _fully_shard._fsdp_init):
             if getattr(owner, "init_device_mesh", None) is make:
-                stack.enter_context(replaced(owner, "init_device_mesh", outside))
+                stack.enter_context(patch.object(owner, "init_device_mesh", outside))
         yield
 
 
 def tag_shards(ledger: SimulatedLedger, model: Any) -> None:
-    """Say which storages the sharded parameters lie in, and which they are gathered into."""
+    """Tag the storages of sharded parameters, and those they are gathered into."""
     for tensor, name in tensors_by_category(model):
         ledger.tag(tensor, name)
     for module in model.modules():
@@ -120,7 +119,7 @@ def _has_adapters(flat: Any) -> bool:
 
 
 def tag_gradients(ledger: SimulatedLedger, optimizer: Any) -> None:
-    """Gradient shards, as the optimizer is about to use them."""
+    """Tag gradient shards before the optimizer uses them."""
     for parameter in _parameters(optimizer):
         if parameter.grad is not None:
             ledger.tag(parameter.grad, "gradients")

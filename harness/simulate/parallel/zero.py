@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO on a fake device: what accelerate's launcher would say, and what it needs."""
+"""DeepSpeed ZeRO on a fake device: accelerate's environment variables, and patches of DeepSpeed."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import gc
 import importlib.util
 from collections.abc import Iterator
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from harness.simulate.memory.ledger import SimulatedLedger
-from harness.simulate.memory.replacing import replaced
 from matrices.cell import Cell
 from matrices.errors import UserError
 
@@ -23,10 +23,10 @@ BUCKETS = (
 
 
 def environment(cell: Cell) -> dict[str, str]:
-    """What `accelerate launch` would set for a ZeRO stage without a DeepSpeed file. The shipped
-    profiles say the same in a file (and to put the weights together when they are saved).
+    """What `accelerate launch` sets for a ZeRO stage without a DeepSpeed file. The shipped profiles
+    say the same in a file (and gather the weights when they are saved).
 
-    Raises UserError when DeepSpeed is not there.
+    Raises UserError if DeepSpeed is not installed.
     """
     if importlib.util.find_spec("deepspeed") is None:
         raise UserError(
@@ -42,13 +42,11 @@ def environment(cell: Cell) -> dict[str, str]:
         "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": place,
         "ACCELERATE_DEEPSPEED_ZERO3_INIT": str(stage == 3).lower(),
         "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "false",
-        # DeepSpeed would look for a driver to choose by.
-        "DS_ACCELERATOR": "cuda",
     }
 
 
 def tag_shards(ledger: SimulatedLedger, model: Any) -> None:
-    """Parameters that are whole, and the parts of those that are divided."""
+    """Tag whole parameters, and this rank's part of partitioned ones (`ds_tensor`)."""
     for name, parameter in model.named_parameters():
         kind = "adapters" if ".lora_" in name else "weights"
         if getattr(parameter, "quant_state", None) is not None:
@@ -59,7 +57,7 @@ def tag_shards(ledger: SimulatedLedger, model: Any) -> None:
 
 
 def tag_gradients(ledger: SimulatedLedger, optimizer: Any) -> None:
-    """The optimizer trains fp32 copies of its part: they are its own, beside Adam's two states."""
+    """Tag the optimizer's fp32 copies of its part as optimizer states, and their gradients."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             ledger.tag(parameter.data, "optimizer_states")
@@ -68,7 +66,7 @@ def tag_gradients(ledger: SimulatedLedger, optimizer: Any) -> None:
 
 
 def host_bytes() -> int:
-    """Bytes of all tensors in host memory that are alive now; shared storages count once."""
+    """Bytes of all live fake tensors in host memory; shared storages count once."""
     found = {}
     for each in gc.get_objects():
         if isinstance(each, FakeTensor) and each.device.type == "cpu":
@@ -79,13 +77,13 @@ def host_bytes() -> int:
 
 @contextlib.contextmanager
 def patched() -> Iterator[None]:
-    with ranks_agree(), weights_arrive_divided(), adam_on_the_host():
+    with rank_comparisons_pass(), weights_are_partitioned_by_the_engine(), cpu_adam_is_adamw():
         yield
 
 
 @contextlib.contextmanager
-def ranks_agree() -> Iterator[None]:
-    """Stage 3 gathers numbers to compare them across ranks; nothing comes back from fake peers."""
+def rank_comparisons_pass() -> Iterator[None]:
+    """Stage 3 gathers numbers from all ranks to compare them; a fake process group sends none."""
     import deepspeed.runtime.zero.partitioned_param_coordinator as coordinator
     import deepspeed.runtime.zero.utils as utils
 
@@ -93,18 +91,19 @@ def ranks_agree() -> Iterator[None]:
         for owner in (coordinator, utils):
             for name in ("assert_ints_same_as_other_ranks", "assert_lst_len_same_as_other_ranks"):
                 if hasattr(owner, name):
-                    stack.enter_context(replaced(owner, name, _agreed))
+                    stack.enter_context(patch.object(owner, name, _no_comparison))
         yield
 
 
-def _agreed(*_: Any, **__: Any) -> None:
+def _no_comparison(*_: Any, **__: Any) -> None:
     return None
 
 
 @contextlib.contextmanager
-def weights_arrive_divided() -> Iterator[None]:
-    """`from_pretrained` loads a stage 3 model under `deepspeed.zero.Init`, which divides parameter
-    by parameter. Ours is made beforehand, so it is divided the same way when the engine gets it."""
+def weights_are_partitioned_by_the_engine() -> Iterator[None]:
+    """`from_pretrained` loads a stage 3 model under `deepspeed.zero.Init`, which partitions
+    parameter by parameter. The simulated model is made before, so `deepspeed.initialize` partitions
+    it so."""
     import deepspeed
 
     initialize = deepspeed.initialize
@@ -118,12 +117,13 @@ def weights_arrive_divided() -> Iterator[None]:
                         module._buffers[name] = buffer.to("cuda")
         return initialize(*args, model=model, **kwargs)
 
-    with replaced(deepspeed, "initialize", divided):
+    with patch.object(deepspeed, "initialize", divided):
         yield
 
 
 class HostAdam(torch.optim.AdamW):
-    """DeepSpeedCPUAdam without its compiled step: the same two fp32 states per parameter."""
+    """In place of DeepSpeedCPUAdam, without its compiled step: the same two fp32 states per
+    parameter."""
 
     def __init__(self, params: Any, **options: Any) -> None:
         known = ("lr", "betas", "eps", "weight_decay")
@@ -131,13 +131,13 @@ class HostAdam(torch.optim.AdamW):
 
 
 @contextlib.contextmanager
-def adam_on_the_host() -> Iterator[None]:
-    """With the optimizer offloaded, accelerate takes DeepSpeed's own Adam, which is compiled for
-    this machine's CPU the first time it is used."""
+def cpu_adam_is_adamw() -> Iterator[None]:
+    """If the optimizer is offloaded, accelerate uses DeepSpeed's CPU Adam, which is compiled at
+    first use."""
     import deepspeed.ops.adam
     import deepspeed.runtime.zero.stage3 as stage3
 
     with contextlib.ExitStack() as stack:
         for owner in (deepspeed.ops.adam, stage3):
-            stack.enter_context(replaced(owner, "DeepSpeedCPUAdam", HostAdam))
+            stack.enter_context(patch.object(owner, "DeepSpeedCPUAdam", HostAdam))
         yield

@@ -1,8 +1,8 @@
-"""What one op computes and moves: a pure function of shapes, strides, dtypes and arguments.
+"""FLOPs and bytes moved of one op: a function of shapes, strides, dtypes and arguments.
 
-Operations are torch's own formulas, as the harness counts them on real tensors. Bytes are device
-memory as an unfused kernel per op needs them: each op reads its tensors once and writes its results
-once, a view moves nothing, a table is read by the row.
+FLOPs are by torch's own formulas, which the harness also uses on real tensors. Bytes are device
+memory traffic of one unfused kernel per op: each op reads its tensors once and writes its results
+once, a view moves nothing, an embedding table is read by the row.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ GEMM_4BIT = "bitsandbytes::gemm_4bit"
 
 
 def cost(func: Any, args: Any, kwargs: dict[str, Any], out: Any, device_type: str) -> Cost:
-    """What one call of `func`, an OpOverload, takes; `out` is what it returned. Only tensors on
+    """Cost of one call of `func`, an OpOverload; `out` is what it returned. Only tensors on
     `device_type` move bytes."""
     if moves_nothing(func):
         return NOTHING
@@ -46,12 +46,12 @@ def cost(func: Any, args: Any, kwargs: dict[str, Any], out: Any, device_type: st
     )
 
 
-# Allocate, rename or wait: no kernel, or one that moves no data of this device's memory.
+# Ops without a kernel, or whose kernel moves no data of this device's memory.
 _FREE_NAMES = frozenset(
     ("_unsafe_view", "detach_", "lift_fresh", "lift", "set_", "resize_", "record_stream")
 )
 _FREE_PREFIXES = ("empty", "new_empty")
-# Links between devices have rates of their own, which the floor leaves out.
+# Communication has rates of its own, which the floor leaves out.
 _FREE_NAMESPACES = frozenset(
     (
         "c10d",
@@ -66,7 +66,7 @@ _FREE_NAMESPACES = frozenset(
 
 @functools.cache
 def moves_nothing(func: Any) -> bool:
-    """Whether no call of this op costs anything: views, allocations, questions about a tensor, and
+    """Whether calls of this op cost nothing: views, allocations, queries of a tensor,
     communication."""
     name = _name(func)
     if func.namespace in _FREE_NAMESPACES or func.is_view or name in _FREE_NAMES:
@@ -78,7 +78,7 @@ def moves_nothing(func: Any) -> bool:
     return not returns_tensor and not any(_is_written(arg) for arg in schema.arguments)
 
 
-# Written without having been read.
+# Written without being read.
 _OVERWRITE = frozenset(
     (
         "copy_",
@@ -93,9 +93,10 @@ _OVERWRITE = frozenset(
         "_foreach_zero_",
     )
 )
-# Asked for their shape only.
+# Arguments of which only the shape is used.
 _UNREAD = {"nll_loss_backward": ("self",), "split_with_sizes_copy": ("all_gather_output",)}
-# Touched where another argument (or the result) points to: no more elements than that one has.
+# Arguments of which only as many elements are read or written as another argument (or the result)
+# has.
 _BY_ROW = {
     "embedding": ("weight", "out"),
     "index": ("self", "out"),
@@ -109,8 +110,8 @@ _BY_ROW = {
     "scatter_add_": ("self", "index"),
     "nll_loss_forward": ("self", "target"),
 }
-# Their schemas call everything written that the kernel is handed; these it only reads. (The fused
-# optimizers do write gradients when they also unscale them.)
+# Arguments that the schema marks as written but the kernel only reads. (The fused optimizers write
+# gradients if they also unscale them.)
 _ONLY_READ = {
     "_fused_adam_": ("grads",),
     "_fused_adamw_": ("grads",),
@@ -156,7 +157,7 @@ def _overwrites(name: str, argument: Any) -> bool:
 
 
 def _made(func: Any, out: Any) -> list[Any]:
-    """What the op returned that is not one of its arguments handed back."""
+    """Results of the op that are not arguments it returns."""
     returns = func._schema.returns
     values = out if len(returns) > 1 else (out,)
     return [

@@ -1,8 +1,8 @@
-"""What a step computes and moves, op by op, and how soon a device could be done with it.
+"""FLOPs and bytes moved of a training step, op by op, and a lower bound of its time (the floor).
 
-The floor is a roofline per op (Williams, Waterman and Patterson, CACM 52(4), 2009): the ops of one
-stream follow each other, and none is done before its operations are (at the device's bf16 rate,
-whatever the dtype) nor before its bytes are.
+The floor is a roofline per op (Williams, Waterman and Patterson, CACM 52(4), 2009): ops of one
+stream run one after another, and each takes at least its FLOPs over the device's peak bf16 rate
+(whatever the dtype) and at least its bytes over the device's memory bandwidth.
 """
 
 from __future__ import annotations
@@ -44,11 +44,7 @@ class Work:
 
 
 class Traffic:
-    """Adds up calls. Only tensors on `device_type` count.
-
-    A caller who knows that a call is like an earlier one may keep what `entry` gave for that one
-    and add to its `count` instead of calling `note` again.
-    """
+    """Adds up calls of ops. Only tensors on `device_type` move bytes."""
 
     def __init__(self, device_type: str) -> None:
         self._device_type = device_type
@@ -58,20 +54,12 @@ class Traffic:
         """Count one call. `func` is an OpOverload, `out` what it returned."""
         if moves_nothing(func):
             return
-        self.entry(func, args, kwargs, out).count += 1
-
-    def entry(self, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> Work:
-        """Where calls like this one are counted; counts nothing itself."""
         key = (func, _signature(args), _signature(kwargs.items()) if kwargs else ())
         found = self._entries.get(key)
         if found is None:
-            found = Work(
-                str(func),
-                _dtype(args, out),
-                cost(func, args, kwargs, out, self._device_type),
-            )
-            self._entries[key] = found
-        return found
+            each = cost(func, args, kwargs, out, self._device_type)
+            found = self._entries[key] = Work(str(func), _dtype(args, out), each)
+        found.count += 1
 
     def note_kernel(self, kernel: Kernel) -> None:
         """Count one call of an attention kernel that is no op."""
@@ -83,22 +71,13 @@ class Traffic:
         dtype = _dtype(kernel.tensors, None)
         self._entries.setdefault(key, Work("flash_attn", dtype, found)).count += 1
 
-    def counts(self) -> dict[Any, int]:
-        """Calls so far, by what makes calls equal."""
-        return {key: work.count for key, work in self._entries.items() if work.count}
-
-    def add(self, counts: dict[Any, int]) -> None:
-        """Count calls again that were counted before."""
-        for key, count in counts.items():
-            self._entries[key].count += count
-
     def clear(self) -> None:
-        """Forget the counts, not the costs: for the steps before the one that is to count."""
+        """Set all counts to 0."""
         for work in self._entries.values():
             work.count = 0
 
     def works(self) -> list[Work]:
-        """Every distinct call that was counted and costs something, equal ones together."""
+        """All counted calls that cost something, equal ones together."""
         total: dict[tuple[str, str, Cost], int] = {}
         for work in self._entries.values():
             if work.count and work.cost != NOTHING:
@@ -117,7 +96,7 @@ def total_moved(works: Iterable[Work]) -> int:
 
 
 def floor_seconds(works: Iterable[Work], gpu: Gpu) -> float:
-    """Seconds below which `gpu` cannot do this work op after op; see FLOOR_LEAVES_OUT."""
+    """Least seconds that `gpu` needs for this work, op after op; see FLOOR_LEAVES_OUT."""
     rate, bandwidth = gpu.bf16_flops_per_second, gpu.bandwidth_bytes_per_second
     return sum(
         work.count * max(work.cost.least_flops / rate, work.cost.moved / bandwidth)
@@ -126,8 +105,8 @@ def floor_seconds(works: Iterable[Work], gpu: Gpu) -> float:
 
 
 def predicted_speed(works: Sequence[Work], gpu: Gpu | None) -> PredictedSpeed:
-    """Of the counted step, without an expectation: that takes records. Without a GPU there are no
-    published rates, and so no floor."""
+    """Speed of the counted step, not calibrated by records. Without a GPU there are no published
+    rates, so `floor_seconds` is None."""
     return PredictedSpeed(
         gpu=gpu.name if gpu is not None else None,
         flops_per_step=total_flops(works),
@@ -138,7 +117,7 @@ def predicted_speed(works: Sequence[Work], gpu: Gpu | None) -> PredictedSpeed:
 
 
 def _signature(values: Iterable[Any]) -> tuple[Any, ...]:
-    """What the cost depends on, hashable: of a tensor its metadata, of anything else itself."""
+    """Hashable key of arguments: of a tensor its metadata, of anything else the value."""
     parts: list[Any] = []
     for value in values:
         if isinstance(value, torch.Tensor):

@@ -24,7 +24,7 @@ ORDER = (
     *("harness.measurement", "harness.preflight", "harness.measuring", "harness.worker"),
     *("harness.simulate", "harness.simulate.libraries", "harness.simulate.step_time"),
     *("harness.simulate.memory", "harness.simulate.batches", "harness.simulate.device"),
-    *("harness.simulate.parallel", "harness.simulate.shortcuts", "harness.simulate.patches"),
+    *("harness.simulate.parallel", "harness.simulate.patches"),
     *("harness.simulate.run", "harness.simulate.make_prediction", "harness.simulate.serve"),
     "harness.simulate.__main__",
     *("reports", "reports.text", "reports.statistics", "reports.records", "reports.tables"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from harness.meters.memory import ledger
-from harness.meters.memory.ledger import Event, Peak, Storage
+from harness.meters.memory.ledger import MemoryEvent, Peak, Storage
 
 
 def storage(
@@ -22,15 +22,15 @@ def storage(
 A, B, C = storage(512), storage(1000), storage(2048)
 # Live bytes after each event, in blocks of 512: 1, 3 | 7, 6, 2 | 6, 0 | 1
 STORY = [
-    Event(A, +512, "forward", 1),
-    Event(B, +1024, "forward", 1),
-    Event(C, +2048, "backward", 2),
-    Event(A, -512, "backward", 2),
-    Event(C, -2048, "backward", 2),
-    Event(C, +2048, "optimizer_step", 3),
-    Event(C, -2048, "optimizer_step", 3),
-    Event(B, -1024, "optimizer_step", 3),
-    Event(A, +512, "forward", 4),
+    MemoryEvent(A, +512, "forward", 1),
+    MemoryEvent(B, +1024, "forward", 1),
+    MemoryEvent(C, +2048, "backward", 2),
+    MemoryEvent(A, -512, "backward", 2),
+    MemoryEvent(C, -2048, "backward", 2),
+    MemoryEvent(C, +2048, "optimizer_step", 3),
+    MemoryEvent(C, -2048, "optimizer_step", 3),
+    MemoryEvent(B, -1024, "optimizer_step", 3),
+    MemoryEvent(A, +512, "forward", 4),
 ]
 
 
@@ -54,9 +54,9 @@ def test_a_phase_starts_with_what_was_live_before_it() -> None:
     """Memory only falls in the backward: its peak is what it began with, and what was live then
     can be asked for."""
     events = [
-        Event(A, +512, "forward", 1),
-        Event(B, +1024, "forward", 1),
-        Event(A, -512, "backward", 2),
+        MemoryEvent(A, +512, "forward", 1),
+        MemoryEvent(B, +1024, "forward", 1),
+        MemoryEvent(A, -512, "backward", 2),
     ]
     peaks = ledger.phase_peaks(events)
     assert peaks["backward"] == Peak(1536, 1)
@@ -65,11 +65,11 @@ def test_a_phase_starts_with_what_was_live_before_it() -> None:
 
 def test_a_phase_entered_twice_has_the_higher_peak_and_the_last_end() -> None:
     events = [
-        Event(A, +512, "forward", 1),
-        Event(A, -512, "backward", 2),
-        Event(C, +2048, "forward", 3),
-        Event(C, -2048, "backward", 4),
-        Event(B, +1024, "forward", 5),
+        MemoryEvent(A, +512, "forward", 1),
+        MemoryEvent(A, -512, "backward", 2),
+        MemoryEvent(C, +2048, "forward", 3),
+        MemoryEvent(C, -2048, "backward", 4),
+        MemoryEvent(B, +1024, "forward", 5),
     ]
     assert ledger.phase_peaks(events)["forward"] == Peak(2048, 2)
     assert ledger.phase_ends(events) == {"forward": 1024, "backward": 0}
@@ -82,10 +82,10 @@ def test_phase_ends() -> None:
 def test_training_peak_leaves_other_phases_out() -> None:
     big = storage(10**6)
     loading = [
-        Event(big, +1000448, "load", 0),
-        Event(big, -1000448, "load", 0),
+        MemoryEvent(big, +1000448, "load", 0),
+        MemoryEvent(big, -1000448, "load", 0),
         *STORY,
-        Event(big, +1000448, "evaluation", 5),
+        MemoryEvent(big, +1000448, "evaluation", 5),
     ]
     assert ledger.training_peak(loading) == ("backward", Peak(3584, 4))
     assert ledger.training_peak(loading[:2]) is None

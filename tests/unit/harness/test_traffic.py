@@ -193,18 +193,6 @@ def test_equal_calls_are_one_entry_with_a_count() -> None:
     assert (work.op, work.dtype, work.count) == ("aten.mm.default", "bfloat16", 5)
 
 
-def test_what_was_counted_meanwhile_can_be_counted_again() -> None:
-    told = Traffic("cpu")
-    with Listen(told):
-        _ = ROWS + 1
-        before = told.counts()
-        _ = ROWS + 1, ROWS @ WEIGHT
-        again = {key: n - before.get(key, 0) for key, n in told.counts().items()}
-        told.add(again)
-    counts = {work.op: work.count for work in told.works()}
-    assert counts == {"aten.add.Tensor": 3, "aten.mm.default": 2}
-
-
 def test_only_what_comes_after_a_clear_counts() -> None:
     told = Traffic("cpu")
     with Listen(told):

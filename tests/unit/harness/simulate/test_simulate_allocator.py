@@ -7,7 +7,13 @@ import random
 
 import pytest
 
-from harness.simulate.memory.allocator import MIB, Allocator, OutOfMemory, round_size, segment_size
+from harness.simulate.memory.allocator import (
+    MIB,
+    Allocator,
+    OutOfMemoryError,
+    round_size,
+    segment_size,
+)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +106,7 @@ def test_cached_segments_are_freed_before_giving_up() -> None:
 def test_out_of_memory_says_what_was_held() -> None:
     allocator = Allocator(capacity_bytes=50 * MIB)
     allocator.malloc(30 * MIB)
-    with pytest.raises(OutOfMemory) as raised:
+    with pytest.raises(OutOfMemoryError) as raised:
         allocator.malloc(21 * MIB)
     assert raised.value.requested == 22 * MIB
     assert (raised.value.allocated, raised.value.reserved) == (30 * MIB, 30 * MIB)
@@ -110,7 +116,7 @@ def test_a_segment_partly_in_use_cannot_be_freed() -> None:
     allocator = Allocator(capacity_bytes=40 * MIB)
     kept, dropped = allocator.malloc(8 * MIB), allocator.malloc(8 * MIB)
     allocator.free(dropped)
-    with pytest.raises(OutOfMemory):
+    with pytest.raises(OutOfMemoryError):
         allocator.malloc(24 * MIB)
     assert kept.size == 8 * MIB
 

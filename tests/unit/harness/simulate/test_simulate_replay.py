@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from harness.meters.memory.ledger import Event, Storage
+from harness.meters.memory.ledger import MemoryEvent, Storage
 from harness.simulate.memory.allocator import MIB, Allocator
 from harness.simulate.memory.replay import sizes_at, walk
 
@@ -13,11 +13,11 @@ def storage(nbytes: int, name: str = "") -> Storage:
 
 A, B, C = storage(3 * MIB, "a"), storage(33 * MIB, "b"), storage(512, "c")
 EVENTS = [
-    Event(A, 3 * MIB, "load", 0),
-    Event(B, 33 * MIB, "forward", 1),
-    Event(C, 512, "forward", 1),
-    Event(B, -33 * MIB, "backward", 2),
-    Event(C, -512, "optimizer_step", 3),
+    MemoryEvent(A, 3 * MIB, "load", 0),
+    MemoryEvent(B, 33 * MIB, "forward", 1),
+    MemoryEvent(C, 512, "forward", 1),
+    MemoryEvent(B, -33 * MIB, "backward", 2),
+    MemoryEvent(C, -512, "optimizer_step", 3),
 ]
 
 
@@ -46,17 +46,21 @@ def test_an_allocator_counts_whole_blocks() -> None:
 
 def test_the_first_refused_allocation_ends_the_walk() -> None:
     found = walk(EVENTS, Allocator(capacity_bytes=50 * MIB))
-    assert found.refused is not None
-    assert found.refused.event.storage is B
-    assert found.refused.requested == 34 * MIB
-    assert (found.refused.allocated, found.refused.reserved) == (3 * MIB, 20 * MIB)
+    assert found.failed is not None
+    assert found.failed.event.storage is B
+    assert found.failed.requested == 34 * MIB
+    assert (found.failed.allocated, found.failed.reserved) == (3 * MIB, 20 * MIB)
     # Six more MiB are just enough.
-    assert walk(EVENTS, Allocator(capacity_bytes=56 * MIB)).refused is None
+    assert walk(EVENTS, Allocator(capacity_bytes=56 * MIB)).failed is None
 
 
 def test_loading_is_no_training_peak() -> None:
     loaded = storage(100 * MIB)
-    events = [Event(loaded, 100 * MIB, "load", 0), Event(loaded, -100 * MIB, "load", 0), *EVENTS]
+    events = [
+        MemoryEvent(loaded, 100 * MIB, "load", 0),
+        MemoryEvent(loaded, -100 * MIB, "load", 0),
+        *EVENTS,
+    ]
     found = walk(events, None)
     assert found.peaks["load"] == 100 * MIB
     assert found.peak == 36 * MIB + 512

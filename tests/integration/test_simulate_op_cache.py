@@ -1,5 +1,4 @@
-"""Short cuts change nothing: predictions with every op asked and every layer run, against those
-with recipes (each compared with a fresh answer) and layers played back."""
+"""Predictions with the op cache equal those without it; each cached answer is compared too."""
 
 from __future__ import annotations
 
@@ -17,9 +16,9 @@ from matrices.cell import Adapter, Cell, Data, Model, Quantization, Train
 pytestmark = pytest.mark.slow
 
 LAYERS = 8
-THE_LONG_WAY = (
-    "import harness.simulate.memory.ledger, harness.simulate.shortcuts.layer_replay",
-    "harness.simulate.memory.ledger.fast = harness.simulate.shortcuts.layer_replay.on = False",
+UNCACHED = (
+    "import harness.simulate.memory.ledger",
+    "harness.simulate.memory.ledger.cached = False",
 )
 CHECKED = ("import harness.simulate.memory.ledger", "harness.simulate.memory.ledger.checked = True")
 REENTRANT = {"gradient_checkpointing": True, "use_reentrant": True}
@@ -66,9 +65,9 @@ def cells(tmp_path_factory: pytest.TempPathFactory) -> list[Cell]:
 
 def test_the_same_predictions(cells: list[Cell], tmp_path: Path) -> None:
     request = Request(cells=cells, judge=[gpu("a100-80gb")], workers=2, self_check=False)
-    plain = ask(request, tmp_path, *THE_LONG_WAY)
-    quick = ask(request, tmp_path, *CHECKED)
-    for one, other in zip(plain, quick, strict=True):
+    plain = ask(request, tmp_path, *UNCACHED)
+    cached = ask(request, tmp_path, *CHECKED)
+    for one, other in zip(plain, cached, strict=True):
         assert one.status == "predicted", one.reason
         one.simulation_seconds = other.simulation_seconds = None
         assert one == other

@@ -1,4 +1,4 @@
-"""Answers from recipes against the same ops on real tensors."""
+"""Results from the op cache against the same ops on real tensors."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from harness.simulate.memory.op_cache import FastFake
+from harness.simulate.memory.op_cache import OpCache
 
 
 class _Through(TorchDispatchMode):
-    """Sends every op through a FastFake, twice, and keeps the second answer."""
+    """Sends every op through an OpCache, twice, and keeps the second answer."""
 
-    def __init__(self, fast: FastFake) -> None:
+    def __init__(self, cache: OpCache) -> None:
         super().__init__()
-        self.fast = fast
+        self.cache = cache
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        self.fast(func, args, kwargs or {})
-        return self.fast(func, args, kwargs or {})
+        self.cache(func, args, kwargs or {})
+        return self.cache(func, args, kwargs or {})
 
 
 @pytest.fixture
 def through() -> Iterator[_Through]:
     with FakeTensorMode() as fake:
-        mode = _Through(FastFake(fake))
+        mode = _Through(OpCache(fake))
         with mode:
             yield mode
 
@@ -84,7 +84,7 @@ def _layout(value: Any) -> Any:
 @pytest.mark.parametrize("name", OPS)
 def test_as_on_real_tensors(name: str, through: _Through) -> None:
     fake = _layout(OPS[name]())
-    assert through.fast.answered
+    assert through.cache.hits
     with torch.utils._python_dispatch._disable_current_modes():
         real = _layout(OPS[name]())
     assert fake == real
@@ -122,44 +122,44 @@ def test_a_result_is_outside_of_the_graph_until_autograd_says_otherwise(through:
 
 def test_a_view_does_not_bring_freed_memory_back() -> None:
     with FakeTensorMode() as fake:
-        fast = FastFake(fake)
+        cache = OpCache(fake)
         view = torch.ops.aten.view.default
         base = torch.empty(16)
         for _ in range(2):
-            fast(view, (base, [4, 4]), {})
-        assert fast.answered == 1
+            cache(view, (base, [4, 4]), {})
+        assert cache.hits == 1
         base.untyped_storage().resize_(0)
-        fast(view, (base, [4, 4]), {})
-        assert fast.answered == 1
+        cache(view, (base, [4, 4]), {})
+        assert cache.hits == 1
 
 
 def test_values_are_asked_for_every_time() -> None:
     with FakeTensorMode() as fake:
-        fast = FastFake(fake)
+        cache = OpCache(fake)
         constant = torch.tensor(2.0)
         for _ in range(3):
-            fast(torch.ops.aten.add.Tensor, (constant, 1), {})
-        assert fast.answered == 0
+            cache(torch.ops.aten.add.Tensor, (constant, 1), {})
+        assert cache.hits == 0
 
 
 def test_tensors_of_another_mode_are_not_made_here() -> None:
     with FakeTensorMode() as fake:
-        fast = FastFake(fake)
+        cache = OpCache(fake)
     with FakeTensorMode(allow_non_fake_inputs=True):
         for _ in range(3):
-            fast(torch.ops.aten.ones.default, ([2],), {})
-    assert fast.answered == 0
+            cache(torch.ops.aten.ones.default, ([2],), {})
+    assert cache.hits == 0
 
 
-def test_checking_finds_a_wrong_recipe() -> None:
+def test_checking_finds_a_wrong_entry() -> None:
     with FakeTensorMode() as fake:
-        fast = FastFake(fake, checked=True)
+        cache = OpCache(fake, checked=True)
         add, given = torch.ops.aten.add.Tensor, torch.empty(4)
         for _ in range(2):
-            fast(add, (given, 1), {})
-        (key, recipe), *_ = fast._recipes.items()
-        assert recipe is not None
-        wrong = recipe.outputs[0]._replace(shape=(5,), stride=(1,))
-        fast._recipes[key] = recipe._replace(outputs=(wrong,))
-        with pytest.raises(AssertionError, match="recipe"):
-            fast(add, (given, 1), {})
+            cache(add, (given, 1), {})
+        (key, entry), *_ = cache._entries.items()
+        assert entry is not None
+        wrong = entry.outputs[0]._replace(shape=(5,), stride=(1,))
+        cache._entries[key] = entry._replace(outputs=(wrong,))
+        with pytest.raises(AssertionError, match="the cache"):
+            cache(add, (given, 1), {})

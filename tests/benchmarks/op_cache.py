@@ -69,7 +69,7 @@ def predictions(request: Request, cached: bool) -> list[Prediction]:
         )
     answers = [json.loads(line) for line in done.stdout.splitlines()]
     answers.sort(key=lambda answer: int(answer["index"]))
-    return [Prediction.model_validate(answer["prediction"]) for answer in answers]
+    return [Prediction.model_validate_json(json.dumps(each["prediction"])) for each in answers]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -188,7 +188,7 @@ from harness.records.provenance import new_record
 from launch.display.progress import display_for_stderr
 from launch.output import prepare
 from launch.planning.plan import Job
-from launch.processes.workers import Progress
+from harness.ranks.progress_file import Progress
 from matrices.cell import Cell
 prepare()
 jobs = [Job(Cell(method="lora"), key, "lora " + key, "run", "", 0, None) for key in "ab"]

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from harness.records.record import Record
 from launch.planning.plan import Job
-from launch.processes.workers import Progress
+from harness.ranks.progress_file import Progress
 
 
 class Told:

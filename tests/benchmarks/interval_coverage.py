@@ -295,9 +295,10 @@ INTRODUCTION = f"""# How often the intervals hold
 Written by `python tests/benchmarks/interval_coverage.py`. Each row is {DRAWS:,} simulated data sets
 with a known answer, {DRAWS // 2:,} in the last table (its own error is up to 0.7 points).
 Coverage: how often a 95 % interval holds the truth; wanted are
-{COVERED[0]:.0f} to {COVERED[1]:.0f} %. A/A: two equal systems; a false alarm is an interval of their difference without zero; wanted are
-{ALARMS[0]:.0f} to {ALARMS[1]:.0f} %. ▼ and ▲ mark what lies below or above. Few false alarms and a
-coverage above 97 % are on the safe side: the interval is wider than it need be.
+{COVERED[0]:.0f} to {COVERED[1]:.0f} %. A/A: two equal systems; a false alarm is an interval of
+their difference without zero; wanted are {ALARMS[0]:.0f} to {ALARMS[1]:.0f} %. ▼ and ▲ mark what
+lies below or above. Few false alarms and a coverage above 97 % are on the safe side: the interval
+is wider than it need be.
 
 A document's score has variance 1 over documents, and each run adds {OWN_VARIANCE} of its own;
 documents of a cluster share half of both. The seed variance is that of the mean over seeds, in

@@ -143,7 +143,7 @@ def _left_open(
     if not comparison.exact and len(found) == 1 and found[0].runs == 1:
         return "one pair of runs says nothing about others"
     if overall.low is None or overall.high is None:
-        return "" if comparison.exact else f"no interval, {overall.note}"
+        return "" if comparison.exact else f"no interval: {overall.note or 'one document'}"
     inside = claim.accepts(overall.low) and claim.accepts(overall.high)
     if inside or not _touches(claim, overall.low, overall.high):
         return ""

@@ -28,7 +28,8 @@ FEWEST_DESCRIPTORS, ENOUGH_DESCRIPTORS = 256, 4096
 def main() -> NoReturn:
     """Run the command line and exit with its code."""
     # Whoever started this may have them blocked, as Ray has: then Ctrl-C would never arrive.
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     for number in STOP_SIGNALS:
         # A signal that is ignored, as nohup has it, stays so.
         if signal.getsignal(number) is not signal.SIG_IGN:

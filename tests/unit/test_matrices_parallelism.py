@@ -21,7 +21,7 @@ STARTS = frozenset({"zero", "fsdp"})
 # file: the code that may name kinds, and why.
 ALLOWED = {
     # What fit tries when nothing is asked for is a choice, not a property of the kinds.
-    "launch/fit/answer.py": ["('ddp', 'fsdp', 'zero2', 'zero3')"],
+    "launch/fit/fit.py": ["('ddp', 'fsdp', 'zero2', 'zero3')"],
     # The published table says fsdp for both, and the version in a note.
     "tests/benchmarks/published.py": ["told == 'fsdp'"],
 }

@@ -82,6 +82,8 @@ def test_nothing_outlives_a_killed_parent(name: str, frozen: bool, repository: P
     assert parent.stdout is not None
     child = int(parent.stdout.readline())
     if frozen:
+        while _state(child) != "S":  # it sleeps: it has asked the kernel
+            time.sleep(0.01)
         os.kill(child, signal.SIGSTOP)
     parent.kill()
     parent.communicate(timeout=10)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 
+from harness.ranks.progress_file import Progress
 from harness.records.record import Record
 from launch.planning.plan import Job
-from harness.ranks.progress_file import Progress
 
 
 class Told:

@@ -302,4 +302,5 @@ def test_a_cell_that_reaches_the_time_limit_too_often_is_a_timeout(
         "timeout",
         "the time limit of the SLURM job is reached, not for the first time",
     )
-    assert slurm.states()[job] == "COMPLETED"
+    # The record is there a moment before its job has ended.
+    wait_for(lambda: slurm.states()[job] == "COMPLETED", what="end of the job")

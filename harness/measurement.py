@@ -18,6 +18,7 @@ from harness.records.provenance import now
 from harness.records.record import Failure, Record, Status
 from harness.system.files import write_atomically
 from harness.system.interrupts import Interrupted
+from matrices.errors import first_line
 
 # How often progress is worth a file, seconds.
 PROGRESS_SECONDS = 0.5
@@ -86,8 +87,7 @@ class Measurement:
     def fail(self, error: BaseException) -> int:
         """Finish with what went wrong; everything measured until then stays."""
         status = status_of(error)
-        text = str(error).strip().splitlines()
-        message = text[0] if text else type(error).__name__
+        message = first_line(error)
         self.record.failure = Failure(
             type=type(error).__name__,
             message=message,

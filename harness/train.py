@@ -22,6 +22,7 @@ from transformers import TrainerCallback
 from harness import device
 from harness.data import preparation
 from harness.data.dataset import loss_arguments
+from harness.models.lora_layers import base_model
 from harness.records.record import Preparation
 from matrices.cell import Cell, Train
 from matrices.rules.parallelism import reentrant
@@ -72,6 +73,11 @@ class Observer:
 
     def step_end(self, step: int) -> None:
         """Optimizer step number `step`, counted from 1, is complete and gradients are gone."""
+
+
+def inner_optimizer(optimizer: Any) -> Any:
+    """torch's optimizer out of accelerate's wrapper."""
+    return getattr(optimizer, "optimizer", optimizer)
 
 
 class ObservedTrainer(SFTTrainer):
@@ -256,7 +262,7 @@ def forward_restored(model: Any) -> Iterator[None]:
     autocast, once: it marks the model and would leave a second trainer without autocast. Scoring
     must not run under autocast either.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_model(model)
     patched = ("forward", "_original_forward", "_is_accelerate_prepared")
     before = [(m, {k: vars(m)[k] for k in patched if k in vars(m)}) for m in (model, base)]
     try:

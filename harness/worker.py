@@ -38,6 +38,7 @@ from harness.meters.steps import read_phase
 from harness.models import loading_info, model
 from harness.ranks import gather_records, launch_command, process_group
 from harness.records import provenance
+from harness.records.reading import CELL, RECORD
 from harness.records.record import Record, read_record
 from harness.system import child_process, interrupts
 from harness.system.interrupts import Interrupted
@@ -57,7 +58,8 @@ def run(cell_path: Path, output_dir: Path) -> int:
     output_dir.mkdir(parents=True, exist_ok=True)
     interrupts.raise_on_sigterm()
     if not cell.is_distributed:
-        if _has_gpu():
+        # Not by CUDA, which must stay untouched until the child is forked.
+        if provenance.uses_gpu_here():
             device.see_only(cell.devices)
         measurement = Measurement(_starting_record(cell, cell_path, output_dir), output_dir)
         return _to_its_end(measurement, _measure)
@@ -77,23 +79,18 @@ def _to_its_end(measurement: Measurement, work: Any) -> int:
 
 def _starting_record(cell: Cell, cell_path: Path, output_dir: Path) -> Record:
     """The record the runner began, or a new one when started by hand."""
-    begun = output_dir / "record.json"
+    begun = output_dir / RECORD
     if begun.exists():
         return read_record(begun)
-    if cell_path.resolve() != (output_dir / "cell.json").resolve():
-        (output_dir / "cell.json").write_text(cell.model_dump_json(indent=1))
+    if cell_path.resolve() != (output_dir / CELL).resolve():
+        (output_dir / CELL).write_text(cell.model_dump_json(indent=1))
         launch_command.copy_profile(cell_path.parent, output_dir)
     return _own_record(cell)
 
 
 def _own_record(cell: Cell) -> Record:
-    threads = provenance.cpu_threads()  # accelerate has set them as it was told
-    return provenance.new_record(cell, launch_command.command(cell, _has_gpu(), threads))
-
-
-def _has_gpu() -> bool:
-    """Asked without CUDA, which must not be touched before a child is forked."""
-    return provenance.uses_gpu(provenance.stack(), provenance.hardware())
+    gpu, threads = provenance.uses_gpu_here(), provenance.cpu_threads()
+    return provenance.new_record(cell, launch_command.command(cell, gpu, threads))
 
 
 def _measure(measurement: Measurement) -> None:
@@ -158,7 +155,7 @@ def _train_with_others(measurement: Measurement) -> None:
 
 def _train_and_score(record: Record, output_dir: Path) -> int:
     """The first rank: train in a child, then score in this process, which no engine has touched."""
-    path = output_dir / "record.json"
+    path = output_dir / RECORD
     try:
         code = process_group.in_child(lambda: _train_a_rank(record, output_dir))
     except (Interrupted, KeyboardInterrupt):

@@ -37,6 +37,12 @@ class SetAside(UserWarning):
     line. The command line shows it as a note."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; the name of its class where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def nearest(word: str, known: Iterable[str], limit: int = 3) -> str:
     """`; did you mean 'a' or 'b'?`, or the empty string when nothing is near."""
     close = closest(word, known, limit)

@@ -19,7 +19,7 @@ from harness.data.local_files import FIRST_ROWS, READERS, standard_or_refused
 from harness.models.packaged import cache_directory
 from harness.records import hub
 from matrices.cell import Data
-from matrices.errors import UserError
+from matrices.errors import UserError, first_line
 from matrices.files import data_format
 from matrices.files.data_format import TEMPLATE_COLUMNS, RowLayout, layout_of
 from matrices.files.fingerprint import refuse_hub_id_of_directory
@@ -117,10 +117,9 @@ def _load_hub(data: Data) -> Dataset:
         rows = load_dataset(data.source, data.config, split=data.split, revision=data.revision)
     except Exception as error:
         # From a name that does not exist to no network; datasets' own first line tells which.
-        said = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
             f"{data.source!r} is neither {PACKAGED!r} nor a local file, and the hub does not give "
-            f"it: {said[0]}",
+            f"it: {first_line(error)}",
             key="data.source",
         ) from error
     # Without the hub, datasets takes the newest copy it has, whatever revision is asked for.

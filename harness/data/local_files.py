@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 from harness.data.rows import BadValue, shortened, standard_row
 from matrices.cell import Data
-from matrices.errors import UserError
+from matrices.errors import UserError, first_line
 from matrices.files.data_format import RowLayout, layout_of
 
 READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -304,6 +304,5 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         with parquet.ParquetFile(path) as file:
             batch = next(file.iter_batches(batch_size=FIRST_ROWS), None)
     except (pyarrow.ArrowException, OSError) as error:
-        said = (str(error).splitlines() or [type(error).__name__])[0]
-        raise _unreadable(path, f"cannot be read as parquet: {said}") from error
+        raise _unreadable(path, f"cannot be read as parquet: {first_line(error)}") from error
     yield from enumerate([] if batch is None else batch.to_pylist(), 1)

@@ -7,7 +7,7 @@ from typing import Any
 from harness.evaluation import evaluate
 from harness.models import model
 from matrices.cell import Evaluate, Model
-from matrices.errors import UserError
+from matrices.errors import UserError, first_line
 
 
 def check_tasks(recipe: Evaluate) -> None:
@@ -37,8 +37,7 @@ def _loaded(manager: Any, tasks: list[Any], refused: str) -> dict[str, dict[str,
     try:
         found: dict[str, dict[str, Any]] = manager.load(tasks)
     except Exception as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"{refused}: {lines[0]}", key="evaluate.tasks") from error
+        raise UserError(f"{refused}: {first_line(error)}", key="evaluate.tasks") from error
     return found
 
 

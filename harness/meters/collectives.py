@@ -9,6 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from harness.meters.memory.ledger import wraps_tensors
 from harness.records.record import Communication
 
 NAMESPACES = ("c10d", "_c10d_functional", "_c10d_functional_autograd")
@@ -37,8 +38,7 @@ class Collectives(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        # DTensor takes itself apart; its collectives come here afterwards.
-        if any(hasattr(kind, "__tensor_flatten__") for kind in types):
+        if wraps_tensors(types):
             return NotImplemented
         out = func(*args, **(kwargs or {}))
         if func.namespace in NAMESPACES:

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from harness import device
-
-RAPL = Path("/sys/class/powercap")
+from harness.system.platforms import RAPL
 
 
 class Energy(NamedTuple):

@@ -25,7 +25,7 @@ from harness.meters.foreign_cpu import ForeignLoad
 from harness.meters.memory import ledger, shards
 from harness.meters.rates import TokenCount
 from harness.records.record import Communication, PhaseMemory
-from harness.train import Observer, StepFacts
+from harness.train import Observer, StepFacts, inner_optimizer
 from harness.verify.checkpointing import Recomputation
 
 # The largest storages listed in a record.
@@ -208,7 +208,7 @@ class MemorySteps(CounterSteps):
         self.ledger.enter_phase(name)
         self.recomputation.backward = name == "backward"
         if name == "optimizer_step" and self._optimizer is not None:
-            shards.tag_gradients(self.ledger, self._inner())
+            shards.tag_gradients(self.ledger, inner_optimizer(self._optimizer))
 
     def step_end(self, step: int) -> None:
         super().step_end(step)
@@ -217,13 +217,9 @@ class MemorySteps(CounterSteps):
         self.communication = self.collectives.seen
         self.collectives.clear()
 
-    def _inner(self) -> Any:
-        """The optimizer out of accelerate's wrapper."""
-        return getattr(self._optimizer, "optimizer", self._optimizer)
-
     def _tag_optimizer(self) -> None:
         if self._optimizer is not None:
-            ledger.tag_optimizer(self.ledger, self._inner())
+            ledger.tag_optimizer(self.ledger, inner_optimizer(self._optimizer))
 
     @property
     def flops_per_step(self) -> int | None:
@@ -268,7 +264,7 @@ class Operations(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         # What is sharded is counted by what each rank computes of it.
-        if any(hasattr(kind, "__tensor_flatten__") for kind in types):
+        if ledger.wraps_tensors(types):
             return NotImplemented
         kwargs = kwargs or {}
         out = func(*args, **kwargs)

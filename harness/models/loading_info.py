@@ -16,7 +16,7 @@ from harness.models import checkpoint
 from harness.models.safetensors_header import Tensor
 from harness.records import hub
 from matrices.cell import Model
-from matrices.errors import UserError
+from matrices.errors import UserError, first_line
 
 # Names told in a message.
 TOLD = 3
@@ -173,8 +173,9 @@ def _torch_tensors(files: Iterable[Path]) -> dict[str, Tensor]:
             held |= {name: Tensor(str(t.dtype), tuple(t.shape)) for name, t in state.items()}
         except Exception as error:
             # torch says that a file is damaged, or not one of weights alone, in many types.
-            said = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UserError(f"{file} cannot be read: {said}", key="model.name") from error
+            raise UserError(
+                f"{file} cannot be read: {first_line(error)}", key="model.name"
+            ) from error
     return held
 
 

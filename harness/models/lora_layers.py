@@ -6,7 +6,7 @@ module beside it, so that one name means the same module with and without an ada
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,10 +25,14 @@ class BaseModule:
     wrappers: tuple[Any, ...]
 
 
+def base_model(model: Any) -> Any:
+    """The model that a PEFT model adapts; any other model is its own."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def base_modules(model: Any) -> list[BaseModule]:
     """All modules of a base model, adapted or not; a PEFT model is seen as its base model."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return list(_below("", base))
+    return list(_below("", base_model(model)))
 
 
 def _below(name: str, module: nn.Module) -> Iterator[BaseModule]:
@@ -77,6 +81,11 @@ def loras(place: BaseModule) -> dict[str, Any]:
         for wrapper in place.wrappers
         if is_lora(wrapper)
     }
+
+
+def all_loras(places: Iterable[BaseModule]) -> dict[str, Any]:
+    """LoRA layers of several modules, by the name of what each adapts."""
+    return {name: layer for place in places for name, layer in loras(place).items()}
 
 
 def saved_copies(place: BaseModule) -> list[nn.Module]:
@@ -138,7 +147,7 @@ def token_indices(config: Any, model: Any) -> dict[str, list[int]]:
 
 def input_embedding(model: Any) -> str:
     """The full name of the layer that token ids are looked up in."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_model(model)
     layer = unwrapped(base.get_input_embeddings())
     return next(place.name for place in base_modules(base) if place.module is layer)
 

@@ -17,7 +17,7 @@ from harness.preflight.problems import Findings, Problem, shared
 from harness.ranks import deepspeed_build
 from harness.verify import arguments, behaviour
 from matrices.cell import Adapter, Cell, Evaluate, Model, Quantization
-from matrices.errors import UserError
+from matrices.errors import UserError, first_line
 
 
 def problems(cells: Sequence[Cell]) -> list[Problem]:
@@ -101,7 +101,7 @@ def _skeleton(chosen: Model) -> Any:
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(
             f"{chosen.name!r} cannot be loaded as a causal language model: "
-            f"{_first_line(error)}; give a directory with config.json, tokenizer and weights, or "
+            f"{first_line(error)}; give a directory with config.json, tokenizer and weights, or "
             "a hub id",
             key="model.name",
         ) from error
@@ -114,8 +114,3 @@ def _check_adapter(adapter: Adapter, skeleton: Any, quantization: Quantization |
     model.lora_config(adapter, skeleton)
     adapter_check.check(adapter, skeleton, quantization)
     adapter_check.attach(adapter, skeleton, quantization is not None)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -15,7 +15,7 @@ from filelock import FileLock
 
 from harness import device
 from harness.models.packaged import cache_directory
-from matrices.errors import UserError
+from matrices.errors import UserError, first_line
 
 
 def directory() -> Path:
@@ -45,9 +45,8 @@ def load_host_collectives() -> None:
         try:
             builder.load(verbose=False)
         except RuntimeError as error:
-            first = str(error).strip().splitlines()[0]
             raise UserError(
-                f"DeepSpeed cannot compile its collectives for this CPU: {first}; see that a C++ "
-                "compiler and ninja work here",
+                f"DeepSpeed cannot compile its collectives for this CPU: {first_line(error)}; see "
+                "that a C++ compiler and ninja work here",
                 key="parallelism",
             ) from error

@@ -14,11 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from harness.records import provenance
+from harness.records.reading import CELL
 from harness.records.record import Record
 from matrices.accelerate_profiles import DEEPSPEED_FILE
 from matrices.cell import Cell
 
-CELL, PROFILE, DEEPSPEED = "cell.json", "profile.yaml", "deepspeed.json"
+PROFILE, DEEPSPEED = "profile.yaml", "deepspeed.json"
 BY_HAND = "by-hand"
 SINGLE_PROCESS = Path(__file__).resolve().parent / "single_process.yaml"
 MODULE = "harness.worker"

@@ -17,6 +17,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from harness.records.reading import RECORD
 from harness.records.record import Failure, RankState, Status
 from harness.system.files import TEMPORARY_PREFIX
 from matrices.files.text import visible
@@ -32,7 +33,7 @@ def state_path(output_dir: Path, rank: int) -> Path:
 def record_path(output_dir: Path, rank: int) -> Path:
     """Where a rank keeps its record: rank 0's is the cell's, the others' are gathered into it."""
     if rank == 0:
-        return output_dir / "record.json"
+        return output_dir / RECORD
     return output_dir / DIRECTORY / f"rank-{rank}.record.json"
 
 

@@ -232,6 +232,11 @@ def uses_gpu(of: Stack, on: Hardware) -> bool:
     return on.accelerator is not None and not of.packages.get("torch", "").endswith("+cpu")
 
 
+def uses_gpu_here() -> bool:
+    """The same of this process's own stack and machine."""
+    return uses_gpu(stack(), hardware())
+
+
 def environment_id(of: Stack, on: Hardware) -> str:
     """sha256, hex, of what all cells of one environment share: versions, python's minor, the
     device's kind. Older records have it as their stack_id."""

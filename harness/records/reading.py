@@ -14,7 +14,7 @@ from pathlib import Path
 from harness.records.record import Record, read_record
 from matrices.errors import SetAside, UserError
 
-RECORD = "record.json"
+CELL, RECORD = "cell.json", "record.json"
 
 
 def set_aside(error: UserError) -> None:

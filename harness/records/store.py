@@ -25,7 +25,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from harness.records.attempts import in_force, in_force_by
-from harness.records.reading import RECORD, read_sound, records_in
+from harness.records.reading import CELL, RECORD, read_sound, records_in
 from harness.records.record import Record
 from harness.system.files import TEMPORARY_PREFIX, sync_directory, write_atomically
 from matrices.errors import UserError
@@ -153,9 +153,7 @@ class Store:
             working = Path(tempfile.mkdtemp(prefix=f"{key}.{attempt}-", dir=self.running))
             try:
                 working.chmod(0o755)
-                write_atomically(
-                    working / "cell.json", record.cell.model_dump_json(indent=1) + "\n"
-                )
+                write_atomically(working / CELL, record.cell.model_dump_json(indent=1) + "\n")
                 write_atomically(working / RECORD, record.to_json())
             except BaseException:
                 shutil.rmtree(working)

@@ -20,7 +20,7 @@ from harness.simulate.libraries import attention, bitsandbytes_4bit, blank_model
 from harness.simulate.memory.ledger import SimulatedLedger
 from harness.simulate.parallel import fake_ranks
 from harness.simulate.step_time.roofline import Traffic, Work
-from harness.train import Course, Observer, build_trainer, worst_case_rows
+from harness.train import Course, Observer, build_trainer, inner_optimizer, worst_case_rows
 from harness.verify import behaviour
 from matrices.catalogue.gpus import Gpu
 from matrices.cell import Cell
@@ -77,14 +77,10 @@ class _LedgerObserver(Observer):
     def phase(self, name: str) -> None:
         self._ledger.enter_phase(name)
         if name == "optimizer_step":
-            self._layout.step(self._ledger, self._inner())
-
-    def _inner(self) -> Any:
-        """The optimizer itself, out of accelerate's wrapper."""
-        return getattr(self._optimizer, "optimizer", self._optimizer)
+            self._layout.step(self._ledger, inner_optimizer(self._optimizer))
 
     def step_end(self, step: int) -> None:
-        memory.tag_optimizer(self._ledger, self._inner())
+        memory.tag_optimizer(self._ledger, inner_optimizer(self._optimizer))
         self.steady_at = len(self._ledger.events)
         if step < STEPS:
             self.traffic.clear()

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import platform
+from pathlib import Path
 
 from matrices.errors import UserError
 
+# The energy counters of Intel and AMD processors (Linux, Documentation/power/powercap).
+RAPL = Path("/sys/class/powercap")
 ALSO_ELSEWHERE = "plan, report and show work"
 
 

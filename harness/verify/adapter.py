@@ -24,7 +24,7 @@ def verify(model: Any, wanted: Adapter) -> None:
     found = lora_layers.base_modules(model)
     config = model.peft_config[ADAPTER]
     _verify_config(config, model, wanted)
-    layers = {name: layer for place in found for name, layer in lora_layers.loras(place).items()}
+    layers = lora_layers.all_loras(found)
     if not layers:
         raise VerificationError("the cell says LoRA, but no module is adapted")
     expected = lora_layers.targets(config, found) + lora_layers.target_parameters(config, found)
@@ -69,7 +69,7 @@ class Unadapted:
         return self._modules.items()
 
     def get_output_embeddings(self) -> Any:
-        head = self._model.get_base_model().get_output_embeddings()
+        head = lora_layers.base_model(self._model).get_output_embeddings()
         return lora_layers.unwrapped(head)
 
 
@@ -130,7 +130,7 @@ def findings(model: Any) -> VerifiedAdapter:
     """What is there, for the record."""
     found = lora_layers.base_modules(model)
     config = model.peft_config[ADAPTER]
-    layers = {name: layer for place in found for name, layer in lora_layers.loras(place).items()}
+    layers = lora_layers.all_loras(found)
     biases = [
         place.module.bias
         for place in found

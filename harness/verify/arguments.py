@@ -18,7 +18,7 @@ from harness.models.model import load_tokenizer
 from harness.records.record import PassedThrough
 from harness.train import Course, sft_config
 from matrices.cell import Cell
-from matrices.errors import UserError, nearest
+from matrices.errors import UserError, first_line, nearest
 from matrices.libraries.library_arguments import SFT_ARGUMENTS, SFT_CONFIG
 from matrices.rules import passed_through
 
@@ -87,8 +87,7 @@ def check_sft(cell: Cell) -> None:
             scheduler_specific_kwargs=config.lr_scheduler_kwargs,
         )
     except (TypeError, ValueError, ImportError, VerificationError) as error:
-        said = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"SFTConfig refuses it: {said[0]}", key=SFT_CONFIG) from error
+        raise UserError(f"SFTConfig refuses it: {first_line(error)}", key=SFT_CONFIG) from error
 
 
 def check_tokens(cell: Cell) -> None:

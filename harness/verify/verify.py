@@ -68,7 +68,7 @@ def _verify_structure(model: Any, cell: Cell) -> None:
         demand(len(quantization.linear4bit(model)), 0, "4-bit layers")
     else:
         quantization.verify(model, cell.quantization, cell.model.compute_dtype)
-    adapters = _adapters(model)
+    adapters = lora_layers.all_loras(lora_layers.base_modules(model))
     if cell.adapter is None:
         demand(sorted(adapters), [], "adapted modules")
     elif not adapters:
@@ -79,12 +79,6 @@ def _verify_structure(model: Any, cell: Cell) -> None:
         frozen = [n for n, p in model.named_parameters() if not p.requires_grad]
         demand(frozen, [], "frozen parameters under full fine-tuning")
     demand(model.config._attn_implementation, cell.model.attn_implementation, "attn_implementation")
-
-
-def _adapters(model: nn.Module) -> dict[str, Any]:
-    """LoRA layers, by the name of what they adapt."""
-    found = lora_layers.base_modules(model)
-    return {name: layer for place in found for name, layer in lora_layers.loras(place).items()}
 
 
 def _verify_weight_dtype(model: Any, cell: Cell, cast: Collection[int]) -> None:
@@ -109,7 +103,7 @@ def _verify_weight_dtype(model: Any, cell: Cell, cast: Collection[int]) -> None:
 def _kept_in_fp32(model: Any, weight_dtype: str) -> set[str]:
     """What an architecture asks transformers to keep in fp32 where weights are loaded in half
     precision: some in fp16 alone."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = lora_layers.base_model(model)
     kept = set(getattr(base, "_keep_in_fp32_modules_strict", None) or ())
     if weight_dtype == "fp16":
         kept |= set(getattr(base, "_keep_in_fp32_modules", None) or ())
@@ -122,7 +116,7 @@ def _named(name: str, wanted: Collection[str]) -> bool:
 
 def _findings(model: Any) -> Verified:
     linear4bit = quantization.linear4bit(model)
-    adapters = _adapters(model)
+    adapters = lora_layers.all_loras(lora_layers.base_modules(model))
     share = None
     if linear4bit or getattr(model, "is_loaded_in_4bit", False):
         share = quantization.share(quantization.base_parameters(model))

@@ -56,7 +56,7 @@ def write(cell: Cell, directory: Path, gpu: bool | None = None) -> None:
     names one. Nothing for a cell in one process without a GPU. `gpu` is whether it trains on GPUs;
     none asks this machine.
     """
-    gpu = _uses_gpu() if gpu is None else gpu
+    gpu = provenance.uses_gpu_here() if gpu is None else gpu
     if not cell.is_distributed:
         if gpu:
             write_atomically(directory / PROFILE, SINGLE_PROCESS.read_text())
@@ -72,7 +72,3 @@ def write(cell: Cell, directory: Path, gpu: bool | None = None) -> None:
     write_atomically(
         directory / PROFILE, f"# Made from {origin} for the cell beside it.\n{written}"
     )
-
-
-def _uses_gpu() -> bool:
-    return provenance.uses_gpu(provenance.stack(), provenance.hardware())

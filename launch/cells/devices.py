@@ -43,7 +43,7 @@ class Grant:
 
 def local_devices() -> tuple[str, ...]:
     """The GPUs that are visible here; without one, the processors this process may run on."""
-    if provenance.uses_gpu(provenance.stack(), provenance.hardware()):
+    if provenance.uses_gpu_here():
         return tuple(gpu.uuid for gpu in provenance.nvml().gpus)
     if hasattr(os, "sched_getaffinity"):
         return tuple(f"cpu:{number}" for number in sorted(os.sched_getaffinity(0)))

@@ -161,7 +161,7 @@ def _launched(
     command: MakeCommand, threads: int, cell: Cell, working: Path, worker_lock: Path, ranks: Ranks
 ) -> list[Process]:
     """The command at work, holding the worker lock of its cell."""
-    gpu = provenance.uses_gpu(provenance.stack(), provenance.hardware())
+    gpu = provenance.uses_gpu_here()
     argv = command(cell, gpu, threads, working, working, accelerate())
     with disk_errors(working.parent):
         hold = os.open(worker_lock, os.O_RDWR | os.O_CREAT, 0o644)

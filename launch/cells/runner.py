@@ -120,7 +120,7 @@ class Runner:
         cells = [job.cell for job in jobs]
         modules = [self.worker] + ([self.preflight] if self.preflight else [])
         # It looks for GPUs when it is imported, which a process that is forked from must not do.
-        gpu = provenance.uses_gpu(provenance.stack(), provenance.hardware())
+        gpu = provenance.uses_gpu_here()
         if not gpu:
             modules += sorted({each for cell in cells if (each := cell.strategy.package)})
         self.server = start_server(modules)

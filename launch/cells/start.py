@@ -48,7 +48,7 @@ def first_record(
 ) -> Record:
     """The record an attempt starts with; its command is called in the record's directory."""
     threads = threads or threads_of(cell, grant.cores if grant is not None else None)
-    gpu = provenance.uses_gpu(provenance.stack(), provenance.hardware())
+    gpu = provenance.uses_gpu_here()
     called = command(cell, gpu, threads, meeting=_meeting_place(meeting))
     record = provenance.new_record(cell, called, attempt, threads)
     if grant is not None:
@@ -89,7 +89,7 @@ def ranks(
     variables = _environment(threads, grant)
     if not cell.is_distributed:
         return Ranks(environment=variables)
-    gpu = provenance.uses_gpu(provenance.stack(), provenance.hardware())
+    gpu = provenance.uses_gpu_here()
     given = launch_arguments(cell, gpu, threads, working, _meeting_place(meeting), node_rank)
     count = devices_here(cell)
     met = meeting or Rendezvous("127.0.0.1", free_port(fixed_port(cell)), "")

@@ -37,7 +37,7 @@ class DebugEngine:
 
     @property
     def gpus(self) -> bool:
-        return provenance.uses_gpu(provenance.stack(), provenance.hardware())
+        return provenance.uses_gpu_here()
 
     def check(self, jobs: Sequence[Job]) -> None:
         """This machine's rules hold on it again when it runs the order."""

@@ -26,7 +26,6 @@ from matrices.rules.machine import Machine
 from matrices.rules.verdicts import refusals
 from reports.text import GIB, text_table
 
-RAPL_COUNTERS = Path("/sys/class/powercap")
 # The settings whose choices a machine can rule out.
 CHOICES = (
     "method",
@@ -147,7 +146,7 @@ def _meters(machine: Machine) -> Iterator[Finding]:
         yield Finding("meters", "CUDA and NVML memory", "ok", "torch's counters and the driver's")
     else:
         yield Finding("meters", "CUDA and NVML memory", "no", "no GPU in use")
-    counters = sorted(RAPL_COUNTERS.glob("intel-rapl:*/energy_uj"))
+    counters = sorted(platforms.RAPL.glob("intel-rapl:*/energy_uj"))
     readable = [path for path in counters if os.access(path, os.R_OK)]
     if machine.has_gpu:
         yield Finding("meters", "energy", "ok", "NVML's counter, where the GPU has one")

@@ -29,6 +29,12 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return getattr(tensor, "_local_tensor", tensor)
 
 
+def wraps_tensors(types: Iterable[type]) -> bool:
+    """Whether a DTensor or another wrapper subclass takes part in an op: it calls the ops of its
+    local tensors, which reach the dispatch mode later."""
+    return any(hasattr(each, "__tensor_flatten__") for each in types)
+
+
 def held(parameter: torch.Tensor) -> torch.Tensor:
     """A parameter's data; of a parameter that ZeRO-3 has partitioned, this rank's part."""
     part = getattr(parameter, "ds_tensor", None)
@@ -119,8 +125,7 @@ class Ledger(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        # DTensor and other wrapper subclasses call their local tensors' ops, which come here later.
-        if any(hasattr(kind, "__tensor_flatten__") for kind in types):
+        if wraps_tensors(types):
             return NotImplemented
         kwargs = kwargs or {}
         composite = _composite(func)

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from harness.meters.memory.ledger import Ledger, MemoryEvent, Storage
+from harness.meters.memory.ledger import Ledger, MemoryEvent, Storage, wraps_tensors
 from harness.simulate.memory.op_cache import OpCache
 
 if TYPE_CHECKING:
@@ -102,8 +102,7 @@ class SimulatedLedger(Ledger):
         if func is _DEVICE:
             # The autograd engine asks this more often than it calls all other ops together.
             return args[0].device
-        # DTensor and other wrapper subclasses call their local tensors' ops, which come here later.
-        if any(hasattr(kind, "__tensor_flatten__") for kind in types):
+        if wraps_tensors(types):
             return NotImplemented
         kwargs = kwargs or {}
         name = func._schema.name

@@ -24,7 +24,7 @@ DTYPES: dict[str, torch.dtype] = {
 }
 # In messages of plain RuntimeErrors: torch's CPU and CUDA allocators, the driver itself (paged
 # optimizers ask it), and cuBLAS when nothing is left for its workspace.
-OUT_OF_MEMORY = (
+OUT_OF_MEMORY_MESSAGES = (
     "DefaultCPUAllocator",
     "not enough memory",
     "CUDA out of memory",
@@ -56,7 +56,7 @@ def has_cuda() -> bool:
     return torch.cuda.is_available()
 
 
-def see_only(count: int) -> None:
+def limit_visible_gpus(count: int) -> None:
     """Hide all but the first `count` of the GPUs that this process may see. Call it before CUDA
     is used: a Trainer spreads batches over every GPU it sees, without being asked."""
     setting = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -64,7 +64,7 @@ def see_only(count: int) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(seen[:count])
 
 
-def use_environments_threads() -> None:
+def set_threads_from_environment() -> None:
     """Compute with OMP_NUM_THREADS threads: torch read it when it was imported, perhaps in the
     server that this process was forked from, and ranks share out the processors."""
     wanted = os.environ.get("OMP_NUM_THREADS", "")
@@ -186,7 +186,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     text = str(error)
-    return isinstance(error, RuntimeError) and any(sign in text for sign in OUT_OF_MEMORY)
+    return isinstance(error, RuntimeError) and any(sign in text for sign in OUT_OF_MEMORY_MESSAGES)
 
 
 def requested_bytes(error: BaseException) -> int | None:

@@ -36,7 +36,7 @@ class Measurement:
         self.output_dir = output_dir
         self.rank = rank
         self.reporter = Reporter(output_dir, rank, world_size)
-        self.whole: ParameterSize | None = None  # the model, as it was loaded
+        self.model_size: ParameterSize | None = None  # the model, as it was loaded
         self._progress_at = 0.0
         self._steps_after = 0.0
         record.reason = "still running"

@@ -1,7 +1,7 @@
-"""Training steps: TRL's SFTTrainer, told apart into phases for whoever measures them.
+"""Training steps: TRL's SFTTrainer, which tells an observer about each of its phases.
 
-Nothing in here reads a clock, asks a tensor for its value or looks at the device, so that the same
-code can run on a simulated one.
+Nothing here reads a clock, a tensor's value or the state of the device, so the same code runs on a
+simulated device.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ from matrices.rules.parallelism import reentrant
 try:
     from trl import SFTConfig, SFTTrainer
 except ImportError:
-    # A prediction's stack may have no TRL that goes with its transformers; SFTTrainer derives
-    # from this one.
+    # The stack of a prediction may lack a TRL that fits its transformers. SFTTrainer derives from
+    # this Trainer.
     from transformers import Trainer as SFTTrainer
     from transformers import TrainingArguments as SFTConfig
 
-# TRL's own arguments, or newer than some stacks that are predicted. Rows that are prepared need
-# none of them.
-NOT_EVERYWHERE = frozenset(
+# Arguments of TRL alone, or newer than some stacks that are predicted. Prepared rows need none of
+# them.
+OPTIONAL_ARGUMENTS = frozenset(
     {"max_length", "packing", "packing_strategy", "padding_free", "dataset_kwargs", "use_cpu"}
 )
 
 
 class StepFacts(NamedTuple):
-    """What the Trainer knows of a step at its end. The norm may still be on the device, or be
-    divided among ranks, or be unknown to the engine."""
+    """What the Trainer knows about a step at its end. The norm may still be on the device, may be
+    divided among ranks, or may be None where the engine computes none."""
 
     epoch: float
     learning_rate: float
@@ -53,7 +53,7 @@ class StepFacts(NamedTuple):
 
 
 class Observer:
-    """Is told where training is. This one does nothing; meters override what they need."""
+    """Receives the events of training. This one ignores them; meters override what they need."""
 
     def train_begin(self, optimizer: Any) -> None:
         """Training starts; the first batch is not fetched yet."""
@@ -62,14 +62,14 @@ class Observer:
         """`forward`, `backward` or `optimizer_step` starts."""
 
     def micro_batch(self, inputs: dict[str, Any]) -> None:
-        """A micro batch is taken up, as the loader gave it."""
+        """A micro batch starts, as the loader returned it."""
 
     def micro_batch_end(self, loss: Any, divisor: Any = None) -> None:
         """A micro batch was propagated back; `loss` is its share of the step's loss, a detached
         scalar tensor, and `divisor` the number of labels that the whole step is divided by."""
 
     def step_facts(self, facts: StepFacts) -> None:
-        """Comes right before `step_end`."""
+        """The Trainer's figures of a step, right before `step_end`."""
 
     def step_end(self, step: int) -> None:
         """Optimizer step number `step`, counted from 1, is complete and gradients are gone."""
@@ -91,7 +91,7 @@ class ObservedTrainer(SFTTrainer):
         super().__init__(*args, callbacks=[_StepCallback(self)], **kwargs)
 
     def training_step(self, model: Any, inputs: Any, *divisor: Any, **named: Any) -> Any:
-        self._hear_of_steps()
+        self._observe_engine_step()
         # DeepSpeed's engine moves on to the next rate within the step.
         self._rate = float(self.optimizer.param_groups[0]["lr"])
         self.observer.micro_batch(inputs)
@@ -102,18 +102,18 @@ class ObservedTrainer(SFTTrainer):
         self.observer.micro_batch_end(loss, *divisor, *named.values())
         return loss
 
-    def _hear_of_steps(self) -> None:
-        """accelerate has DeepSpeed's engine take its step within the backward it asks for."""
+    def _observe_engine_step(self) -> None:
+        """Observe the step of DeepSpeed's engine, which accelerate calls within `backward`."""
         engine = getattr(self, "deepspeed", None)
         if engine is None or "step" in vars(engine):
             return
         step = engine.step
 
-        def told(*args: Any, **kwargs: Any) -> Any:
+        def observed_step(*args: Any, **kwargs: Any) -> Any:
             self.observer.phase("optimizer_step")
             return step(*args, **kwargs)
 
-        engine.step = told
+        engine.step = observed_step
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         loss = super().compute_loss(*args, **kwargs)
@@ -127,9 +127,9 @@ class ObservedTrainer(SFTTrainer):
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         prepare = super()._prepare_dataset
         if "args" not in inspect.signature(prepare).parameters:
-            # An older TRL takes its settings one by one, and its rows are not counted.
+            # An older TRL takes its settings as single arguments; its rows are not counted.
             return prepare(dataset, *args, **kwargs)
-        made, self.preparation = preparation.observed(prepare, dataset, *args, **kwargs)
+        made, self.preparation = preparation.prepare_and_count(prepare, dataset, *args, **kwargs)
         return made
 
     def end_step(self, state: Any) -> None:
@@ -153,8 +153,8 @@ class _StepCallback(TrainerCallback):
 
 
 @dataclass(frozen=True)
-class Course:
-    """How long and how fast to train. `prepared` rows are already token ids and labels."""
+class TrainingSchedule:
+    """Number of steps and learning rate. `prepared` rows are already token ids and labels."""
 
     steps: int
     learning_rate: float
@@ -162,35 +162,44 @@ class Course:
 
 
 def build_trainer(
-    cell: Cell, model: Any, tokenizer: Any, rows: Dataset, course: Course, **where: Any
+    cell: Cell,
+    model: Any,
+    tokenizer: Any,
+    rows: Dataset,
+    schedule: TrainingSchedule,
+    *,
+    output_dir: Path,
+    observer: Observer,
 ) -> ObservedTrainer:
-    """A trainer for `rows`; `where` gives `output_dir: Path` and `observer: Observer`."""
-    config = sft_config(cell, rows, course, where["output_dir"])
+    """A trainer for `rows`, which tells `observer` of its phases."""
+    config = sft_config(cell, rows, schedule, output_dir)
     arguments: dict[str, Any] = {"model": model, "args": config, "train_dataset": rows}
     accepted = inspect.signature(SFTTrainer.__init__).parameters
     # transformers 4.46 gave the tokenizer its new name.
     arguments["processing_class" if "processing_class" in accepted else "tokenizer"] = tokenizer
     if SFTTrainer is transformers.Trainer:
-        # What TRL gave packed rows before it had a collator of its own.
+        # TRL used this collator for packed rows before it had its own.
         arguments["data_collator"] = transformers.DataCollatorForLanguageModeling(
             tokenizer, mlm=False
         )
-    return ObservedTrainer(**arguments, observer=where["observer"])
+    return ObservedTrainer(**arguments, observer=observer)
 
 
-def sft_config(cell: Cell, rows: Dataset | None, course: Course, output_dir: Path) -> SFTConfig:
-    """Every field that changes the run is written out; the library's defaults move. Rows that are
-    prepared need not be known."""
-    train, data = _sections(cell)
+def sft_config(
+    cell: Cell, rows: Dataset | None, schedule: TrainingSchedule, output_dir: Path
+) -> SFTConfig:
+    """The arguments of training. Every field that changes the run is explicit, because defaults
+    differ between versions. `rows` may be None when the schedule says that they are prepared."""
+    train, data = _train_and_data(cell)
     autocast = train.autocast
     arguments: dict[str, Any] = {
         "output_dir": str(output_dir),
-        "max_steps": course.steps,
-        "learning_rate": course.learning_rate,
+        "max_steps": schedule.steps,
+        "learning_rate": schedule.learning_rate,
         "per_device_train_batch_size": train.micro_batch_size,
         "gradient_accumulation_steps": train.gradient_accumulation_steps,
         # At a rate of 0 there is no schedule, and the polynomial one refuses it.
-        "lr_scheduler_type": train.lr_scheduler_type if course.learning_rate else "constant",
+        "lr_scheduler_type": train.lr_scheduler_type if schedule.learning_rate else "constant",
         "warmup_steps": train.warmup_steps,
         "optim": train.optimizer,
         "weight_decay": train.weight_decay,
@@ -200,7 +209,7 @@ def sft_config(cell: Cell, rows: Dataset | None, course: Course, output_dir: Pat
         "gradient_checkpointing": train.gradient_checkpointing,
         "gradient_checkpointing_kwargs": {"use_reentrant": reentrant(cell)},
         "max_length": data.max_length,
-        "packing": data.packing and not course.prepared,
+        "packing": data.packing and not schedule.prepared,
         "packing_strategy": data.packing_strategy,
         "padding_free": data.packing and data.packing_strategy != "wrapped",
         "seed": cell.seed,
@@ -213,25 +222,25 @@ def sft_config(cell: Cell, rows: Dataset | None, course: Course, output_dir: Pat
         "dataloader_pin_memory": device.has_cuda(),
         "dataloader_num_workers": 0,
     }
-    if course.prepared:
+    if schedule.prepared:
         arguments["dataset_kwargs"] = {"skip_prepare_dataset": True}
         arguments["max_length"] = None
     else:
         assert rows is not None
         arguments |= loss_arguments(data, rows.column_names) | {"data_seed": cell.seed}
     further = dict(train.sft_config)
-    if not course.learning_rate:
+    if not schedule.learning_rate:
         further.pop("lr_scheduler_kwargs", None)
     known = {field.name for field in dataclasses.fields(SFTConfig)}
     arguments = {
         name: value
         for name, value in arguments.items()
-        if name in known or name not in NOT_EVERYWHERE
+        if name in known or name not in OPTIONAL_ARGUMENTS
     }
     return SFTConfig(**(arguments | further))
 
 
-def _sections(cell: Cell) -> tuple[Train, Any]:
+def _train_and_data(cell: Cell) -> tuple[Train, Any]:
     if cell.train is None or cell.data is None:
         raise ValueError(f"a {cell.method} cell does not train")
     return cell.train, cell.data
@@ -243,20 +252,20 @@ def worst_case_rows(cell: Cell, vocabulary: int, steps: int) -> Dataset:
 
     Memory does not depend on which tokens they are, so they count through the vocabulary.
     """
-    train, data = _sections(cell)
+    train, data = _train_and_data(cell)
     rows = steps * train.micro_batch_size * train.gradient_accumulation_steps
     ids = [[(row + at) % vocabulary for at in range(data.max_length)] for row in range(rows)]
     columns: dict[str, Any] = {"input_ids": ids, "labels": ids}
     if data.packing and data.packing_strategy != "wrapped":
         columns["seq_lengths"] = [[data.max_length]] * rows
     made = Dataset.from_dict(columns)
-    # Each rank takes its share of an epoch: one epoch holds whole steps for all of them.
+    # An epoch is divided among the ranks: one epoch holds whole steps for all of them.
     return made if cell.ranks == 1 else made.select(list(range(rows)) * cell.ranks)
 
 
 @contextmanager
 def forward_restored(model: Any) -> Iterator[None]:
-    """Give a model its own `forward` back afterwards.
+    """Restore the `forward` of a model afterwards.
 
     TRL patches the base model's forward with a fused head and accelerate wraps the outer one in
     autocast, once: it marks the model and would leave a second trainer without autocast. Scoring

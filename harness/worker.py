@@ -1,9 +1,9 @@
-"""One cell: `python -m harness.worker CELL.json OUTPUT_DIR` leaves a record there.
+"""One cell: `python -m harness.worker CELL.json OUTPUT_DIR` writes its record there.
 
-A cell on one device is one process. On several, each rank is one: all train, and the first, which
-trains in a child of its own, scores what came out when that child and its engine are gone.
+A cell on one device is one process. On several devices each rank is one process. All ranks train;
+the first one trains in a child process, and scores the result after that child has ended.
 
-Imports the whole stack on purpose: a sweep's cells are forked from a server that has it loaded.
+This module imports the whole stack: a sweep's cells are forked from a server that has it loaded.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import torch  # noqa: F401
 from transformers import AutoModelForCausalLM, set_seed  # noqa: F401
 from transformers.utils import logging as transformers_logging
 
-from harness import device, measuring
+from harness import device, phases
 from harness.evaluation import evaluate
 from harness.measurement import Measurement
 from harness.meters import speed
@@ -48,101 +48,101 @@ from matrices.errors import UserError
 
 
 def run(cell_path: Path, output_dir: Path) -> int:
-    """Measure the cell in `cell_path` and leave its record, samples and adapter in `output_dir`.
+    """Measure the cell in `cell_path`; its record, samples and adapter go to `output_dir`.
 
-    Returns 0 when the record's status is ok and 1 when it is another; an exception here is a bug.
+    Returns 0 when the record's status is ok, else 1. It raises for bugs only.
     """
     transformers_logging.disable_progress_bar()
-    device.use_environments_threads()
+    device.set_threads_from_environment()
     cell = Cell.model_validate_json(cell_path.read_text())
     output_dir.mkdir(parents=True, exist_ok=True)
     interrupts.raise_on_sigterm()
     if not cell.is_distributed:
         # Not by CUDA, which must stay untouched until the child is forked.
         if provenance.uses_gpu_here():
-            device.see_only(cell.devices)
-        measurement = Measurement(_starting_record(cell, cell_path, output_dir), output_dir)
-        return _to_its_end(measurement, _measure)
+            device.limit_visible_gpus(cell.devices)
+        measurement = Measurement(_initial_record(cell, cell_path, output_dir), output_dir)
+        return _run_and_record(measurement, _run_single_process)
     if process_group.rank() > 0:
-        return _train_a_rank(_own_record(cell), output_dir)
-    return _train_and_score(_starting_record(cell, cell_path, output_dir), output_dir)
+        return _run_rank(_new_record(cell), output_dir)
+    return _run_first_rank(_initial_record(cell, cell_path, output_dir), output_dir)
 
 
-def _to_its_end(measurement: Measurement, work: Any) -> int:
+def _run_and_record(measurement: Measurement, work: Any) -> int:
     try:
         work(measurement)
     except (Exception, Interrupted, KeyboardInterrupt) as error:
-        interrupts.caught()
+        interrupts.stop_raising()
         return measurement.fail(error)
     return measurement.finish("ok")
 
 
-def _starting_record(cell: Cell, cell_path: Path, output_dir: Path) -> Record:
-    """The record the runner began, or a new one when started by hand."""
+def _initial_record(cell: Cell, cell_path: Path, output_dir: Path) -> Record:
+    """The record that the runner began, or a new one when the worker was started by hand."""
     begun = output_dir / RECORD
     if begun.exists():
         return read_record(begun)
     if cell_path.resolve() != (output_dir / CELL).resolve():
         (output_dir / CELL).write_text(cell.model_dump_json(indent=1))
         launch_command.copy_profile(cell_path.parent, output_dir)
-    return _own_record(cell)
+    return _new_record(cell)
 
 
-def _own_record(cell: Cell) -> Record:
+def _new_record(cell: Cell) -> Record:
     gpu, threads = provenance.uses_gpu_here(), provenance.cpu_threads()
     return provenance.new_record(cell, launch_command.command(cell, gpu, threads))
 
 
-def _measure(measurement: Measurement) -> None:
-    """A cell in this one process."""
+def _run_single_process(measurement: Measurement) -> None:
+    """Measure a cell in this process alone."""
     cell = measurement.record.cell
     measurement.enter("load", cell.model.name)
     identity.check(cell)
     tokenizer = model.load_tokenizer(cell.model)
-    loaded = measuring.load(measurement)
+    loaded = phases.load(measurement)
     if cell.train is not None:
-        rows = measuring.rows_of(measurement)
-        measuring.memory_steps(measurement, loaded, tokenizer)
-        trainer = measuring.timed_steps(measurement, loaded, tokenizer, rows)
+        rows = phases.load_rows(measurement)
+        phases.memory_steps(measurement, loaded, tokenizer)
+        trainer = phases.timed_steps(measurement, loaded, tokenizer, rows)
         scored = loaded
         if cell.adapter is not None:
-            measuring.save_adapter(measurement, loaded)
+            phases.save_adapter(measurement, loaded)
             scored = None
         del loaded, trainer
         if scored is None:
-            measuring.free()
-            scored = _as_shipped(measurement)
+            phases.free_memory()
+            scored = _load_trained(measurement)
     else:
         scored = loaded
     _evaluate(measurement, scored, tokenizer)
 
 
-def _train_a_rank(record: Record, output_dir: Path) -> int:
+def _run_rank(record: Record, output_dir: Path) -> int:
     """One rank of a cell on several devices, without the scoring."""
     measurement = Measurement(record, output_dir, process_group.rank(), process_group.world_size())
-    return _to_its_end(measurement, _train_with_others)
+    return _run_and_record(measurement, _train_distributed)
 
 
-def _train_with_others(measurement: Measurement) -> None:
+def _train_distributed(measurement: Measurement) -> None:
     cell = measurement.record.cell
     measurement.enter("load", f"waiting for {process_group.world_size()} ranks")
     identity.check(cell)
-    # Before the others are met: a packaged model may have to be made, which transformers would then
-    # have the first rank alone write.
+    # Before the ranks join: a packaged model may have to be built first, and within a process group
+    # transformers lets the first rank alone write files.
     tokenizer = model.load_tokenizer(cell.model)
-    told = process_group.join(cell, measurement.output_dir)
-    loaded = measuring.load(measurement)
-    rows = measuring.rows_of(measurement)
-    measuring.memory_steps(measurement, loaded, tokenizer)
-    if process_group.takes_models_apart(cell):
-        # An engine that has taken a model apart does not put it together again.
+    training_arguments = process_group.join(cell, measurement.output_dir)
+    loaded = phases.load(measurement)
+    rows = phases.load_rows(measurement)
+    phases.memory_steps(measurement, loaded, tokenizer)
+    if process_group.shards_model(cell):
+        # An engine does not reassemble a model that it has sharded.
         del loaded
-        measuring.free()
-        loaded = measuring.loaded_again(cell)
-    del told
-    trainer = measuring.timed_steps(measurement, loaded, tokenizer, rows)
+        phases.free_memory()
+        loaded = phases.reload_model(cell)
+    del training_arguments
+    trainer = phases.timed_steps(measurement, loaded, tokenizer, rows)
     measurement.enter("gather", "gathering what was trained")
-    measuring.save_gathered(measurement, trainer)
+    phases.save_gathered(measurement, trainer)
     measurement.reporter.state.tokens = measurement.record.speed.tokens
     measurement.record.ranks = [measurement.reporter.state]
     measurement.save()
@@ -153,46 +153,46 @@ def _train_with_others(measurement: Measurement) -> None:
         )
 
 
-def _train_and_score(record: Record, output_dir: Path) -> int:
-    """The first rank: train in a child, then score in this process, which no engine has touched."""
+def _run_first_rank(record: Record, output_dir: Path) -> int:
+    """The first rank: train in a child process, then score in this one, which has no engine."""
     path = output_dir / RECORD
     try:
-        code = process_group.in_child(lambda: _train_a_rank(record, output_dir))
+        code = process_group.run_in_child(lambda: _run_rank(record, output_dir))
     except (Interrupted, KeyboardInterrupt):
-        interrupts.caught()
-        return 1  # and the child has written down why
+        interrupts.stop_raising()
+        return 1  # the child has recorded the reason
     if code < 0:
-        # Whoever watches this process is to see how the training ended.
+        # The runner learns from this exit how the training ended.
         if -code not in (signal.SIGKILL, signal.SIGSTOP):
             signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
     if code:
         return code
-    process_group.forget()
+    process_group.clear_environment()
     measurement = Measurement(read_record(path), output_dir, 0, record.cell.devices)
     measurement.record.ended = None
-    return _to_its_end(measurement, _score_what_was_trained)
+    return _run_and_record(measurement, _score_trained)
 
 
-def _score_what_was_trained(measurement: Measurement) -> None:
-    tokenizer = model.load_tokenizer(model.at_commit(measurement.record).model)
+def _score_trained(measurement: Measurement) -> None:
+    tokenizer = model.load_tokenizer(model.cell_at_commit(measurement.record).model)
     try:
-        _evaluate(measurement, _as_shipped(measurement), tokenizer)
+        _evaluate(measurement, _load_trained(measurement), tokenizer)
     finally:
-        shutil.rmtree(measurement.output_dir / measuring.TRAINED, ignore_errors=True)
+        shutil.rmtree(measurement.output_dir / phases.TRAINED_MODEL, ignore_errors=True)
 
 
-def _as_shipped(measurement: Measurement) -> Any:
-    """What a user of the result loads: a fresh base with the saved adapter on it, or the model."""
-    cell = model.at_commit(measurement.record)
+def _load_trained(measurement: Measurement) -> Any:
+    """What a user would load: the base model with the saved adapter, or the trained model."""
+    cell = model.cell_at_commit(measurement.record)
     measurement.enter("evaluation", "loading what was trained")
     if cell.adapter is None:
-        return model.load_base(cell, directory=measurement.output_dir / measuring.TRAINED)
+        return model.load_base(cell, directory=measurement.output_dir / phases.TRAINED_MODEL)
     identity.check(cell)
     base = model.load_base(cell)
-    # PiSSA's fast decomposition takes the base apart with random numbers, as it did for training.
+    # PiSSA's fast decomposition of the base draws random numbers; they must be those of training.
     set_seed(cell.seed)
-    return loading_info.with_adapter(base, measurement.output_dir / "adapter")
+    return loading_info.load_adapter(base, measurement.output_dir / "adapter")
 
 
 def _evaluate(measurement: Measurement, scored: Any, tokenizer: Any) -> None:
@@ -230,5 +230,5 @@ def main(arguments: list[str]) -> int:
 if __name__ == "__main__":
     ended = main(sys.argv[1:])
     if process_group.world_size() > 1:
-        child_process.leave(ended)
+        child_process.exit_now(ended)
     sys.exit(ended)

@@ -15,7 +15,7 @@ from datasets import Dataset, load_dataset
 
 from harness.data import local_files, python_reference
 from harness.data import rows as data_rows
-from harness.data.local_files import FIRST_ROWS, READERS, standard_or_refused
+from harness.data.local_files import FIRST_ROWS, READERS, standardize_row
 from harness.models.packaged import cache_directory
 from harness.records import hub
 from matrices.cell import Data
@@ -28,7 +28,7 @@ PACKAGED = hub.PACKAGED_DATA
 Rows = Iterator[tuple[int, dict[str, Any]]]
 
 
-class Read(NamedTuple):
+class TrainingRows(NamedTuple):
     """Rows under TRL's column names, how they were read, and the hub commit they are of, if any."""
 
     rows: Dataset
@@ -36,12 +36,7 @@ class Read(NamedTuple):
     commit: str | None = None
 
 
-def load_rows(data: Data) -> Dataset:
-    """The training rows under TRL's standard column names; see `read`."""
-    return read(data).rows
-
-
-def read(data: Data) -> Read:
+def read_rows(data: Data) -> TrainingRows:
     """The training rows.
 
     Raises UserError when the data or a column is not there, or a value cannot be trained on: with
@@ -53,21 +48,21 @@ def read(data: Data) -> Read:
     elif hub.is_hub_data(data):
         table = _load_hub(data)
     else:
-        path = _readable(Path(data.source).expanduser())
+        path = _check_path(Path(data.source).expanduser())
         if READERS[path.suffix] == "json":
             return _read_json(path, data)
         table = _load_local(path, data)
     if len(table) == 0:
         raise UserError(f"{data.source} has no rows", key="data.source")
-    of_hub = commit(table)
+    hub_commit = commit(table)
     if data.max_samples is not None:
         table = table.select(range(min(data.max_samples, len(table))))
     layout = layout_of(data, table.column_names, table[0])
-    rows = _standard(table.select_columns(list(layout.columns)), layout, data.source)
-    return Read(rows, layout, of_hub)
+    rows = _standardize(table.select_columns(list(layout.columns)), layout, data.source)
+    return TrainingRows(rows, layout, hub_commit)
 
 
-def _readable(path: Path) -> Path:
+def _check_path(path: Path) -> Path:
     if path.suffix not in READERS:
         known = ", ".join(sorted(READERS))
         raise UserError(f"{path} is not one of {known}", key="data.source")
@@ -76,19 +71,21 @@ def _readable(path: Path) -> Path:
     return path
 
 
-def _read_json(path: Path, data: Data) -> Read:
+def _read_json(path: Path, data: Data) -> TrainingRows:
     """Rows of JSON are taken from the file itself. datasets would turn texts that look like dates
     into times, read texts beside lists as JSON, and give each struct the keys of all others."""
-    looked_at = min(FIRST_ROWS, data.max_samples or FIRST_ROWS)
-    first = list(islice(local_files.json_rows(path), looked_at))
-    layout = local_files.first_layout(data, first)
+    limit = min(FIRST_ROWS, data.max_samples or FIRST_ROWS)
+    first = list(islice(local_files.json_rows(path), limit))
+    layout = local_files.infer_layout(data, first)
 
     def rows() -> Rows:
         return islice(local_files.json_rows(path), data.max_samples)
 
     state = path.stat()
     identity = [str(path.resolve()), state.st_size, state.st_mtime_ns, state.st_ino]
-    return Read(_written(rows, layout, data.source, [*identity, data.max_samples]), layout)
+    return TrainingRows(
+        _cached_rows(rows, layout, data.source, [*identity, data.max_samples]), layout
+    )
 
 
 def _load_local(path: Path, data: Data) -> Dataset:
@@ -123,11 +120,11 @@ def _load_hub(data: Data) -> Dataset:
             key="data.source",
         ) from error
     # Without the hub, datasets takes the newest copy it has, whatever revision is asked for.
-    read = commit(rows)
+    local_commit = commit(rows)
     wanted = hub.known_commit(data.source, data.revision, "dataset")
-    if read is not None and wanted is not None and read != wanted:
+    if local_commit is not None and wanted is not None and local_commit != wanted:
         raise UserError(
-            f"the local copy of {data.source} is of commit {read[:12]}, and "
+            f"the local copy of {data.source} is of commit {local_commit[:12]}, and "
             f"{data.revision or 'main'} is {wanted[:12]}; download that one while the hub can be "
             "reached",
             key="data.revision",
@@ -146,9 +143,9 @@ def _data_directory() -> Path:
     return cache_directory() / "data"
 
 
-def _standard(table: Dataset, layout: RowLayout, source: str) -> Dataset:
+def _standardize(table: Dataset, layout: RowLayout, source: str) -> Dataset:
     """The table under TRL's names, as it is stored where that is right already."""
-    renamed = dict(zip(layout.columns, _needed_names(layout), strict=False))
+    renamed = dict(zip(layout.columns, _standard_columns(layout), strict=False))
     plain = table.select_columns(list(renamed)).rename_columns(
         {old: new for old, new in renamed.items() if old != new}
     )
@@ -156,15 +153,15 @@ def _standard(table: Dataset, layout: RowLayout, source: str) -> Dataset:
         return plain
 
     def rows() -> Rows:
-        return ((number, _with_own_tools(row)) for number, row in enumerate(table, 1))
+        return ((number, _drop_null_tool_keys(row)) for number, row in enumerate(table, 1))
 
-    standard = (standard_or_refused(source, number, row, layout) for number, row in rows())
+    standard = (standardize_row(source, number, row, layout) for number, row in rows())
     if all(one == other for one, other in zip(standard, plain, strict=True)):
         return plain
-    return _written(rows, layout, source, [table._fingerprint])
+    return _cached_rows(rows, layout, source, [table._fingerprint])
 
 
-def _needed_names(layout: RowLayout) -> tuple[str, ...]:
+def _standard_columns(layout: RowLayout) -> tuple[str, ...]:
     if layout.format in ("prompt-completion", "alpaca"):
         return ("prompt", "completion")
     return ("messages",) if layout.conversational else ("text",)
@@ -179,7 +176,7 @@ def _is_all_text(table: Dataset) -> bool:
     )
 
 
-def _with_own_tools(row: dict[str, Any]) -> dict[str, Any]:
+def _drop_null_tool_keys(row: dict[str, Any]) -> dict[str, Any]:
     """A table stores each tool with the keys of all tools; those that are null are not its own."""
     return {**row, "tools": _without_nulls(row["tools"])} if "tools" in row else row
 
@@ -190,7 +187,7 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(held) for held in value] if isinstance(value, list) else value
 
 
-def _written(
+def _cached_rows(
     rows: Callable[[], Rows], layout: RowLayout, source: str, identity: Sequence[Any]
 ) -> Dataset:
     """The standard rows, written to the cache once for the same content and the same code."""
@@ -198,7 +195,7 @@ def _written(
     key = json.dumps([code, repr(layout), *identity])
     try:
         dataset = Dataset.from_generator(
-            _encoded,
+            _encode,
             features=_features(layout),
             cache_dir=str(_data_directory()),
             gen_kwargs={"rows": rows, "layout": layout, "source": source},
@@ -215,15 +212,15 @@ def _written(
     return dataset.remove_columns(unused)
 
 
-def _encoded(rows: Callable[[], Rows], layout: RowLayout, source: str) -> Iterator[dict[str, Any]]:
+def _encode(rows: Callable[[], Rows], layout: RowLayout, source: str) -> Iterator[dict[str, Any]]:
     for number, row in rows():
-        standard = standard_or_refused(source, number, row, layout)
+        standard = standardize_row(source, number, row, layout)
         if not layout.conversational:
             yield standard
             continue
         found: dict[str, Any] = {
             name: [json.dumps(message) for message in standard[name]]
-            for name in _needed_names(layout)
+            for name in _standard_columns(layout)
         }
         if "tools" in layout.columns:
             found["tools"] = standard.get("tools")
@@ -237,7 +234,7 @@ def _features(layout: RowLayout) -> Any:
     from datasets import Features, Json, List, Value
 
     held = List(Json()) if layout.conversational else Value("string")
-    features: dict[str, Any] = dict.fromkeys(_needed_names(layout), held)
+    features: dict[str, Any] = dict.fromkeys(_standard_columns(layout), held)
     if "tools" in layout.columns:
         features["tools"] = Value("string")
     if "chat_template_kwargs" in layout.columns:
@@ -262,21 +259,21 @@ def loss_arguments(data: Data, columns: Sequence[str]) -> dict[str, bool]:
     }
 
 
-def provenance(data: Data, read: Read) -> dict[str, str]:
+def provenance(data: Data, training: TrainingRows) -> dict[str, str]:
     """Which rows were trained on: their number, the sha256 of their content in order, the columns
     they were read from, and as what."""
     digest = hashlib.sha256()
-    for row in read.rows:
+    for row in training.rows:
         digest.update(repr(sorted(row.items())).encode())
     found = {
         "source": data.source,
-        "rows": str(len(read.rows)),
+        "rows": str(len(training.rows)),
         "sha256": digest.hexdigest(),
-        "format": read.layout.format,
-        "columns": ", ".join(read.layout.columns),
+        "format": training.layout.format,
+        "columns": ", ".join(training.layout.columns),
     }
-    if read.commit is not None:
-        found["commit"] = read.commit
+    if training.commit is not None:
+        found["commit"] = training.commit
     if data.source == PACKAGED:
         found["reference_sha256"] = python_reference.fingerprint()
     return found

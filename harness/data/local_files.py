@@ -14,7 +14,7 @@ from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any, TextIO
 
-from harness.data.rows import BadValue, shortened, standard_row
+from harness.data.rows import BadValue, shorten, standard_row
 from matrices.cell import Data
 from matrices.errors import UserError, first_line
 from matrices.files.data_format import RowLayout, layout_of
@@ -23,7 +23,7 @@ READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parque
 # Rows from which the columns of a JSON file are told, and those a plan looks at.
 FIRST_ROWS = 1000
 # Cells of a CSV that pandas takes for missing values (its documented na_values).
-MISSING = frozenset(
+MISSING_VALUES = frozenset(
     (
         *("", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND"),
         *("1.#QNAN", "<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null"),
@@ -48,13 +48,13 @@ def check_first_rows(data: Data) -> None:
     if READERS[path.suffix] == "csv":
         check_csv(data, FIRST_ROWS)
     limit = min(FIRST_ROWS, data.max_samples or FIRST_ROWS)
-    rows = list(islice(_rows(path), limit))
-    layout = first_layout(data, rows)
+    rows = list(islice(_read_rows(path), limit))
+    layout = infer_layout(data, rows)
     for number, row in rows:
-        standard_or_refused(data.source, number, row, layout)
+        standardize_row(data.source, number, row, layout)
 
 
-def first_layout(data: Data, rows: Sequence[tuple[int, dict[str, Any]]]) -> RowLayout:
+def infer_layout(data: Data, rows: Sequence[tuple[int, dict[str, Any]]]) -> RowLayout:
     """The layout that the first rows of a file show. Raises UserError."""
     if not rows:
         raise UserError(f"{data.source} has no rows", key="data.source")
@@ -65,7 +65,7 @@ def first_layout(data: Data, rows: Sequence[tuple[int, dict[str, Any]]]) -> RowL
     return layout_of(data, columns, first)
 
 
-def standard_or_refused(
+def standardize_row(
     source: str, number: int, row: dict[str, Any], layout: RowLayout
 ) -> dict[str, Any]:
     """`data_rows.standard_row`, whose BadValue becomes a UserError with file and row."""
@@ -81,7 +81,7 @@ def standard_or_refused(
         raise UserError(f"{source}: row {number}: {said}", key="data.source") from error
 
 
-def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     read = {"csv": _first_csv_rows, "parquet": _parquet_rows, "json": json_rows}
     return read[READERS[path.suffix]](path)
 
@@ -92,29 +92,29 @@ def json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
     Raises UserError for what is none of these.
     """
-    with _opened(path) as file:
+    with _open_text(path) as file:
         for number, value in _json_values(path, file):
             if not isinstance(value, dict):
-                said = f"row {number}: {shortened(value)} is not a JSON object"
-                raise _unreadable(path, f'{said}; write one such as {{"text": "..."}}')
+                said = f"row {number}: {shorten(value)} is not a JSON object"
+                raise _file_error(path, f'{said}; write one such as {{"text": "..."}}')
             yield number, value
 
 
-class _Twice(Exception):
+class _DuplicateKey(Exception):
     """An object has a key twice, which JSON readers take for either of the two."""
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise _Twice(f"has the key {twice!r} twice; rename or remove one")
+        raise _DuplicateKey(f"has the key {twice!r} twice; rename or remove one")
     return found
 
 
 def _json_values(path: Path, file: TextIO) -> Iterator[tuple[int, Any]]:
-    lines = _decoded(path, file)
+    lines = _decode_lines(path, file)
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -122,23 +122,23 @@ def _json_values(path: Path, file: TextIO) -> Iterator[tuple[int, Any]]:
             yield from _json_list(path, line + "".join(lines), number)
             return
         try:
-            value = json.loads(line.strip(), object_pairs_hook=_object)
+            value = json.loads(line.strip(), object_pairs_hook=_unique_keys)
         except json.JSONDecodeError as error:
             # An object over several lines, or a broken one.
             yield from _json_stream(path, line + "".join(lines), number, error)
             return
-        except _Twice as error:
-            raise _unreadable(path, f"row {number} {error}") from error
+        except _DuplicateKey as error:
+            raise _file_error(path, f"row {number} {error}") from error
         yield number, value
 
 
 def _json_list(path: Path, text: str, line: int) -> Iterator[tuple[int, Any]]:
     try:
-        values = json.loads(text, object_pairs_hook=_object)
+        values = json.loads(text, object_pairs_hook=_unique_keys)
     except json.JSONDecodeError as error:
-        raise _broken(path, error, line) from error
-    except _Twice as error:
-        raise _unreadable(path, f"a row {error}") from error
+        raise _json_error(path, error, line) from error
+    except _DuplicateKey as error:
+        raise _file_error(path, f"a row {error}") from error
     for number, value in enumerate(values, 1):
         yield number, {"text": value} if isinstance(value, str) else value
 
@@ -147,83 +147,83 @@ def _json_stream(
     path: Path, text: str, line: int, failed: json.JSONDecodeError
 ) -> Iterator[tuple[int, Any]]:
     """Objects one after the other from this line on; `failed` is why the line alone is none."""
-    decoder = json.JSONDecoder(object_pairs_hook=_object)
+    decoder = json.JSONDecoder(object_pairs_hook=_unique_keys)
     space, at, first = re.compile(r"\s*"), 0, True
     while (at := space.match(text, at).end()) < len(text):  # type: ignore[union-attr]
         try:
             value, end = decoder.raw_decode(text, at)
         except json.JSONDecodeError as error:
             one_per_line = first and line > 1
-            raise _broken(path, failed if one_per_line else error, line) from error
-        except _Twice as error:
-            raise _unreadable(path, f"row {line + text.count(chr(10), 0, at)} {error}") from error
+            raise _json_error(path, failed if one_per_line else error, line) from error
+        except _DuplicateKey as error:
+            raise _file_error(path, f"row {line + text.count(chr(10), 0, at)} {error}") from error
         yield line + text.count("\n", 0, at), value
         at, first = end, False
 
 
-def _broken(path: Path, error: json.JSONDecodeError, line: int) -> UserError:
+def _json_error(path: Path, error: json.JSONDecodeError, line: int) -> UserError:
     at = line + error.lineno - 1
     shown = error.doc.splitlines()[error.lineno - 1 : error.lineno] or [""]
-    said = f"row {at} is not JSON: {error.msg} (character {error.colno} of {shortened(shown[0])})"
-    return _unreadable(path, f"{said}; correct this line")
+    said = f"row {at} is not JSON: {error.msg} (character {error.colno} of {shorten(shown[0])})"
+    return _file_error(path, f"{said}; correct this line")
 
 
-def _unreadable(path: Path, what: str) -> UserError:
+def _file_error(path: Path, what: str) -> UserError:
     return UserError(f"{path}: {what}", key="data.source")
 
 
-def _opened(path: Path) -> TextIO:
+def _open_text(path: Path) -> TextIO:
     """The file as text; a gzip is unpacked, as datasets does. Raises UserError."""
     try:
         with path.open("rb") as file:
             start = file.read(4)
         if start.startswith(UTF16):
-            raise _unreadable(path, "is UTF-16; save it as UTF-8")
+            raise _file_error(path, "is UTF-16; save it as UTF-8")
         if start.startswith(GZIP):
             return gzip.open(path, "rt", encoding="utf-8-sig", newline="\n")
         return path.open(encoding="utf-8-sig", newline="\n")
     except OSError as error:
-        raise _unreadable(path, f"cannot be read: {error.strerror}") from error
+        raise _file_error(path, f"cannot be read: {error.strerror}") from error
 
 
-def _decoded(path: Path, lines: Iterable[str]) -> Iterator[str]:
+def _decode_lines(path: Path, lines: Iterable[str]) -> Iterator[str]:
     try:
         yield from lines
     except UnicodeDecodeError as error:
-        raise _not_utf8(path) from error
+        raise _encoding_error(path) from error
     except (OSError, EOFError) as error:
-        raise _unreadable(path, f"cannot be read: {error}") from error
+        raise _file_error(path, f"cannot be read: {error}") from error
 
 
-def _not_utf8(path: Path) -> UserError:
+def _encoding_error(path: Path) -> UserError:
     before = 0
-    for number, line in enumerate(_bytes(path), 1):
+    for number, line in enumerate(_raw_lines(path), 1):
         try:
             line.decode()
         except UnicodeDecodeError as error:
             byte = line[error.start]
             what = (
-                f"{_place(path, number)}: byte {before + error.start + 1} of the file is "
+                f"{_row_of_line(path, number)}: byte {before + error.start + 1} of the file is "
                 f"0x{byte:02x} ({bytes([byte]).decode('latin-1')!r} in latin-1), which is not "
                 "UTF-8; save it as UTF-8"
             )
-            return _unreadable(path, what)
+            return _file_error(path, what)
         before += len(line)
-    return _unreadable(path, "is not UTF-8; save it as UTF-8")
+    return _file_error(path, "is not UTF-8; save it as UTF-8")
 
 
-def _bytes(path: Path) -> Iterator[bytes]:
+def _raw_lines(path: Path) -> Iterator[bytes]:
     with path.open("rb") as file:
         zipped = file.read(2) == GZIP
     with gzip.open(path) if zipped else path.open("rb") as lines:
         yield from lines
 
 
-def _place(path: Path, line: int) -> str:
+def _row_of_line(path: Path, line: int) -> str:
     """The row of a line: the same in JSON, while a CSV has a header and rows of several lines."""
     if path.suffix != ".csv":
         return f"row {line}"
-    reader = csv.reader(line.decode("latin-1") for line in _bytes(path))
+    reader = csv.reader(line.decode("latin-1") for line in _raw_lines(path))
     records = next(at for at, _ in enumerate(filter(None, reader)) if reader.line_num >= line)
     return f"row {records} (line {line})" if records else f"the header (line {line})"
 
@@ -235,21 +235,21 @@ def check_csv(data: Data, limit: int | None = None) -> None:
     records = _csv_records(path)
     header = next(records, [])
     if not header:
-        raise _unreadable(path, "has no rows")
+        raise _file_error(path, "has no rows")
     if len(header) == 1:
         for delimiter, name in OTHER_DELIMITERS.items():
             if delimiter in header[0]:
-                what = f"is separated by {name} ({shortened(header[0])} would be one column)"
-                raise _unreadable(path, f"{what}; save it with commas")
+                what = f"is separated by {name} ({shorten(header[0])} would be one column)"
+                raise _file_error(path, f"{what}; save it with commas")
     for column in layout_of(data, header, {}).columns:
         if header.count(column) > 1:
-            raise _unreadable(path, f"has the column {column!r} twice; rename or remove one")
+            raise _file_error(path, f"has the column {column!r} twice; rename or remove one")
     for number, record in enumerate(islice(records, limit), 1):
         # R writes row names without naming their column; pandas reads that as it is meant.
         row_names = len(record) == len(header) + 1 and record[0] == str(number)
         if len(record) > len(header) and not row_names:
             what = f"row {number} has {len(record)} fields and the header {len(header)}"
-            raise _unreadable(path, f"{what}; put a field that holds a comma in quotes")
+            raise _file_error(path, f"{what}; put a field that holds a comma in quotes")
 
 
 def csv_cell(path: Path, row: int, column: str) -> str | None:
@@ -264,12 +264,12 @@ def _csv_records(path: Path) -> Iterator[list[str]]:
     """The header and the rows, without blank lines."""
     limit = csv.field_size_limit(2**31 - 1)
     try:
-        with _opened(path) as file:
-            for record in csv.reader(_decoded(path, file)):
+        with _open_text(path) as file:
+            for record in csv.reader(_decode_lines(path, file)):
                 if record:
                     yield record
     except csv.Error as error:
-        raise _unreadable(path, f"cannot be read as CSV: {error}") from error
+        raise _file_error(path, f"cannot be read as CSV: {error}") from error
     finally:
         csv.field_size_limit(limit)
 
@@ -285,14 +285,14 @@ def _first_csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     seen_whole = len(rows) <= FIRST_ROWS
     numbers = {at for at in range(width) if seen_whole and _all_numbers(rows, at)}
     for number, row in enumerate(rows[:FIRST_ROWS], 1):
-        fields: list[Any] = [None if field in MISSING else field for field in row]
+        fields: list[Any] = [None if field in MISSING_VALUES else field for field in row]
         for at in numbers.intersection(range(len(row))):
             fields[at] = fields[at] and json.loads(fields[at].strip())
         yield number, dict(zip_longest(header, fields))
 
 
 def _all_numbers(rows: Sequence[Sequence[str]], at: int) -> bool:
-    there = [row[at] for row in rows if at < len(row) and row[at] not in MISSING]
+    there = [row[at] for row in rows if at < len(row) and row[at] not in MISSING_VALUES]
     return bool(there) and all(NUMBER.fullmatch(cell) for cell in there)
 
 
@@ -304,5 +304,5 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         with parquet.ParquetFile(path) as file:
             batch = next(file.iter_batches(batch_size=FIRST_ROWS), None)
     except (pyarrow.ArrowException, OSError) as error:
-        raise _unreadable(path, f"cannot be read as parquet: {first_line(error)}") from error
+        raise _file_error(path, f"cannot be read as parquet: {first_line(error)}") from error
     yield from enumerate([] if batch is None else batch.to_pylist(), 1)

@@ -33,7 +33,7 @@ class Labels(NamedTuple):
         return self.before[np.maximum(starts, ends)] - self.before[starts]
 
 
-def observed(
+def prepare_and_count(
     prepare: Callable[..., Dataset],
     rows: Dataset,
     processing_class: Any,
@@ -56,17 +56,17 @@ def observed(
     made = prepare(start, processing_class, args, packing, *rest)
     if "labels" not in made.column_names:
         return made, None
-    counted = _prepared(len(rows), made)
+    counted = _count_prepared(len(rows), made)
     if tokenized is not None:
         strategy = args.packing_strategy if packing else None
-        _cuts(counted, tokenized, args, strategy)
+        _count_truncated(counted, tokenized, args, strategy)
         if strategy is None:
-            _drops(counted, made)
-    _demand_something_to_learn(counted, args.max_length)
+            _count_dropped(counted, made)
+    _check_loss_tokens(counted, args.max_length)
     return made, counted
 
 
-def _prepared(read: int, made: Dataset) -> Preparation:
+def _count_prepared(read: int, made: Dataset) -> Preparation:
     """Sequences, tokens and predicted tokens of the data that is trained on."""
     tokens = loss_tokens = 0
     for labels, documents in _batches(made):
@@ -97,7 +97,9 @@ def _batches(rows: Dataset) -> Iterator[tuple[Labels, Any]]:
             yield labels, lengths
 
 
-def _cuts(counted: Preparation, tokenized: Dataset, args: Any, strategy: str | None) -> None:
+def _count_truncated(
+    counted: Preparation, tokenized: Dataset, args: Any, strategy: str | None
+) -> None:
     """Rows longer than they may be, and those that lose all of their labels by it."""
     longest = args.max_length
     counted.tokens_read = counted.rows_truncated = counted.rows_cut_off = counted.rows_kept = 0
@@ -119,13 +121,13 @@ def _cuts(counted: Preparation, tokenized: Dataset, args: Any, strategy: str | N
     counted.rows_dropped = counted.rows_read - counted.rows_kept
 
 
-def _drops(counted: Preparation, made: Dataset) -> None:
+def _count_dropped(counted: Preparation, made: Dataset) -> None:
     """Without packing every row that is left is a row of the data."""
     counted.rows_kept = len(made)
     counted.rows_dropped = counted.rows_read - len(made)
 
 
-def _demand_something_to_learn(counted: Preparation, max_length: int | None) -> None:
+def _check_loss_tokens(counted: Preparation, max_length: int | None) -> None:
     if counted.loss_tokens:
         return
     cut_off, read = counted.rows_cut_off, counted.rows_read

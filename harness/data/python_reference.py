@@ -105,10 +105,10 @@ def held_out_passages(
         if held_out(topic.key)
     ]
     rounds = [texts[turn] for turn in range(per_topic) for texts in by_topic if turn < len(texts)]
-    return [p._replace(text=_cut(p.text, characters)) for p in rounds]
+    return [p._replace(text=_truncate(p.text, characters)) for p in rounds]
 
 
-def _cut(text: str, characters: int) -> str:
+def _truncate(text: str, characters: int) -> str:
     if len(text) <= characters:
         return text
     head = text[:characters]

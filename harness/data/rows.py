@@ -36,7 +36,7 @@ SHAREGPT_ROLES = {
     "observation": "tool",
 }
 # What an assistant's turn may hold in place of content; the template has to render it.
-INSTEAD_OF_CONTENT = ("tool_calls", "function_call", "reasoning_content", "thinking")
+CONTENT_ALTERNATIVES = ("tool_calls", "function_call", "reasoning_content", "thinking")
 SHOWN_CHARACTERS = 40
 NULL = "is null"
 
@@ -64,7 +64,7 @@ def standard_row(row: Mapping[str, Any], layout: RowLayout) -> dict[str, Any]:
     return {name: _text(row, column) for name, column in zip(names, layout.columns, strict=True)}
 
 
-def said_of(value: Any) -> str:
+def describe_value(value: Any) -> str:
     """`is null`, `is the number 1`, ...: a value in the words of a message."""
     if value is None:
         return NULL
@@ -75,19 +75,19 @@ def said_of(value: Any) -> str:
     if isinstance(value, int | float):
         return f"is the number {value}"
     if isinstance(value, str):
-        return f"is the text {shortened(value)}"
+        return f"is the text {shorten(value)}"
     if isinstance(value, bytes):
-        return f"is binary data {shortened(value)}"
+        return f"is binary data {shorten(value)}"
     if isinstance(value, list | tuple):
-        return "is an empty list" if not value else f"is a list {shortened(value)}"
+        return "is an empty list" if not value else f"is a list {shorten(value)}"
     if isinstance(value, Mapping):
-        return f"is a struct {shortened(value)}"
+        return f"is a struct {shorten(value)}"
     if isinstance(value, datetime.date | datetime.time):
         return f"is the time {value}"
     return f"is a {type(value).__name__}"
 
 
-def shortened(value: Any) -> str:
+def shorten(value: Any) -> str:
     shown = repr(value)
     return shown if len(shown) <= SHOWN_CHARACTERS else f"{shown[:SHOWN_CHARACTERS]}..."
 
@@ -105,10 +105,10 @@ def _text(row: Mapping[str, Any], column: str) -> str:
         raise BadValue(column, "is not there", "write it or remove the row")
     if value is None:
         raise BadValue(column, NULL, "write its text or remove the row")
-    raise BadValue(column, f"{said_of(value)}, not text", _as_text(value))
+    raise BadValue(column, f"{describe_value(value)}, not text", _text_fix(value))
 
 
-def _as_text(value: Any) -> str:
+def _text_fix(value: Any) -> str:
     """How to store as text what is none."""
     if isinstance(value, int | float):
         return "write it in quotes in a JSONL file (a CSV column of numbers is read as numbers)"
@@ -147,28 +147,30 @@ def _messages(row: Mapping[str, Any], column: str) -> list[dict[str, Any]]:
         raise BadValue(column, "is not there", "write its messages or remove the row")
     if not isinstance(value, list) or not value:
         fix = 'write a list such as [{"role": "user", "content": "..."}], or remove the row'
-        raise BadValue(column, said_of(value), fix)
+        raise BadValue(column, describe_value(value), fix)
     return [_message(message, f"{column}[{at}]") for at, message in enumerate(value)]
 
 
 def _message(message: Any, place: str) -> dict[str, Any]:
     if not isinstance(message, Mapping):
-        raise BadValue(place, f"{said_of(message)}, not a message", "write role and content")
+        raise BadValue(place, f"{describe_value(message)}, not a message", "write role and content")
     if message.get("role") is None and message.get("from") is not None:
         message = _from_sharegpt(message, place)
     if not isinstance(message.get("role"), str):
-        what = f"has no role ({shortened(dict(message))})"
+        what = f"has no role ({shorten(dict(message))})"
         raise BadValue(place, what, "write a role such as user or assistant")
     content = message.get("content")
     if isinstance(content, str):
         return dict(message)
     if isinstance(content, list) and not (message["role"] == "tool" and not _has_parts(content)):
-        return {**message, "content": _joined(content, f"{place}.content")}
-    if content is None and not any(message.get(key) for key in INSTEAD_OF_CONTENT):
+        return {**message, "content": _join_parts(content, f"{place}.content")}
+    if content is None and not any(message.get(key) for key in CONTENT_ALTERNATIVES):
         said = NULL if "content" in message else "is not there"
         raise BadValue(f"{place}.content", said, "write its text or remove the row")
     if content is not None and message["role"] != "tool":
-        raise BadValue(f"{place}.content", f"{said_of(content)}, not text", _as_text(content))
+        raise BadValue(
+            f"{place}.content", f"{describe_value(content)}, not text", _text_fix(content)
+        )
     return dict(message)
 
 
@@ -176,9 +178,9 @@ def _from_sharegpt(message: Mapping[str, Any], place: str) -> dict[str, Any]:
     role = SHAREGPT_ROLES.get(message["from"]) if isinstance(message["from"], str) else None
     if role is None:
         known = ", ".join(SHAREGPT_ROLES)
-        raise BadValue(f"{place}.from", said_of(message["from"]), f"known are {known}")
+        raise BadValue(f"{place}.from", describe_value(message["from"]), f"known are {known}")
     if not isinstance(message.get("value"), str):
-        what = said_of(message.get("value")) if "value" in message else "is not there"
+        what = describe_value(message.get("value")) if "value" in message else "is not there"
         raise BadValue(f"{place}.value", what, "write its text or remove the row")
     rest = {key: value for key, value in message.items() if key not in ("from", "value", "role")}
     return {"role": role, **rest, "content": message["value"]}
@@ -188,7 +190,7 @@ def _has_parts(content: Sequence[Any]) -> bool:
     return all(isinstance(part, Mapping) and "type" in part for part in content)
 
 
-def _joined(parts: Sequence[Any], place: str) -> str:
+def _join_parts(parts: Sequence[Any], place: str) -> str:
     """The text of a content that is a list of parts, which must all be text."""
     if not parts:
         raise BadValue(place, "is an empty list", "write its text or remove the row")
@@ -196,7 +198,11 @@ def _joined(parts: Sequence[Any], place: str) -> str:
     for at, part in enumerate(parts):
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind != "text" or not isinstance(part.get("text"), str):
-            said = f"is a part of type {kind!r}" if kind not in (None, "text") else said_of(part)
+            said = (
+                f"is a part of type {kind!r}"
+                if kind not in (None, "text")
+                else describe_value(part)
+            )
             raise BadValue(f"{place}[{at}]", said, "only parts of type 'text' can be trained on")
         texts.append(part["text"])
     return "".join(texts)
@@ -209,15 +215,17 @@ def _tools(value: Any) -> str | None:
         try:
             parsed = json.loads(value)
         except ValueError as error:
-            raise BadValue("tools", f"{said_of(value)}, not JSON", "write a list") from error
+            raise BadValue("tools", f"{describe_value(value)}, not JSON", "write a list") from error
     if parsed in (None, "", []):
         return None
     if not isinstance(parsed, list) or not all(isinstance(tool, Mapping) for tool in parsed):
-        raise BadValue("tools", said_of(parsed), "write a list of JSON schemas")
+        raise BadValue("tools", describe_value(parsed), "write a list of JSON schemas")
     return value if isinstance(value, str) else json.dumps(parsed, ensure_ascii=False)
 
 
 def _template_arguments(value: Any) -> dict[str, Any]:
     if not isinstance(value, Mapping):
-        raise BadValue("chat_template_kwargs", said_of(value), 'write a mapping such as {"a": 1}')
+        raise BadValue(
+            "chat_template_kwargs", describe_value(value), 'write a mapping such as {"a": 1}'
+        )
     return dict(value)

@@ -90,7 +90,10 @@ def score(model: Any, tokenizer: Any, evaluate: Evaluate) -> Scores:
     frames = [sample_rows(task, rows) for task, rows in results["samples"].items()]
     recipe = Recipe(softmax_dtype=SOFTMAX_DTYPE, logits_dtype=_logits_dtype(lm))
     return Scores(
-        task_scores(results), pd.concat(frames, ignore_index=True), recipe, not_numbers(results)
+        task_scores(results),
+        pd.concat(frames, ignore_index=True),
+        recipe,
+        non_numeric_metrics(results),
     )
 
 
@@ -109,12 +112,12 @@ def task_scores(results: dict[str, Any]) -> dict[str, TaskScore]:
     return groups | tasks
 
 
-def not_numbers(results: dict[str, Any]) -> dict[str, str]:
+def non_numeric_metrics(results: dict[str, Any]) -> dict[str, str]:
     """The metrics that lm-eval gives as something else than a number, by their dotted name."""
     found = {}
     for task in results["samples"]:
         for name, filter_name, value in _metrics(results["results"][task]):
-            if _number(value) is None:
+            if _as_float(value) is None:
                 metric = _metric_name(name, filter_name)
                 kind = type(value).__name__
                 found[f"quality.{task}.{metric}"] = f"lm-eval gives no number but a {kind}"
@@ -128,7 +131,7 @@ def _task_score(task: str, results: dict[str, Any]) -> TaskScore:
         num_fewshot=int(results["n-shot"].get(task) or 0),
         version=version,
         hash=task_hash(results["samples"][task], version),
-        **_figures(task, results["results"][task], results),
+        **_metric_values(task, results["results"][task], results),
     )
 
 
@@ -142,7 +145,7 @@ def _group_score(group: str, results: dict[str, Any], tasks: dict[str, TaskScore
         version=version,
         hash=hashlib.sha256(asked.encode()).hexdigest(),
         subtasks=list(results["group_subtasks"][group]),
-        **_figures(group, results["groups"][group], results),
+        **_metric_values(group, results["groups"][group], results),
     )
 
 
@@ -155,16 +158,16 @@ def _leaves(group: str, subtasks: dict[str, list[str]]) -> list[str]:
     ]
 
 
-def _figures(name: str, values: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
+def _metric_values(name: str, values: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
     """The metrics of a task or group, and which way each is better."""
     metrics = {}
     better = {}
     directions = results["higher_is_better"].get(name) or {}
     for metric, filter_name, raw in _metrics(values):
-        value = _number(raw)
+        value = _as_float(raw)
         if value is None:
             continue
-        stderr = _number(values.get(f"{metric}_stderr,{filter_name}"))
+        stderr = _as_float(values.get(f"{metric}_stderr,{filter_name}"))
         told = _metric_name(metric, filter_name)
         metrics[told] = Metric(value=value, stderr=stderr)
         if directions.get(metric) is not None:
@@ -180,12 +183,12 @@ def _metrics(values: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
             yield name, filter_name, value
 
 
-def _number(value: Any) -> float | None:
+def _as_float(value: Any) -> float | None:
     """A plain number, numpy's or torch's, as a float; none for anything else."""
     if isinstance(value, int | float):
         return float(value)
     if getattr(value, "shape", None) == () and hasattr(value, "item"):
-        return _number(value.item())
+        return _as_float(value.item())
     return None
 
 
@@ -236,7 +239,7 @@ def _value_and_weight(metric: str, logged: Any) -> tuple[float, float] | None:
         if not isinstance(logged, tuple | list) or len(logged) != 2:
             return None
         pair = (logged[0], logged[1])
-    value, weight = map(_number, pair)
+    value, weight = map(_as_float, pair)
     return None if value is None or weight is None else (value, weight)
 
 

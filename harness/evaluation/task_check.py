@@ -17,11 +17,11 @@ def check_tasks(recipe: Evaluate) -> None:
     manager = evaluate.task_manager(recipe)
     together: list[Any] = []
     for name in recipe.tasks:
-        loaded = _loaded(manager, [name], f"lm-eval cannot load {name!r}")
-        _check_kinds(loaded["tasks"])
+        loaded = _load(manager, [name], f"lm-eval cannot load {name!r}")
+        _check_supported(loaded["tasks"])
         group = loaded["groups"].get(name)
         together += [group] if group is not None else loaded["tasks"].values()
-    _loaded(manager, together, "lm-eval cannot score these tasks together")
+    _load(manager, together, "lm-eval cannot score these tasks together")
 
 
 def check_chat_template(recipe: Evaluate, chosen: Model) -> None:
@@ -33,7 +33,7 @@ def check_chat_template(recipe: Evaluate, chosen: Model) -> None:
         )
 
 
-def _loaded(manager: Any, tasks: list[Any], refused: str) -> dict[str, dict[str, Any]]:
+def _load(manager: Any, tasks: list[Any], refused: str) -> dict[str, dict[str, Any]]:
     try:
         found: dict[str, dict[str, Any]] = manager.load(tasks)
     except Exception as error:
@@ -41,7 +41,7 @@ def _loaded(manager: Any, tasks: list[Any], refused: str) -> dict[str, dict[str,
     return found
 
 
-def _check_kinds(tasks: dict[str, Any]) -> None:
+def _check_supported(tasks: dict[str, Any]) -> None:
     for name, task in tasks.items():
         if getattr(task, "UNSAFE_CODE", False):
             raise UserError(

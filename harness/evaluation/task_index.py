@@ -23,11 +23,11 @@ from harness.models.packaged import cache_directory
 from harness.records import provenance
 from harness.system.files import write_atomically
 
-OWN_TASKS = Path(lm_eval.tasks.__file__).parent
+DEFAULT_TASKS = Path(lm_eval.tasks.__file__).parent
 
 
 @functools.cache
-def own_index() -> dict[str, Entry]:
+def default_index() -> dict[str, Entry]:
     """Name of a task, group or tag of the installed lm-eval to its entry."""
     path = cache_directory() / "task-index" / f"{_signature()}.json"
     try:
@@ -38,7 +38,7 @@ def own_index() -> dict[str, Entry]:
     except (OSError, ValueError, KeyError, TypeError):
         path.unlink(missing_ok=True)
     index: dict[str, Entry] = TaskManager().task_index
-    _keep(path, index)
+    _write(path, index)
     return index
 
 
@@ -49,23 +49,23 @@ def manager(directories: list[str], own: bool) -> TaskManager:
     if own:
         nearer = dict(found.task_index)
         found.task_index.clear()
-        found.task_index.update(own_index() | nearer)
+        found.task_index.update(default_index() | nearer)
     return found
 
 
 def _entry(name: str, kind: str, place: str | None, tags: list[str]) -> Entry:
-    path = OWN_TASKS / place if place is not None else None
+    path = DEFAULT_TASKS / place if place is not None else None
     return Entry(name=name, kind=Kind[kind], yaml_path=path, tags=set(tags))
 
 
-def _keep(path: Path, index: dict[str, Entry]) -> None:
+def _write(path: Path, index: dict[str, Entry]) -> None:
     """Write the index down; a cache that cannot be written costs the time again, nothing else."""
     plain: dict[str, Any] = {}
     for name, entry in index.items():
         place = entry.yaml_path
         plain[name] = [
             entry.kind.name,
-            place.relative_to(OWN_TASKS).as_posix() if place is not None else None,
+            place.relative_to(DEFAULT_TASKS).as_posix() if place is not None else None,
             sorted(entry.tags),
         ]
     try:
@@ -78,7 +78,7 @@ def _keep(path: Path, index: dict[str, Entry]) -> None:
 def _signature() -> str:
     """Version, and name, size and time of every file: an edited task makes an index anew."""
     hashed = hashlib.sha256()
-    for name, size, time in _task_files(OWN_TASKS):
+    for name, size, time in _task_files(DEFAULT_TASKS):
         hashed.update(f"{name}\0{size}\0{time}\n".encode())
     return f"lm-eval-{provenance.version('lm-eval')}-{hashed.hexdigest()[:16]}"
 

@@ -36,7 +36,7 @@ class CountingCollator:
 
     def __call__(self, examples: list[dict[str, Any]]) -> CountedBatch:
         batch = CountedBatch(self._collator(examples))
-        batch.count = _read(count_tokens(batch, len(examples)))
+        batch.count = _as_integers(count_tokens(batch, len(examples)))
         return batch
 
 
@@ -49,7 +49,7 @@ def count_of(inputs: dict[str, Any]) -> Any:
 
 def total(counts: list[Any]) -> TokenCount:
     """The sum of what `count_of` returned; reads what is still on the device."""
-    return rates.total([_read(count) for count in counts])
+    return rates.total([_as_integers(count) for count in counts])
 
 
 def count_tokens(batch: dict[str, Any], samples: int) -> tuple[Any, ...]:
@@ -61,5 +61,5 @@ def count_tokens(batch: dict[str, Any], samples: int) -> tuple[Any, ...]:
     return everything, everything if mask is None else mask.sum(), labelled, samples, 1
 
 
-def _read(count: Any) -> TokenCount:
+def _as_integers(count: Any) -> TokenCount:
     return TokenCount(*(int(figure) for figure in count))

@@ -1,4 +1,4 @@
-"""What the ranks of a cell send each other in one optimizer step, seen at torch's dispatcher."""
+"""The collectives of one rank in one optimizer step, counted at torch's dispatcher."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from harness.meters.memory.ledger import wraps_tensors
 from harness.records.record import Communication
 
 NAMESPACES = ("c10d", "_c10d_functional", "_c10d_functional_autograd")
-# They carry no data of the model.
-SILENT = ("barrier", "monitored_barrier_", "wait_tensor", "_wrap_tensor_autograd")
+# Collectives without tensors of the model.
+WITHOUT_DATA = ("barrier", "monitored_barrier_", "wait_tensor", "_wrap_tensor_autograd")
 
 
 class Collectives(TorchDispatchMode):
-    """Counts collectives and their bytes: what goes in or what comes out, whichever is more, so
-    that a gather and a scatter of the same tensor weigh the same. Not what a ring or a tree of
-    ranks makes of it."""
+    """Counts collectives and their bytes: those of the inputs or of the outputs, whichever are
+    more, so that a gather and a scatter of the same tensor count the same. The messages of a ring
+    or tree algorithm are not counted."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class Collectives(TorchDispatchMode):
         self.bytes.clear()
 
     @property
-    def seen(self) -> Communication:
+    def communication(self) -> Communication:
         return Communication(calls=dict(self.calls), bytes=dict(self.bytes))
 
     def __torch_dispatch__(
@@ -42,14 +42,14 @@ class Collectives(TorchDispatchMode):
             return NotImplemented
         out = func(*args, **(kwargs or {}))
         if func.namespace in NAMESPACES:
-            self._note(func, args, out)
+            self._count(func, args, out)
         return out
 
-    def _note(self, func: Any, args: Any, out: Any) -> None:
+    def _count(self, func: Any, args: Any, out: Any) -> None:
         name = func._schema.name.rpartition("::")[2]
-        if name in SILENT:
+        if name in WITHOUT_DATA:
             return
-        # The lists of one call: tensors in, tensors out; in-place ones are both.
+        # Inputs and outputs of one call; an in-place collective has the same tensors in both.
         parts = [_bytes(part) for part in (*args, out)]
         self.calls[name] += 1
         self.bytes[name] += max(parts, default=0)

@@ -18,7 +18,7 @@ def foreign_share(all_busy: float, own_busy: float, available: float) -> float |
     return max(0.0, all_busy - own_busy) / available
 
 
-class ForeignLoad:
+class ForeignCpuMeter:
     """`start()`, then `share()` over the time since. Idle and I/O wait are not busy."""
 
     def __init__(self) -> None:

@@ -8,12 +8,12 @@ from typing import Any
 from harness.records.record import Steps
 
 
-def known(losses: Sequence[float], loss_tokens: Sequence[int]) -> list[float | None]:
+def labelled_losses(losses: Sequence[float], loss_tokens: Sequence[int]) -> list[float | None]:
     """Losses; none of a step without a token that carries a label, which TRL calls 0.0."""
     return [loss if tokens else None for loss, tokens in zip(losses, loss_tokens, strict=True)]
 
 
-def why_unknown(losses: Sequence[float | None]) -> str | None:
+def explain_missing_losses(losses: Sequence[float | None]) -> str | None:
     """The reason why some steps have no loss; none when all have one."""
     without = [str(step) for step, loss in enumerate(losses, start=1) if loss is None]
     if not without:
@@ -58,7 +58,7 @@ MICRO_BATCH_MEANS = (
 RANK_MEANS = "the mean over ranks of each one's mean over its predicted tokens"
 
 
-def further_terms(trainer: Any) -> list[str]:
+def extra_loss_terms(trainer: Any) -> list[str]:
     """What the loss holds beside the cross entropy, as found on TRL's trainer."""
     terms = []
     if getattr(trainer, "aux_loss_enabled", False):

@@ -12,9 +12,13 @@ from harness.records.record import Record, Steps, Tokens
 from matrices.cell import Train
 
 NO_PEAK_RATE = "no published peak rate is known for this device"
-NO_ACCOUNT = "this system's count of busy processors does not include this process's own time"
+NO_CPU_ACCOUNTING = (
+    "this system's count of busy processors does not include this process's own time"
+)
 TOO_SHORT = "every step was a warm-up step"
-SHORTER = "the timed batches were shorter than the full-length ones whose operations were counted"
+SHORTER_BATCHES = (
+    "the timed batches were shorter than the full-length ones whose operations were counted"
+)
 NO_NORM = "the engine tells no gradient norm"
 
 
@@ -24,7 +28,7 @@ def warmup_steps(train: Train) -> int:
     return train.warmup_steps if chosen is None else chosen
 
 
-def fill(record: Record, clock: Any) -> None:
+def fill_speed(record: Record, clock: Any) -> None:
     """Put what a StepClock saw into `record`, complete or not.
 
     Rates are totals over totals (tokens of the timed steps / seconds of the timed steps), never
@@ -35,7 +39,7 @@ def fill(record: Record, clock: Any) -> None:
     speed, warmup = record.speed, warmup_steps(train)
     speed.step_seconds, speed.warmup_steps = clock.seconds, warmup
     speed.meter_seconds = clock.meter_seconds
-    _steps(record, clock)
+    _fill_steps(record, clock)
     timed = clock.seconds[warmup:]
     middle = quartiles(timed)
     if middle is None:
@@ -54,15 +58,15 @@ def fill(record: Record, clock: Any) -> None:
     speed.samples_per_second = counted.samples / seconds
     speed.foreign_cpu_share = clock.foreign_cpu_share()
     if speed.foreign_cpu_share is None:
-        record.missing["speed.foreign_cpu_share"] = NO_ACCOUNT
+        record.missing["speed.foreign_cpu_share"] = NO_CPU_ACCOUNTING
     energy = clock.energy()
     speed.energy_joules = energy.joules
     if energy.reason:
         record.missing["speed.energy_joules"] = energy.reason
-    _operations(record, clock.counts[warmup:], seconds)
+    _fill_flops(record, clock.counts[warmup:], seconds)
 
 
-def _steps(record: Record, clock: Any) -> None:
+def _fill_steps(record: Record, clock: Any) -> None:
     """What each step was made of, and its loss. A rank knows nothing of the others' labels: until
     all are put together, each keeps its own share of every loss."""
     counts: list[TokenCount] = clock.counts
@@ -81,22 +85,22 @@ def _steps(record: Record, clock: Any) -> None:
     if None in record.steps.gradient_norm:
         record.missing["steps.gradient_norm"] = NO_NORM
     if record.cell.ranks == 1:
-        keep_losses(record, clock.losses, [record.steps])
+        record_losses(record, clock.losses, [record.steps])
     else:
         record.quality.train_loss = clock.losses
 
 
-def keep_losses(record: Record, together: Sequence[float], ranks: Sequence[Steps]) -> None:
+def record_losses(record: Record, together: Sequence[float], ranks: Sequence[Steps]) -> None:
     """The losses over all ranks, as far as there were labels, and what they are divided by;
     `record.steps` holds the counts of all."""
-    record.quality.train_loss = losses.known(together, record.steps.tokens_loss)
+    record.quality.train_loss = losses.labelled_losses(together, record.steps.tokens_loss)
     record.verified.loss_normalization = losses.normalization(ranks)
-    reason = losses.why_unknown(record.quality.train_loss)
+    reason = losses.explain_missing_losses(record.quality.train_loss)
     if reason:
         record.missing["quality.train_loss"] = reason
 
 
-def _operations(record: Record, timed: Sequence[TokenCount], seconds: float) -> None:
+def _fill_flops(record: Record, timed: Sequence[TokenCount], seconds: float) -> None:
     """Operations were counted on whole, full-length steps; they stand for the timed ones only when
     each of those was one."""
     train, data, speed = record.cell.train, record.cell.data, record.speed
@@ -108,13 +112,13 @@ def _operations(record: Record, timed: Sequence[TokenCount], seconds: float) -> 
     whole = train.gradient_accumulation_steps
     full = train.micro_batch_size * whole * data.max_length
     if any((count.micro_batches, count.all) != (whole, full) for count in timed):
-        record.missing["speed.tflops_per_second"] = SHORTER
+        record.missing["speed.tflops_per_second"] = SHORTER_BATCHES
         return
     record.missing.pop("speed.tflops_per_second", None)
     speed.tflops_per_second = tflops_per_second(speed.flops_per_step, len(timed), seconds)
 
 
-def note_device_peak(record: Record) -> None:
+def record_device_peak(record: Record) -> None:
     """The timed steps' own device peak. It stays beside the headline: nobody knows in which of
     their phases it was, or what lived then."""
     record.memory.timed_peak_bytes = device.peaks().allocated_bytes

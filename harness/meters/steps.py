@@ -1,4 +1,4 @@
-"""What watches training: one observer times the steps, another takes their memory apart."""
+"""Observers of training: one times the steps, others measure their memory and operations."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from harness import device
 from harness.meters import batches
 from harness.meters.collectives import Collectives
 from harness.meters.energy import Energy, EnergyMeter
-from harness.meters.foreign_cpu import ForeignLoad
+from harness.meters.foreign_cpu import ForeignCpuMeter
 from harness.meters.memory import ledger, shards
 from harness.meters.rates import TokenCount
 from harness.records.record import Communication, PhaseMemory
@@ -38,11 +38,11 @@ class Diverged(RuntimeError):
 
 class StepClock(Observer):
     """Times whole optimizer steps, data loading included: from the end of one to the end of the
-    next. The device is synchronized at step ends only. Keeps unrounded losses, and what each step
-    was made of.
+    next. It synchronizes the device at step ends only. It stores unrounded losses, and what each
+    step consisted of.
 
-    `begin(optimizer)` is called once everything is prepared and before any clock runs,
-    `report(step, loss, seconds)` between steps, outside of every measured interval.
+    `begin(optimizer)` is called when everything is prepared and before any clock runs.
+    `report(step, loss, seconds)` is called between steps, outside every timed interval.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class StepClock(Observer):
         self._report = report
         self._begin = begin
         self._energy = EnergyMeter()
-        self._others = ForeignLoad()
+        self._foreign_cpu = ForeignCpuMeter()
         self._parts: list[Any] = []
         self._counted: list[Any] = []
         self._divisor: Any = None
@@ -88,7 +88,7 @@ class StepClock(Observer):
         device.synchronize()
         now = time.perf_counter()
         self.seconds.append(now - self._since)
-        loss = self._keep_step()
+        loss = self._store_step()
         if not math.isfinite(loss):
             unlabelled = "" if self.counts[-1].loss else ", and no token of it carries a label"
             raise Diverged(f"the loss of step {step} is {loss}{unlabelled}")
@@ -98,7 +98,7 @@ class StepClock(Observer):
         self._since = time.perf_counter()
         self.meter_seconds += self._since - now
 
-    def _keep_step(self) -> float:
+    def _store_step(self) -> float:
         """File what the step was made of; returns its loss. Nothing is asked of the device before
         this."""
         self.counts.append(batches.total(self._counted))
@@ -114,19 +114,19 @@ class StepClock(Observer):
 
     def _start_counters(self) -> None:
         self._energy.start()
-        self._others.start()
+        self._foreign_cpu.start()
 
     def energy(self) -> Energy:
         """Joules over the timed steps."""
         return self._energy.stop()
 
     def foreign_cpu_share(self) -> float | None:
-        """What other processes took of the processors over the timed steps."""
-        return self._others.share()
+        """Share of the processor time that other processes used over the timed steps."""
+        return self._foreign_cpu.share()
 
 
 def _number(value: Any) -> float | None:
-    """A scalar tensor's value; that of a norm over shards once all ranks have put it together."""
+    """The value of a scalar tensor; a norm over shards is first reduced over all ranks."""
     if value is None:
         return None
     whole = value.full_tensor() if hasattr(value, "full_tensor") else value
@@ -158,12 +158,12 @@ class CounterSteps(Observer):
     def _close_phase(self) -> None:
         if self._open is not None:
             old = self.readings.get(self._open, PhaseMemory())
-            self.readings[self._open] = highest(old, read_phase())
+            self.readings[self._open] = highest_figures(old, read_phase())
             self._open = None
 
 
 class MemorySteps(CounterSteps):
-    """Runs the ledger, the operation counter and, on several ranks, the collectives' as well."""
+    """Runs the memory ledger, the FLOP counter and the counter of collectives."""
 
     def __init__(self, model: nn.Module, vocabulary: int) -> None:
         super().__init__()
@@ -172,15 +172,15 @@ class MemorySteps(CounterSteps):
         self._hooks: list[Any] = []
         self.recomputation = Recomputation(model)
         self.ledger = ledger.Ledger(device.training_device().type, vocabulary)
-        self.operations = Operations()
+        self.operations = FlopCounter()
         self.collectives = Collectives()
         self.communication: Communication | None = None
-        self.held: shards.ParameterSize | None = None
+        self.rank_size: shards.ParameterSize | None = None
 
     def __enter__(self) -> Self:
         ledger.tag_model(self.ledger, self._model)
         self._hooks = ledger.tag_gradients(self.ledger, self._model)
-        self._hooks += ledger.name_modules(self.ledger, self._model)
+        self._hooks += ledger.track_modules(self.ledger, self._model)
         self._hooks += self.recomputation.hooks
         self.collectives.__enter__()
         self.operations.__enter__()
@@ -199,9 +199,9 @@ class MemorySteps(CounterSteps):
 
     def train_begin(self, optimizer: Any) -> None:
         self._optimizer = optimizer
-        # Preparation has put shards in the place of what was tagged.
+        # Preparation has replaced the tagged parameters by shards.
         shards.tag(self.ledger, self._model)
-        self.held = shards.on_this_rank(self._model)
+        self.rank_size = shards.on_this_rank(self._model)
 
     def phase(self, name: str) -> None:
         super().phase(name)
@@ -213,8 +213,8 @@ class MemorySteps(CounterSteps):
     def step_end(self, step: int) -> None:
         super().step_end(step)
         self._tag_optimizer()
-        # What is sent once, before the first step, is no part of a step.
-        self.communication = self.collectives.seen
+        # Collectives before the first step are no part of a step.
+        self.communication = self.collectives.communication
         self.collectives.clear()
 
     def _tag_optimizer(self) -> None:
@@ -227,7 +227,7 @@ class MemorySteps(CounterSteps):
 
 
 def read_phase() -> PhaseMemory:
-    """Everything the device seam can tell about the window since the last `reset_peaks`."""
+    """The counters of `harness.device` since the last `reset_peaks`."""
     peaks = device.peaks()
     return PhaseMemory(
         allocated_peak_bytes=peaks.allocated_bytes,
@@ -238,8 +238,8 @@ def read_phase() -> PhaseMemory:
     )
 
 
-def highest(one: PhaseMemory, other: PhaseMemory) -> PhaseMemory:
-    """Figure by figure the higher; what only one of them has stands."""
+def highest_figures(one: PhaseMemory, other: PhaseMemory) -> PhaseMemory:
+    """The higher value of each figure; a figure that only one reading has is kept."""
     first, second = one.model_dump(), other.model_dump()
     merged = {
         name: max((v for v in (first[name], second[name]) if v is not None), default=None)
@@ -248,11 +248,11 @@ def highest(one: PhaseMemory, other: PhaseMemory) -> PhaseMemory:
     return PhaseMemory(**merged)
 
 
-class Operations(TorchDispatchMode):
+class FlopCounter(TorchDispatchMode):
     """Counts executed floating point operations by torch's own formulas, as its `FlopCounterMode`
-    does, but leaves every op whole. That one takes apart what it has no formula for
-    (`silu_backward` becomes five ops with temporaries), and the memory of other steps than a
-    real run's would be measured under it.
+    does, but decomposes no op. `FlopCounterMode` decomposes ops without a formula
+    (`silu_backward` becomes five ops with temporaries), so memory measured under it would differ
+    from that of a real run.
     """
 
     def __init__(self) -> None:
@@ -263,7 +263,7 @@ class Operations(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        # What is sharded is counted by what each rank computes of it.
+        # Ops on shards are counted as each rank computes them.
         if ledger.wraps_tensors(types):
             return NotImplemented
         kwargs = kwargs or {}
@@ -280,9 +280,9 @@ def flop_formulas() -> dict[Any, Any]:
 
 
 def _missing_formulas() -> dict[Any, Any]:
-    """What torch has no formula for: the CPU attention kernel, which does the same products as the
-    CUDA ones, `linear`, which arrives whole from inside another op (bitsandbytes' product), and the
-    grouped product of experts."""
+    """Formulas that torch lacks: for the CPU attention kernel, which computes the same products as
+    the CUDA ones, for a `linear` that another op calls (bitsandbytes' product), and for the grouped
+    matrix product of experts."""
 
     @shape_wrapper
     def linear(left: Any, weight: Any, *_: Any, **__: Any) -> int:
@@ -298,7 +298,7 @@ def _missing_formulas() -> dict[Any, Any]:
 
     @shape_wrapper
     def grouped(left: Any, right: Any, *_: Any, **__: Any) -> int:
-        # Where only one side has a dimension of groups, these share out the other side's rows.
+        # If only one side has a group dimension, the groups divide the rows of the other side.
         groups = left[0] if len(left) == len(right) == 3 else 1
         return int(2 * groups * left[-2] * left[-1] * right[-1])
 

@@ -94,8 +94,8 @@ def _read(directory: Path, complete: bool, state: tuple[tuple[str, int, int], ..
     names = [name for name, _, _ in state]
     _refuse_adapter(directory, names)
     if "config.json" not in names:
-        raise wrong_file(directory, f"holds no config.json{_what_is_there(names)}")
-    config = _object(directory / "config.json")
+        raise wrong_file(directory, f"holds no config.json{_other_weights(names)}")
+    config = _json_object(directory / "config.json")
     if any(DISTRIBUTED_SHARD.fullmatch(name) for name in names):
         return Checkpoint(directory, config, (), None)
     files = _weight_files(directory, config, names, complete)
@@ -125,7 +125,7 @@ def _refuse_adapter(directory: Path, names: Sequence[str]) -> None:
             f"holds a whole model and, in {ADAPTER_CONFIG}, an adapter, which transformers would "
             "put on it without a word; move the adapter to a directory of its own, or merge it",
         )
-    config = _object(directory / ADAPTER_CONFIG)
+    config = _json_object(directory / ADAPTER_CONFIG)
     base = config.get("base_model_name_or_path") or "a model it does not name"
     kind = f" {config['peft_type']}" if isinstance(config.get("peft_type"), str) else ""
     raise wrong_file(
@@ -166,18 +166,18 @@ def _no_weights(directory: Path, wanted: Sequence[str], names: Sequence[str]) ->
         return wrong_file(directory / links[0], "is a link to a file that is not there")
     return wrong_file(
         directory,
-        f"holds no weights ({' or '.join(wanted)}){_what_is_there(names)}; save or download them, "
+        f"holds no weights ({' or '.join(wanted)}){_other_weights(names)}; save or download them, "
         "or give the config.json alone under model: {config: ...} for a prediction",
     )
 
 
-def _what_is_there(names: Sequence[str]) -> str:
+def _other_weights(names: Sequence[str]) -> str:
     others = [name for name in names if name.endswith(OTHER_WEIGHTS)]
     return f"; {', '.join(others[:3])} is not what transformers reads" if others else ""
 
 
 def _shards(index: Path, complete: bool) -> dict[Path, list[str]]:
-    placed = _object(index).get("weight_map")
+    placed = _json_object(index).get("weight_map")
     if not isinstance(placed, dict) or not placed:
         raise wrong_file(index, "has no weight_map, which says what is in which file")
     shards: dict[Path, list[str]] = {}
@@ -273,7 +273,7 @@ def _refuse_other_shape(found: Checkpoint) -> None:
         )
 
 
-def _object(path: Path) -> dict[str, Any]:
+def _json_object(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

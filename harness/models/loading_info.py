@@ -19,7 +19,7 @@ from matrices.cell import Model
 from matrices.errors import UserError, first_line
 
 # Names told in a message.
-TOLD = 3
+SHOWN_NAMES = 3
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 UNEXPECTED = "unexpected_checkpoint_keys"
 
@@ -46,40 +46,40 @@ def from_pretrained(name: str, **keywords: Any) -> Any:
             f"{name} holds an adapter beside the weights (adapter_config.json), which transformers "
             "has put on the model; move it to a directory of its own"
         )
-    refuse(problem(info))
-    refuse(problem({"mismatched_keys": _other_shapes_in_4bit(model)}))
+    raise_on(describe_problems(info))
+    raise_on(describe_problems({"mismatched_keys": _other_shapes_in_4bit(model)}))
     setattr(model, UNEXPECTED, patterns(info["unexpected_keys"]))
     return model
 
 
-def unexpected(model: Any) -> dict[str, int]:
+def unexpected_weights(model: Any) -> dict[str, int]:
     """Tensors of the checkpoint that a model loaded here has no place for, as `patterns`."""
     return dict(getattr(model, UNEXPECTED, {}))
 
 
-def refuse(said: str) -> None:
+def raise_on(said: str) -> None:
     if said:
         raise WeightsError(said)
 
 
-def problem(info: Mapping[str, Any]) -> str:
+def describe_problems(info: Mapping[str, Any]) -> str:
     """What loading info says against a model, in one line; empty when every weight is read."""
     missing = sorted(info.get("missing_keys", ()))
     mismatched = sorted(info.get("mismatched_keys", ()))
-    told = []
+    problems = []
     if missing:
-        told.append(
+        problems.append(
             f"{_tensors(missing, 'of the model')} not in the checkpoint and would be random: "
-            f"{_names(missing)}{_elsewhere(missing, info.get('unexpected_keys', ()))}"
+            f"{_names(missing)}{_renamed(missing, info.get('unexpected_keys', ()))}"
         )
     if mismatched:
         name, found, wanted = mismatched[0]
-        told.append(
+        problems.append(
             f"{_tensors(mismatched)} of another shape in the checkpoint: {name} is "
             f"{_shape(found)} and the model's {_shape(wanted)}"
         )
-    told += [str(error).splitlines()[0] for error in info.get("error_msgs", ())]
-    return "; ".join(told)
+    problems += [str(error).splitlines()[0] for error in info.get("error_msgs", ())]
+    return "; ".join(problems)
 
 
 def _tensors(some: Sequence[Any], of: str = "") -> str:
@@ -88,29 +88,29 @@ def _tensors(some: Sequence[Any], of: str = "") -> str:
 
 
 def _names(some: Sequence[str]) -> str:
-    return ", ".join(some[:TOLD]) + (", ..." if len(some) > TOLD else "")
+    return ", ".join(some[:SHOWN_NAMES]) + (", ..." if len(some) > SHOWN_NAMES else "")
 
 
 def _shape(shape: Iterable[int]) -> str:
     return " x ".join(map(str, shape))
 
 
-def _elsewhere(missing: Sequence[str], unexpected: Iterable[str]) -> str:
+def _renamed(missing: Sequence[str], unexpected: Iterable[str]) -> str:
     """Where the missing tensors are in the checkpoint, if they are there under another prefix."""
     by_ending: dict[str, str] = {}
     for name in missing:
         for ending in _endings(name):
             by_ending.setdefault(ending, name)
     renamed: Counter[tuple[str, str]] = Counter()
-    for there in sorted(unexpected):
-        for ending in _endings(there):
-            if here := by_ending.get(ending):
-                renamed[there.removesuffix(ending), here.removesuffix(ending)] += 1
+    for found in sorted(unexpected):
+        for ending in _endings(found):
+            if wanted := by_ending.get(ending):
+                renamed[found.removesuffix(ending), wanted.removesuffix(ending)] += 1
                 break
     if not renamed:
         return ""
-    (there, here), count = renamed.most_common(1)[0]
-    return f"; {count} are there under {there!r} instead of {here!r}: rename them"
+    (found, wanted), count = renamed.most_common(1)[0]
+    return f"; {count} are there under {found!r} instead of {wanted!r}: rename them"
 
 
 def _endings(name: str) -> list[str]:
@@ -136,7 +136,7 @@ def _other_shapes_in_4bit(model: Any) -> list[tuple[str, Any, Any]]:
     return found
 
 
-def with_adapter(base: Any, directory: Path) -> Any:
+def load_adapter(base: Any, directory: Path) -> Any:
     """`base` with the adapter saved in `directory`. Raises PEFT's warning as an error when weights
     of the adapter are missing there: PEFT would leave fresh ones."""
     from peft import PeftModel
@@ -180,8 +180,8 @@ def _torch_tensors(files: Iterable[Path]) -> dict[str, Tensor]:
 
 
 def compare(skeleton: Any, tensors: Mapping[str, Tensor]) -> str:
-    """What `problem` would say if `skeleton` (a model on meta) were loaded from a checkpoint that
-    holds `tensors`: transformers' own loading, with nothing behind the names."""
+    """What `describe_problems` would say if `skeleton` (a model on meta) were loaded from a
+    checkpoint with `tensors`. transformers itself loads meta tensors of these shapes."""
     import torch
 
     # Any dtype will do: only names and shapes are compared.
@@ -201,13 +201,13 @@ def compare(skeleton: Any, tensors: Mapping[str, Tensor]) -> str:
         )
     except RuntimeError as error:
         # Tensors that are put together as they are read (experts) do not fit together.
-        return _lost_parts(skeleton, tensors) or str(error).splitlines()[0]
-    return problem(info)
+        return _missing_parts(skeleton, tensors) or str(error).splitlines()[0]
+    return describe_problems(info)
 
 
-def _lost_parts(skeleton: Any, tensors: Mapping[str, Tensor]) -> str:
+def _missing_parts(skeleton: Any, tensors: Mapping[str, Tensor]) -> str:
     """The parts of put-together tensors that the checkpoint lacks."""
     from transformers.core_model_loading import revert_weight_conversion
 
     whole = revert_weight_conversion(skeleton, skeleton.state_dict())
-    return problem({"missing_keys": whole.keys() - tensors.keys()})
+    return describe_problems({"missing_keys": whole.keys() - tensors.keys()})

@@ -32,21 +32,21 @@ def base_model(model: Any) -> Any:
 
 def base_modules(model: Any) -> list[BaseModule]:
     """All modules of a base model, adapted or not; a PEFT model is seen as its base model."""
-    return list(_below("", base_model(model)))
+    return list(_walk("", base_model(model)))
 
 
-def _below(name: str, module: nn.Module) -> Iterator[BaseModule]:
+def _walk(name: str, module: nn.Module) -> Iterator[BaseModule]:
     wrappers = []
     inner = module
-    while (within := _wrapped(inner)) is not None:
+    while (within := _wrapped_module(inner)) is not None:
         wrappers.append(inner)
         inner = within
     yield BaseModule(name, inner, tuple(wrappers))
     for child_name, child in inner.named_children():
-        yield from _below(f"{name}.{child_name}" if name else child_name, child)
+        yield from _walk(f"{name}.{child_name}" if name else child_name, child)
 
 
-def _wrapped(module: nn.Module) -> nn.Module | None:
+def _wrapped_module(module: nn.Module) -> nn.Module | None:
     """What a layer of PEFT's stands for; none for any other module."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
@@ -60,7 +60,7 @@ def _wrapped(module: nn.Module) -> nn.Module | None:
 
 def unwrapped(module: Any) -> Any:
     """The base model's own module, out of all wrappers."""
-    while module is not None and (within := _wrapped(module)) is not None:
+    while module is not None and (within := _wrapped_module(module)) is not None:
         module = within
     return module
 
@@ -71,7 +71,7 @@ def is_lora(wrapper: Any) -> bool:
     return isinstance(wrapper, LoraLayer)
 
 
-def loras(place: BaseModule) -> dict[str, Any]:
+def loras_of(place: BaseModule) -> dict[str, Any]:
     """LoRA layers of one module, by what they adapt: the module's name, or for a parameter of its
     own (`target_parameters`) that parameter's."""
     return {
@@ -85,7 +85,7 @@ def loras(place: BaseModule) -> dict[str, Any]:
 
 def all_loras(places: Iterable[BaseModule]) -> dict[str, Any]:
     """LoRA layers of several modules, by the name of what each adapts."""
-    return {name: layer for place in places for name, layer in loras(place).items()}
+    return {name: layer for place in places for name, layer in loras_of(place).items()}
 
 
 def saved_copies(place: BaseModule) -> list[nn.Module]:
@@ -117,12 +117,12 @@ def target_parameters(config: Any, found: list[BaseModule]) -> list[str]:
     return [
         name
         for place in found
-        for name in own_parameters(place)
+        for name in direct_parameters(place)
         if any(ends_with(name, target) for target in wanted)
     ]
 
 
-def own_parameters(place: BaseModule) -> dict[str, nn.Parameter]:
+def direct_parameters(place: BaseModule) -> dict[str, nn.Parameter]:
     """Parameters that a module holds itself, by their full names."""
     return {
         f"{place.name}.{leaf}" if place.name else leaf: parameter
@@ -153,14 +153,14 @@ def input_embedding(model: Any) -> str:
 
 
 def rank_of(config: Any, name: str) -> int:
-    return int(_patterned(config.rank_pattern, name, config.r))
+    return int(_pattern_value(config.rank_pattern, name, config.r))
 
 
 def alpha_of(config: Any, name: str) -> float:
-    return float(_patterned(config.alpha_pattern, name, config.lora_alpha))
+    return float(_pattern_value(config.alpha_pattern, name, config.lora_alpha))
 
 
-def _patterned(pattern: dict[str, Any], name: str, otherwise: Any) -> Any:
+def _pattern_value(pattern: dict[str, Any], name: str, otherwise: Any) -> Any:
     from peft.utils.other import get_pattern_key
 
     return pattern.get(get_pattern_key(list(pattern), name), otherwise)

@@ -9,6 +9,6 @@ class VerificationError(RuntimeError):
     """What was loaded is not what the cell asks for: a figure would belong to another cell."""
 
 
-def demand(found: Any, wanted: Any, what: str) -> None:
+def require_equal(found: Any, wanted: Any, what: str) -> None:
     if found != wanted:
         raise VerificationError(f"{what}: the cell says {wanted!r}, loaded is {found!r}")

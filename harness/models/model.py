@@ -15,7 +15,7 @@ from torch import nn
 from harness import device
 from harness.models import loading_info, packaged, quantization
 from harness.models.lora_layers import ends_with
-from harness.models.quantization import whole_numel
+from harness.models.quantization import full_numel
 from harness.records import hub
 from harness.records.record import Record
 from matrices.catalogue.models import PACKAGED_MODELS
@@ -59,7 +59,7 @@ def _commit(name: str, revision: str | None) -> str | None:
     return getattr(found, "resolved", None) or hub.known_commit(name, revision)
 
 
-def at_commit(record: Record) -> Cell:
+def cell_at_commit(record: Record) -> Cell:
     """The cell of a record with its hub model at the commit that was read, for what is loaded in
     another process: what is scored has to be what was trained."""
     cell, read = record.cell, record.provenance.model.get("commit")
@@ -92,7 +92,7 @@ def load_base(cell: Cell, place: torch.device | None = None, directory: Path | N
         )
     loaded = loading_info.from_pretrained(name, **keywords)
     if cell.quantization is not None:
-        quantization.keep_kernels_that_can(loaded)
+        quantization.disable_unsupported_kernels(loaded)
     return loaded
 
 
@@ -295,7 +295,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     trainable = total = 0
     for parameter in model.parameters():
         state = getattr(parameter, "quant_state", None)
-        size = whole_numel(parameter) if state is None else torch.Size(state.shape).numel()
+        size = full_numel(parameter) if state is None else torch.Size(state.shape).numel()
         total += size
         trainable += size if parameter.requires_grad else 0
     return trainable, total

@@ -16,7 +16,7 @@ from torch import nn
 
 from harness import device
 from harness.models.lora_layers import base_modules
-from harness.models.mismatch import VerificationError, demand
+from harness.models.mismatch import VerificationError, require_equal
 from harness.records.record import MOSTLY_IN_4BIT
 from matrices.cell import Quantization
 
@@ -30,7 +30,7 @@ def linear4bit(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def left_as_they_are(model: Any) -> list[str]:
+def modules_not_converted(model: Any) -> list[str]:
     """Names (and name endings) of what transformers does not convert: the head and what is tied."""
     from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
@@ -44,7 +44,7 @@ def left_as_they_are(model: Any) -> list[str]:
     )
 
 
-def converts(name: str, module: nn.Module, kept: Collection[str]) -> bool:
+def is_converted(name: str, module: nn.Module, kept: Collection[str]) -> bool:
     """Whether transformers turns this layer into one of 4 bit (integrations/bitsandbytes.py,
     replace_with_bnb_linear)."""
     from transformers.pytorch_utils import Conv1D
@@ -58,26 +58,26 @@ def is_or_will_be_4bit(name: str, module: nn.Module, kept: Collection[str]) -> b
     """The same of a skeleton, whose layers may have been exchanged already."""
     import bitsandbytes as bnb
 
-    return isinstance(module, bnb.nn.Linear4bit) or converts(name, module, kept)
+    return isinstance(module, bnb.nn.Linear4bit) or is_converted(name, module, kept)
 
 
 def verify(model: Any, wanted: Quantization, compute_dtype: str) -> None:
     """Every layer that transformers converts is in 4 bit, stored and computed as the cell says."""
-    kept = left_as_they_are(model)
-    plain = [p.name for p in base_modules(model) if converts(p.name, p.module, kept)]
-    demand(plain, [], "linear layers left unquantized")
+    kept = modules_not_converted(model)
+    plain = [p.name for p in base_modules(model) if is_converted(p.name, p.module, kept)]
+    require_equal(plain, [], "linear layers left unquantized")
     storage = device.DTYPES[wanted.quant_storage]
     for name, layer in linear4bit(model).items():
         state = layer.weight.quant_state
         if state is None:
             raise VerificationError(f"{name} is a 4-bit layer whose weight is not quantized")
-        demand(state.quant_type, wanted.quant_type, f"quant_type of {name}")
-        demand(bool(state.nested), wanted.double_quant, f"double_quant of {name}")
-        demand(layer.weight.dtype, storage, f"quant_storage of {name}")
-        demand(layer.compute_dtype, device.DTYPES[compute_dtype], f"compute_dtype of {name}")
+        require_equal(state.quant_type, wanted.quant_type, f"quant_type of {name}")
+        require_equal(bool(state.nested), wanted.double_quant, f"double_quant of {name}")
+        require_equal(layer.weight.dtype, storage, f"quant_storage of {name}")
+        require_equal(layer.compute_dtype, device.DTYPES[compute_dtype], f"compute_dtype of {name}")
 
 
-def keep_kernels_that_can(model: nn.Module) -> None:
+def disable_unsupported_kernels(model: nn.Module) -> None:
     """Keep bitsandbytes' packed CPU kernel off the layers it fails on: for inference it re-packs
     every 4-bit weight, whatever its shape (functional.py, _convert_weight_packed_for_cpu)."""
     import bitsandbytes as bnb
@@ -90,12 +90,12 @@ def keep_kernels_that_can(model: nn.Module) -> None:
             layer.support_avx512bf16_for_cpu = False
 
 
-def share(parameters: Iterable[nn.Parameter]) -> float:
+def quantized_share(parameters: Iterable[nn.Parameter]) -> float:
     """Of these weights, those in 4 bit, by number; shared ones count once."""
     four_bit = total = 0
     for parameter in {id(each): each for each in parameters}.values():
         state = getattr(parameter, "quant_state", None)
-        size = whole_numel(parameter) if state is None else torch.Size(state.shape).numel()
+        size = full_numel(parameter) if state is None else torch.Size(state.shape).numel()
         total += size
         four_bit += size if state is not None else 0
     return four_bit / total if total else 0.0
@@ -106,7 +106,7 @@ def base_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [p for place in base_modules(model) for p in place.module.parameters(recurse=False)]
 
 
-def said_of_share(model: nn.Module, share_: float) -> str | None:
+def explain_share(model: nn.Module, share_: float) -> str | None:
     """Why so little is in 4 bit, where most is not."""
     if share_ >= MOSTLY_IN_4BIT:
         return None
@@ -114,7 +114,7 @@ def said_of_share(model: nn.Module, share_: float) -> str | None:
     for place in base_modules(model):
         for parameter in place.module.parameters(recurse=False):
             if getattr(parameter, "quant_state", None) is None:
-                largest[type(place.module).__name__] += whole_numel(parameter)
+                largest[type(place.module).__name__] += full_numel(parameter)
     names = ", ".join(name for name, _ in largest.most_common(2))
     return (
         f"4 bit asked for; {share_:.0%} of the weights are in 4 bit, since transformers converts "
@@ -122,6 +122,6 @@ def said_of_share(model: nn.Module, share_: float) -> str | None:
     )
 
 
-def whole_numel(parameter: torch.Tensor) -> int:
+def full_numel(parameter: torch.Tensor) -> int:
     """Elements of a parameter; of one that ZeRO-3 has divided among ranks, of the whole."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))

@@ -43,7 +43,7 @@ def check(adapter: Adapter, model: Any, quantization: Quantization | None = None
             _check_norm_biases(config, found)
 
 
-def attach(adapter: Adapter, skeleton: Any, in_4bit: bool = False) -> None:
+def try_attach(adapter: Adapter, skeleton: Any, in_4bit: bool = False) -> None:
     """Have PEFT put the adapter on a copy of `skeleton` (meta tensors), for what it refuses itself.
     Initial values need real weights: those are tried on one small layer."""
     from peft import get_peft_model
@@ -91,7 +91,7 @@ def _leaves(names: Iterable[str]) -> list[str]:
     return sorted(leaf for leaf in leaves if leaf and not leaf.isdigit())
 
 
-def _nothing(argument: str, wanted: Any, there: Iterable[str], what: str) -> UserError:
+def _no_match(argument: str, wanted: Any, there: Iterable[str], what: str) -> UserError:
     """One line: what was asked for matches none of `there`."""
     leaves = _leaves(there)
     hint = nearest(wanted, leaves) if isinstance(wanted, str) else ""
@@ -114,7 +114,7 @@ def _check_pattern(argument: str, config: Any, found: list[BaseModule]) -> None:
     for key in getattr(config, argument):
         # It gives back what it was asked about when nothing matches.
         if not any(get_pattern_key([key], name) == key for name in adapted):
-            raise _nothing(argument, key, adapted, "adapted module")
+            raise _no_match(argument, key, adapted, "adapted module")
 
 
 def _check_layers(config: Any, model: Any, found: list[BaseModule]) -> None:
@@ -148,21 +148,21 @@ def _check_excluded(config: Any, model: Any, found: list[BaseModule]) -> None:
         one = copy.copy(config)
         one.exclude_modules = name if isinstance(wanted, str) else {name}
         if lora_layers.targets(one, found) == adapted:
-            raise _nothing("exclude_modules", name, adapted, "module that would be adapted")
+            raise _no_match("exclude_modules", name, adapted, "module that would be adapted")
 
 
 def _check_saved(config: Any, model: Any, found: list[BaseModule]) -> None:
     for name in config.modules_to_save:
         if not any(place.name.endswith(name) for place in found):
-            raise _nothing("modules_to_save", name, (p.name for p in found), "module")
+            raise _no_match("modules_to_save", name, (p.name for p in found), "module")
 
 
 def _check_in_4bit(config: Any, model: Any, found: list[BaseModule]) -> None:
     """A weight in 4 bit is no number that has a gradient, and no matrix an adapter can be added to:
     neither a copy of it can be trained nor a parameter adapted."""
-    from harness.models.quantization import is_or_will_be_4bit, left_as_they_are
+    from harness.models.quantization import is_or_will_be_4bit, modules_not_converted
 
-    kept = left_as_they_are(model)
+    kept = modules_not_converted(model)
     held = [p.name for p in found if is_or_will_be_4bit(p.name, p.module, kept)]
     for name in lora_layers.modules_to_save(config, found):
         within = [each for each in held if each == name or each.startswith(f"{name}.")]
@@ -195,25 +195,29 @@ def _check_norm_biases(config: Any, found: list[BaseModule]) -> None:
 
 
 def _check_parameters(config: Any, model: Any, found: list[BaseModule]) -> None:
-    names = [name for place in found for name in lora_layers.own_parameters(place)]
+    names = [name for place in found for name in lora_layers.direct_parameters(place)]
     for wanted in config.target_parameters:
         if not any(lora_layers.ends_with(name, wanted) for name in names):
-            raise _nothing("target_parameters", wanted, names, "parameter")
+            raise _no_match("target_parameters", wanted, names, "parameter")
 
 
 def _check_tokens(config: Any, model: Any, found: list[BaseModule]) -> None:
     saved = lora_layers.modules_to_save(config, found)
     for name, ids in lora_layers.token_indices(config, model).items():
-        rows = [p.module for p in found if p.name.endswith(name) and _rows(p.module) is not None]
+        rows = [
+            p.module
+            for p in found
+            if p.name.endswith(name) and _embedding_rows(p.module) is not None
+        ]
         if not rows:
             there = [p.name for p in found if isinstance(p.module, nn.Embedding)]
-            raise _nothing("trainable_token_indices", name, there, "embedding")
+            raise _no_match("trainable_token_indices", name, there, "embedding")
         if any(p.name.endswith(name) for p in found if p.name in saved):
             raise refusal(
                 "trainable_token_indices",
                 f"{name} is trained whole by modules_to_save; give one of the two",
             )
-        count = min(rows_ for module in rows if (rows_ := _rows(module)) is not None)
+        count = min(rows_ for module in rows if (rows_ := _embedding_rows(module)) is not None)
         beyond = [each for each in ids if each >= count]
         if beyond:
             raise refusal(
@@ -247,7 +251,7 @@ def _check_tied_head(config: Any, model: Any) -> None:
         )
 
 
-def _rows(module: nn.Module) -> int | None:
+def _embedding_rows(module: nn.Module) -> int | None:
     weight = getattr(module, "weight", None)
     return int(weight.shape[0]) if isinstance(weight, torch.Tensor) and weight.dim() == 2 else None
 

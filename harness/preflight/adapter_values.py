@@ -24,12 +24,12 @@ def check(given: Mapping[str, Any]) -> None:
             raise refusal(name, f"{value!r} is not {said}")
 
 
-def _whole(value: Any) -> bool:
+def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _wholes(value: Any) -> bool:
-    return isinstance(value, list | tuple) and all(_whole(each) for each in value)
+def _are_counts(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(_is_count(each) for each in value)
 
 
 def _pattern_of(accepts: Callable[[Any], bool]) -> Callable[[Any], bool]:
@@ -45,11 +45,11 @@ def _is_number_above_0(value: Any) -> bool:
 
 _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "layers_to_transform": (
-        lambda value: _whole(value) or _wholes(value),
+        lambda value: _is_count(value) or _are_counts(value),
         "a layer's number or a list of them, counted from 0",
     ),
     "rank_pattern": (
-        _pattern_of(lambda value: _whole(value) and value > 0),
+        _pattern_of(lambda value: _is_count(value) and value > 0),
         "a mapping of module names to ranks of at least 1",
     ),
     "alpha_pattern": (
@@ -57,7 +57,7 @@ _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
         "a mapping of module names to alphas above 0",
     ),
     "trainable_token_indices": (
-        lambda value: _wholes(value) or _pattern_of(_wholes)(value),
+        lambda value: _are_counts(value) or _pattern_of(_are_counts)(value),
         "a list of token ids, or a mapping of embeddings to such lists",
     ),
 }

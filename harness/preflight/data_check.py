@@ -62,9 +62,9 @@ class _Check:
         path = Path(source.source).expanduser()
         if path.suffix == ".csv" and path.is_file():
             local_files.check_csv(source)
-        rows, self.layout, _ = dataset.read(source)
+        rows, self.layout, _ = dataset.read_rows(source)
         self.loss = dataset.loss_arguments(source, rows.column_names)
-        self.numbers = _looked_at(len(rows))
+        self.numbers = _checked_rows(len(rows))
         self.rows = rows.select(self.numbers)
         self.tokenizer = model.load_tokenizer(base)
 
@@ -133,12 +133,12 @@ class _Check:
     def _prepared(self, **shape: Any) -> Dataset:
         arguments = self.loss | self.arguments | shape
         try:
-            return prepared(self.rows, self.tokenizer, arguments)
+            return prepare_rows(self.rows, self.tokenizer, arguments)
         except UserError as error:
             raise UserError(f"{self.data.source}: {error.message}", key=error.key) from error
         except Exception as error:
             if not is_about_rows(error):
-                said = f"TRL refuses to prepare the data: {_first_line(error)}"
+                said = f"TRL refuses to prepare the data: {_typed_first_line(error)}"
                 raise UserError(said, key="train.sft_config") from error
             raise self._refused(*first_failure(self.rows, self.tokenizer, arguments)) from error
 
@@ -147,7 +147,7 @@ class _Check:
         who = f"the chat template of {self.model.name}"
         if not self.layout.conversational:
             who = f"the tokenizer of {self.model.name}"
-        what = f"{who} refuses it ({_first_line(error)}); correct the row or remove it"
+        what = f"{who} refuses it ({_typed_first_line(error)}); correct the row or remove it"
         roles = [message["role"] for message in row.get("messages", ())]
         if self.loss["assistant_only_loss"] and roles and "assistant" not in roles:
             what = (
@@ -180,7 +180,7 @@ class _Check:
                 raise self._of_row(index, what, "model.name")
 
 
-def prepared(rows: Dataset, tokenizer: Any, arguments: dict[str, Any]) -> Dataset:
+def prepare_rows(rows: Dataset, tokenizer: Any, arguments: dict[str, Any]) -> Dataset:
     """The rows as a run's trainer makes them: through its own constructor, with a model of a few
     weights in the place of the real one. Raises what TRL raises, or UserError when no token is
     left that carries a loss."""
@@ -218,7 +218,7 @@ def prepared(rows: Dataset, tokenizer: Any, arguments: dict[str, Any]) -> Datase
 
 
 def is_about_rows(error: Exception) -> bool:
-    """Whether `prepared` raised it while it went through the rows, not while it was set up."""
+    """Whether `prepare_rows` raised it while it went through the rows, not while it was set up."""
     frames = traceback.extract_tb(error.__traceback__)
     return any(frame.name == "_prepare_dataset" for frame in frames)
 
@@ -226,14 +226,14 @@ def is_about_rows(error: Exception) -> bool:
 def first_failure(
     rows: Dataset, tokenizer: Any, arguments: dict[str, Any]
 ) -> tuple[int, Exception]:
-    """The place, from 0, of the first row that `prepared` does not take, and what it raises:
+    """The place, from 0, of the first row that `prepare_rows` does not take, and what it raises:
     found by halving, since datasets does not tell. The rows as a whole fail."""
     good, bad = 0, len(rows)
     said: Exception | None = None
     while said is None or bad - good > 1:
         tried = bad if said is None else (good + bad) // 2
         try:
-            prepared(rows.select(range(tried)), tokenizer, arguments)
+            prepare_rows(rows.select(range(tried)), tokenizer, arguments)
         except UserError:
             # These rows are taken, though there is nothing to learn in them.
             good = tried
@@ -244,12 +244,12 @@ def first_failure(
     return bad - 1, said
 
 
-def _first_line(error: Exception) -> str:
+def _typed_first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-def _looked_at(rows: int) -> list[int]:
+def _checked_rows(rows: int) -> list[int]:
     """Which rows are prepared, counted from 0."""
     if rows <= CHECKED_ROWS:
         return list(range(rows))

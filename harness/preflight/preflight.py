@@ -13,7 +13,7 @@ from typing import Any
 from harness.evaluation import evaluate, task_check
 from harness.models import loading_info, model
 from harness.preflight import adapter_check, data_check, profile_check, quick_checks
-from harness.preflight.problems import Findings, Problem, shared
+from harness.preflight.problems import Findings, Problem, group_cells
 from harness.ranks import deepspeed_build
 from harness.verify import arguments, behaviour
 from matrices.cell import Adapter, Cell, Evaluate, Model, Quantization
@@ -26,17 +26,19 @@ def problems(cells: Sequence[Cell]) -> list[Problem]:
     quick_checks.check(found, cells)
     # A directory that is no model is not loaded; and rows are prepared with the model's tokenizer.
     loadable = _check_models(found, found.without(cells))
-    for about, having in shared(loadable, data_check.subject):
+    for about, having in group_cells(loadable, data_check.subject):
         found.check(having, data_check.check, *about)
-    for _, having in shared(found.without(cells), _trained_with):
+    for _, having in group_cells(found.without(cells), _trained_with):
         found.check(having, arguments.check_sft, having[0])
-    for _, having in shared(found.without(loadable), _tokens):
+    for _, having in group_cells(found.without(loadable), _tokens):
         found.check(having, arguments.check_tokens, having[0])
     for spread in (cell for cell in cells if cell.profile):
         found.check([spread], profile_check.check, spread)
-    for (recipe, chosen), having in shared(found.without(cells), lambda c: (c.evaluate, c.model)):
+    for (recipe, chosen), having in group_cells(
+        found.without(cells), lambda c: (c.evaluate, c.model)
+    ):
         found.check(having, task_check.check_chat_template, recipe, chosen)
-    for recipe, having in shared(cells, lambda cell: cell.evaluate):
+    for recipe, having in group_cells(cells, lambda cell: cell.evaluate):
         _check_recipe(found, having, recipe)
     zero = [cell for cell in cells if cell.strategy.zero_stage]
     if zero:
@@ -47,12 +49,12 @@ def problems(cells: Sequence[Cell]) -> list[Problem]:
 def _check_models(found: Findings, cells: Sequence[Cell]) -> list[Cell]:
     """Check models and adapters; the cells whose model can be loaded."""
     loadable: list[Cell] = []
-    for chosen, having in shared(cells, lambda cell: cell.model):
+    for chosen, having in group_cells(cells, lambda cell: cell.model):
         skeleton = found.check(having, _skeleton, chosen)
         if skeleton is None:
             continue
         loadable += having
-        for (adapter, quantization), adapted in shared(having, _adapted):
+        for (adapter, quantization), adapted in group_cells(having, _adapted):
             found.check(adapted, _check_adapter, adapter, skeleton, quantization)
     return loadable
 
@@ -113,4 +115,4 @@ def _skeleton(chosen: Model) -> Any:
 def _check_adapter(adapter: Adapter, skeleton: Any, quantization: Quantization | None) -> None:
     model.lora_config(adapter, skeleton)
     adapter_check.check(adapter, skeleton, quantization)
-    adapter_check.attach(adapter, skeleton, quantization is not None)
+    adapter_check.try_attach(adapter, skeleton, quantization is not None)

@@ -47,7 +47,9 @@ class Findings:
         return [Problem(error, tuple(having)) for error, having in self._found.values()]
 
 
-def shared(cells: Iterable[Cell], about: Callable[[Cell], Any]) -> list[tuple[Any, list[Cell]]]:
+def group_cells(
+    cells: Iterable[Cell], about: Callable[[Cell], Any]
+) -> list[tuple[Any, list[Cell]]]:
     """Each distinct answer of `about`, none left out, with the cells that give it; in order."""
     found: dict[str, tuple[Any, list[Cell]]] = {}
     for cell in cells:

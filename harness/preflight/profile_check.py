@@ -21,10 +21,10 @@ SECTIONS = {
     "parallelism_config": ("parallelism_config_", False),
 }
 # Read by accelerate, though no longer fields: BaseConfig.process_config.
-OLDER = ("fp16", "dynamo_backend")
+LEGACY_FIELDS = ("fp16", "dynamo_backend")
 # What accelerate wants in the DeepSpeed file alone, where there is one (DeepSpeedPlugin,
 # _deepspeed_config_checks).
-IN_THE_FILE_ALONE = (
+DEEPSPEED_FILE_ONLY = (
     "gradient_accumulation_steps",
     "gradient_clipping",
     "zero_stage",
@@ -100,15 +100,15 @@ def check(cell: Cell) -> None:
     from accelerate.commands.config.config_args import ClusterConfig
 
     fields = [each.name for each in dataclasses.fields(ClusterConfig)]
-    _known(profile, [*fields, *OLDER], "the profile")
+    _check_names(profile, [*fields, *LEGACY_FIELDS], "the profile")
     options = _options()
     for name, (start, may_lack_it) in SECTIONS.items():
         names = {option for option in options if option.startswith(start)}
         if may_lack_it:
             names |= {option.removeprefix(start) for option in names}
-        _known(_mapping(profile, name), names, name)
+        _check_names(_mapping(profile, name), names, name)
     section = _mapping(profile, "deepspeed_config")
-    _known(section, _deepspeed_options(options), "deepspeed_config")
+    _check_names(section, _deepspeed_options(options), "deepspeed_config")
     configuration = section.get(DEEPSPEED_FILE)
     if isinstance(configuration, Mapping):
         _check_deepspeed(profile, section, configuration)
@@ -117,7 +117,7 @@ def check(cell: Cell) -> None:
 def _check_deepspeed(
     profile: Mapping[str, Any], section: Mapping[str, Any], configuration: Mapping[str, Any]
 ) -> None:
-    twice = [name for name in IN_THE_FILE_ALONE if name in section]
+    twice = [name for name in DEEPSPEED_FILE_ONLY if name in section]
     if "mixed_precision" in profile:
         twice.append("mixed_precision")
     if twice:
@@ -126,7 +126,7 @@ def _check_deepspeed(
             "alone",
             key="profile",
         )
-    _known(configuration, DEEPSPEED_NAMES, "the DeepSpeed file")
+    _check_names(configuration, DEEPSPEED_NAMES, "the DeepSpeed file")
     zero = _mapping(configuration, "zero_optimization")
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from deepspeed.runtime.zero.offload_config import (
@@ -135,12 +135,12 @@ def _check_deepspeed(
     )
     from pydantic import ValidationError
 
-    _known(zero, _names_of(DeepSpeedZeroConfig), "zero_optimization")
+    _check_names(zero, _names_of(DeepSpeedZeroConfig), "zero_optimization")
     for inner, kind in (
         ("offload_param", DeepSpeedZeroOffloadParamConfig),
         ("offload_optimizer", DeepSpeedZeroOffloadOptimizerConfig),
     ):
-        _known(_mapping(zero, inner), _names_of(kind), f"zero_optimization.{inner}")
+        _check_names(_mapping(zero, inner), _names_of(kind), f"zero_optimization.{inner}")
     try:
         DeepSpeedZeroConfig(**{name: value for name, value in zero.items() if value != "auto"})
     except ValidationError as error:
@@ -162,7 +162,7 @@ def _mapping(content: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     return found
 
 
-def _known(given: Mapping[str, Any], names: Collection[str], where: str) -> None:
+def _check_names(given: Mapping[str, Any], names: Collection[str], where: str) -> None:
     for name in given:
         if name not in names:
             raise UserError(f"{where} has no {name!r}{nearest(name, sorted(names))}", key="profile")

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-SAID = (
+SUBSTITUTION = (
     "accelerate makes FSDP of GPU ranks only: on this CPU its choice of DDP was overruled, and "
     "FSDP's own code ran over gloo"
 )

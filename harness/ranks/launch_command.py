@@ -24,20 +24,20 @@ BY_HAND = "by-hand"
 SINGLE_PROCESS = Path(__file__).resolve().parent / "single_process.yaml"
 MODULE = "harness.worker"
 # Where the first of several machines listens: torchrun's own default.
-PORT = 29500
-HERE = Path()
+RENDEZVOUS_PORT = 29500
+CURRENT_DIRECTORY = Path()
 ACCELERATE_MODULE = "accelerate.commands.accelerate_cli"
 _HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9.:-]*")
 
 
-def names_deepspeed(cell: Cell) -> bool:
+def has_deepspeed_file(cell: Cell) -> bool:
     """Whether the cell's profile has a DeepSpeed file; the shipped ones of ZeRO do."""
     section = cell.profile.get("deepspeed_config") if cell.profile else {}
     own = isinstance(section, dict) and isinstance(section.get(DEEPSPEED_FILE), dict)
     return own if cell.profile else bool(cell.strategy.zero_stage)
 
 
-def threads_of(cell: Cell, cores: int | None = None) -> int:
+def threads_per_process(cell: Cell, cores: int | None = None) -> int:
     """Threads of each process of a cell that is given so many cores; none means all of here."""
     return max(1, (cores or provenance.cpu_threads()) // cell.ranks_per_node)
 
@@ -65,10 +65,10 @@ def command(
     cell: Cell,
     gpu: bool,
     threads: int,
-    directory: Path = HERE,
+    directory: Path = CURRENT_DIRECTORY,
     output: Path | None = None,
     program: Sequence[str] = ("accelerate",),
-    meeting: tuple[str, int] = ("localhost", PORT),
+    meeting: tuple[str, int] = ("localhost", RENDEZVOUS_PORT),
     machine_rank: int = 0,
 ) -> list[str]:
     """argv that runs the `cell.json` in a directory, and puts the record into `output`."""
@@ -85,8 +85,8 @@ def launch_arguments(
     cell: Cell,
     gpu: bool,
     threads: int,
-    directory: Path = HERE,
-    meeting: tuple[str, int] = ("localhost", PORT),
+    directory: Path = CURRENT_DIRECTORY,
+    meeting: tuple[str, int] = ("localhost", RENDEZVOUS_PORT),
     machine_rank: int = 0,
 ) -> list[str]:
     """What `accelerate launch` is given before the module that it runs.
@@ -101,10 +101,10 @@ def launch_arguments(
         deepspeed = ["--deepspeed_config_file", str(directory / DEEPSPEED)]
         chosen = [
             *profile,
-            *(deepspeed if names_deepspeed(cell) else ()),
+            *(deepspeed if has_deepspeed_file(cell) else ()),
             *("--num_processes", str(cell.devices)),
             *("--num_machines", str(cell.nodes)),
-            *_meeting_arguments(cell, meeting, machine_rank),
+            *_rendezvous_arguments(cell, meeting, machine_rank),
         ]
     else:
         chosen = [
@@ -118,7 +118,7 @@ def launch_arguments(
     return [*chosen, provenance.THREADS_OPTION, str(threads), "--quiet"]
 
 
-def _meeting_arguments(cell: Cell, meeting: tuple[str, int], machine_rank: int) -> list[str]:
+def _rendezvous_arguments(cell: Cell, meeting: tuple[str, int], machine_rank: int) -> list[str]:
     # Ranks of one machine meet at any free port; several machines have to know it beforehand.
     if cell.nodes == 1:
         return ["--main_process_port", str(fixed_port(cell))]
@@ -132,7 +132,7 @@ def _meeting_arguments(cell: Cell, meeting: tuple[str, int], machine_rank: int) 
     ]
 
 
-def of_record(
+def command_of_record(
     record: Record,
     directory: Path,
     output: Path | None = None,
@@ -141,8 +141,8 @@ def of_record(
     """The command of a record that is in a directory now, made anew from its cell."""
     gpu = provenance.uses_gpu(record.stack, record.hardware)
     hosts = [host for host in record.placement.hosts if _HOST.fullmatch(host)]
-    meeting = (hosts[0] if hosts else "localhost", PORT)
-    threads = provenance.recorded_threads(record) or threads_of(record.cell)
+    meeting = (hosts[0] if hosts else "localhost", RENDEZVOUS_PORT)
+    threads = provenance.recorded_threads(record) or threads_per_process(record.cell)
     return command(record.cell, gpu, threads, directory, output, program, meeting)
 
 

@@ -15,7 +15,7 @@ from harness.ranks.launch_command import MODULE
 
 
 @dataclass(frozen=True)
-class Place:
+class RankPosition:
     """Where one rank is: the `local_rank`-th of `local_ranks` on the `node_rank`-th of `nodes`
     machines, whose first rank listens at `address`:`port`."""
 
@@ -35,7 +35,7 @@ class Place:
         return self.nodes * self.local_ranks
 
 
-def enter(arguments: Sequence[str], place: Place) -> None:
+def set_environment(arguments: Sequence[str], place: RankPosition) -> None:
     """Make this process the rank at `place` of `accelerate launch <arguments>`.
 
     Raises ValueError, in accelerate's words, when its launcher refuses the arguments.
@@ -43,13 +43,13 @@ def enter(arguments: Sequence[str], place: Place) -> None:
     os.environ.update(environment(arguments, place))
 
 
-def environment(arguments: Sequence[str], place: Place) -> dict[str, str]:
+def environment(arguments: Sequence[str], place: RankPosition) -> dict[str, str]:
     """The variables that differ from this process's own."""
-    found = _accelerates(arguments) | torchruns(place)
+    found = _accelerate_variables(arguments) | torchrun_variables(place)
     return {name: value for name, value in found.items() if os.environ.get(name) != value}
 
 
-def _accelerates(arguments: Sequence[str]) -> dict[str, str]:
+def _accelerate_variables(arguments: Sequence[str]) -> dict[str, str]:
     """As accelerate/commands/launch.py: launch_command, up to where it starts processes."""
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils import check_cuda_p2p_ib_support
@@ -75,7 +75,7 @@ def _accelerates(arguments: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def torchruns(place: Place) -> dict[str, str]:
+def torchrun_variables(place: RankPosition) -> dict[str, str]:
     """What torch.distributed's elastic agent gives a worker."""
     return {
         "RANK": str(place.rank),

@@ -12,19 +12,21 @@ from typing import Any
 import torch
 
 from harness import device
+from harness.models.mismatch import VerificationError
 from harness.ranks import deepspeed_build
-from harness.ranks.launch_environment import Place, torchruns
+from harness.ranks.launch_environment import RankPosition, torchrun_variables
 from harness.ranks.state_files import record_path
 from harness.records.record import Record, read_record
 from harness.system.child_process import fork
-from harness.train import Course, sft_config
-from harness.verify.verify import VerificationError
+from harness.train import TrainingSchedule, sft_config
 from matrices.accelerate_profiles import mixed_precision
 from matrices.cell import Cell
 from matrices.rules.parallelism import reentrant
 
-BACK = "every weight to {dtype}, and trains fp32 copies of what is trained"
-FORCED = "use_reentrant false: TRL checkpoints adapters under ZeRO-3 with use_reentrant true only"
+CAST_BACK = "every weight to {dtype}, and trains fp32 copies of what is trained"
+REENTRANT_FORCED = (
+    "use_reentrant false: TRL checkpoints adapters under ZeRO-3 with use_reentrant true only"
+)
 # Another machine's file may become visible late: NFS keeps a directory's attributes for a minute.
 FILE_WAIT_SECONDS = 120.0
 
@@ -70,7 +72,7 @@ def join(cell: Cell, output_dir: Path) -> Any:
 
         # DeepSpeed counts ranks itself, and on a CPU accelerate does not introduce them.
         init_distributed(auto_mpi_discovery=False)
-    return sft_config(cell, None, Course(1, 0.0, prepared=True), output_dir)
+    return sft_config(cell, None, TrainingSchedule(1, 0.0, prepared=True), output_dir)
 
 
 def verify(accelerator: Any, cell: Cell) -> tuple[str, int]:
@@ -93,12 +95,12 @@ def load_device(cell: Cell) -> torch.device:
     return device.training_device()
 
 
-def takes_models_apart(cell: Cell) -> bool:
+def shards_model(cell: Cell) -> bool:
     """Whether the engine keeps the model that it is given: DDP only wraps it."""
     return cell.is_distributed and not cell.strategy.replicates
 
 
-def let_go(trainer: Any, cell: Cell) -> None:
+def release_engine(trainer: Any, cell: Cell) -> None:
     """Have an engine drop what it holds, so that another one can follow it."""
     if not cell.is_distributed:
         return
@@ -114,26 +116,26 @@ def substitutions(cell: Cell) -> list[str]:
 
     said = []
     if cell.strategy.fsdp_version and not device.has_cuda():
-        said.append(cpu_fsdp.SAID)
+        said.append(cpu_fsdp.SUBSTITUTION)
     if cell.strategy.zero_stage and mixed_precision(cell) != "no":
         # deepspeed/runtime/engine.py, _cast_module_mixed_precision.
         if cell.quantization is not None and cell.quantization.kbit_preparation:
-            said.append(f"kbit_preparation's fp32 norms and head: DeepSpeed casts {BACK}")
+            said.append(f"kbit_preparation's fp32 norms and head: DeepSpeed casts {CAST_BACK}")
         elif cell.model.weight_dtype == "fp32":
-            said.append(f"weight_dtype fp32: DeepSpeed casts {BACK}")
+            said.append(f"weight_dtype fp32: DeepSpeed casts {CAST_BACK}")
     train = cell.train
     if (
         train is not None
         and train.gradient_checkpointing
         and reentrant(cell) != train.use_reentrant
     ):
-        said.append(FORCED)
+        said.append(REENTRANT_FORCED)
     return [each.format(dtype=mixed_precision(cell)) for each in said]
 
 
-def forget() -> None:
+def clear_environment() -> None:
     """Take the launcher's variables out of this process: libraries would look for other ranks."""
-    ours = torchruns(Place())
+    ours = torchrun_variables(RankPosition())
     for name in list(os.environ):
         if name in ours or name.startswith(("ACCELERATE_", "FSDP_", "TORCHELASTIC_")):
             del os.environ[name]
@@ -150,10 +152,10 @@ def other_records(output_dir: Path, count: int) -> list[Record]:
 
     Raises RuntimeError when a file does not appear within FILE_WAIT_SECONDS.
     """
-    return [_awaited(record_path(output_dir, each)) for each in range(1, count)]
+    return [_wait_for_record(record_path(output_dir, each)) for each in range(1, count)]
 
 
-def _awaited(path: Path) -> Record:
+def _wait_for_record(path: Path) -> Record:
     until = time.monotonic() + FILE_WAIT_SECONDS
     while not path.exists():
         if time.monotonic() > until:
@@ -165,7 +167,7 @@ def _awaited(path: Path) -> Record:
     return read_record(path)
 
 
-def in_child(work: Callable[[], int]) -> int:
+def run_in_child(work: Callable[[], int]) -> int:
     """Run `work` in a forked process, to its end; returns its exit code, negative for a signal.
 
     Whatever it starts (a training engine, a CUDA context) goes with it, and its caller stays

@@ -48,10 +48,10 @@ def stack_path(output_dir: Path, rank: int) -> Path:
 
 def read_states(output_dir: Path) -> list[RankState]:
     """The states written so far, by rank; a rank that has not started has none."""
-    return sorted(_readable(output_dir), key=lambda state: state.rank)
+    return sorted(_valid_states(output_dir), key=lambda state: state.rank)
 
 
-def _readable(output_dir: Path) -> Iterator[RankState]:
+def _valid_states(output_dir: Path) -> Iterator[RankState]:
     for path in (output_dir / DIRECTORY).glob("rank-*.json"):
         if path.name.endswith(".record.json"):
             continue

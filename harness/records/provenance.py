@@ -240,23 +240,23 @@ def uses_gpu_here() -> bool:
 def environment_id(of: Stack, on: Hardware) -> str:
     """sha256, hex, of what all cells of one environment share: versions, python's minor, the
     device's kind. Older records have it as their stack_id."""
-    return _digest(_shared(of, on))
+    return _digest(_shared_identity(of, on))
 
 
 def stack_id(cell: Cell, of: Stack, on: Hardware, threads: int | None) -> str:
-    """sha256, hex, of all that the cell uses of a stack and a machine; see `used`."""
-    return _digest(used(cell, of, on, threads))
+    """sha256, hex, of all that the cell uses of a stack and a machine; see `stack_identity`."""
+    return _digest(stack_identity(cell, of, on, threads))
 
 
-def used(cell: Cell, of: Stack, on: Hardware, threads: int | None) -> dict[str, Any]:
+def stack_identity(cell: Cell, of: Stack, on: Hardware, threads: int | None) -> dict[str, Any]:
     """What makes figures of a cell comparable: versions, python's minor, the device's kind and
     number; on a CPU its processors and the threads of each process.
 
     Not the commit nor the version of tunebench: an upgrade of ours keeps a month of results. Both
     are in every record's stack. What is not known is left out.
     """
-    found = _shared(of, on)
-    names = [name for name in sometimes_used(cell, uses_gpu(of, on)) if name in of.packages]
+    found = _shared_identity(of, on)
+    names = [name for name in optional_packages(cell, uses_gpu(of, on)) if name in of.packages]
     found["packages"] |= {name: of.packages[name] for name in names}
     found["devices"] = cell.devices
     if not uses_gpu(of, on):
@@ -266,7 +266,7 @@ def used(cell: Cell, of: Stack, on: Hardware, threads: int | None) -> dict[str, 
     return found
 
 
-def sometimes_used(cell: Cell, gpu: bool) -> set[str]:
+def optional_packages(cell: Cell, gpu: bool) -> set[str]:
     """Of the packages that not every cell uses, those that this one does."""
     names = {cell.strategy.package} if cell.strategy.package else set()
     attention = cell.model.attn_implementation
@@ -282,8 +282,8 @@ def sometimes_used(cell: Cell, gpu: bool) -> set[str]:
 def same_stack(record: Record, of: Stack, on: Hardware, threads: int | None) -> bool:
     """Whether a record was made by what its cell would use now. What it does not hold, as older
     ones do not, is not compared."""
-    then = used(record.cell, record.stack, record.hardware, recorded_threads(record))
-    now = used(record.cell, of, on, threads)
+    then = stack_identity(record.cell, record.stack, record.hardware, recorded_threads(record))
+    now = stack_identity(record.cell, of, on, threads)
     return all(now.get(name) == value for name, value in then.items())
 
 
@@ -305,7 +305,7 @@ def recorded_threads(record: Record) -> int | None:
     return int(said) if said.isdigit() and int(said) > 0 else None
 
 
-def _shared(of: Stack, on: Hardware) -> dict[str, Any]:
+def _shared_identity(of: Stack, on: Hardware) -> dict[str, Any]:
     return {
         "packages": {name: of.packages[name] for name in MEASURED_PACKAGES if name in of.packages},
         "python": ".".join(of.python.split(".")[:2]),

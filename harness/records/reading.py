@@ -23,7 +23,7 @@ def set_aside(error: UserError) -> None:
     warnings.warn("".join(c if c.isprintable() else "\ufffd" for c in text), SetAside, stacklevel=2)
 
 
-def read_sound(path: Path) -> Record | None:
+def read_valid(path: Path) -> Record | None:
     """The record in a file; none when there is no such file, or when it is set aside."""
     try:
         return read_record(path)
@@ -40,7 +40,7 @@ def records_in(root: Path, known: Container[str] = ()) -> Iterator[tuple[Path, R
     """
     for name in _names(root):
         if name not in known:
-            record = read_sound(root / name / RECORD)
+            record = read_valid(root / name / RECORD)
             if record is not None:
                 yield root / name, record
 

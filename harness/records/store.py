@@ -25,7 +25,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from harness.records.attempts import in_force, in_force_by
-from harness.records.reading import CELL, RECORD, read_sound, records_in
+from harness.records.reading import CELL, RECORD, read_valid, records_in
 from harness.records.record import Record
 from harness.system.files import TEMPORARY_PREFIX, sync_directory, write_atomically
 from matrices.errors import UserError
@@ -40,7 +40,7 @@ def record_key(cell_id: str, stack_id: str) -> str:
     return f"{cell_id[:12]}-{stack_id[:8]}"
 
 
-def is_of(record: Record, key: str) -> bool:
+def matches_key(record: Record, key: str) -> bool:
     """Whether a record is of the cell that a key names."""
     return key.startswith(f"{record.cell_id[:12]}-")
 
@@ -83,7 +83,7 @@ class Store:
                 "directory with --results"
             )
         for _, working in self.abandoned():
-            read_sound(working / RECORD)
+            read_valid(working / RECORD)
 
     def prepare(self) -> None:
         """Make the directory. Raises UserError when it cannot be written."""
@@ -100,19 +100,19 @@ class Store:
     def latest_of(self, key: str) -> Entry | None:
         """The attempt in force of one key, read anew."""
         paths = [self.root / key, *self.root.glob(f"{key}.*")]
-        read = [(path, read_sound(path / RECORD)) for path in paths]
+        read = [(path, read_valid(path / RECORD)) for path in paths]
         return in_force(
-            Entry(path, record) for path, record in read if record and is_of(record, key)
+            Entry(path, record) for path, record in read if record and matches_key(record, key)
         )
 
-    def place(self, key: str, attempt: int) -> Path:
+    def published_directory(self, key: str, attempt: int) -> Path:
         """Where an attempt is published."""
         return self.root / (key if attempt == 1 else f"{key}.{attempt}")
 
     def next_attempt(self, key: str) -> int:
         """The first attempt number whose directory is not there."""
         attempt = 1
-        while self.place(key, attempt).exists():
+        while self.published_directory(key, attempt).exists():
             attempt += 1
         return attempt
 
@@ -148,7 +148,7 @@ class Store:
         UserError when the disk refuses, and then leaves no directory.
         """
         attempt = self.next_attempt(key)
-        record = record_for(self.place(key, attempt), attempt)
+        record = record_for(self.published_directory(key, attempt), attempt)
         with disk_errors(self.root):
             working = Path(tempfile.mkdtemp(prefix=f"{key}.{attempt}-", dir=self.running))
             try:
@@ -168,11 +168,11 @@ class Store:
         named = _WORKING_NAME.fullmatch(working.name)
         key = named["key"] if named else record_key(record.cell_id, record.stack_id)
         attempt = self.next_attempt(key)
-        target = self.place(key, attempt)
+        target = self.published_directory(key, attempt)
         record = record.model_copy(update={"attempt": attempt})
         with disk_errors(self.root):
             write_atomically(working / RECORD, record.to_json())
-            _remove_parts(working)
+            _remove_temporary_files(working)
             for path in working.rglob("*"):
                 if path.is_file():
                     _sync(path)
@@ -200,9 +200,9 @@ class Store:
                 with disk_errors(self.root):
                     shutil.rmtree(working)
                 continue
-            record = read_sound(working / RECORD)
+            record = read_valid(working / RECORD)
             # Of another cell it would need another claim.
-            if record is not None and is_of(record, working_key):
+            if record is not None and matches_key(record, working_key):
                 recovered.append(self.publish(working, finish(working, record)))
         return recovered
 
@@ -216,7 +216,7 @@ def _try_lock(path: Path) -> FileLock | None:
     return lock
 
 
-def _remove_parts(working: Path) -> None:
+def _remove_temporary_files(working: Path) -> None:
     """What a process that was killed had begun to write, files and directories."""
     for path in [*working.rglob(f"{TEMPORARY_PREFIX}*")]:
         if path.is_dir():

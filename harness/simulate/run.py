@@ -20,7 +20,13 @@ from harness.simulate.libraries import attention, bitsandbytes_4bit, blank_model
 from harness.simulate.memory.ledger import SimulatedLedger
 from harness.simulate.parallel import fake_ranks
 from harness.simulate.step_time.roofline import Traffic, Work
-from harness.train import Course, Observer, build_trainer, inner_optimizer, worst_case_rows
+from harness.train import (
+    Observer,
+    TrainingSchedule,
+    build_trainer,
+    inner_optimizer,
+    worst_case_rows,
+)
 from harness.verify import behaviour
 from matrices.catalogue.gpus import Gpu
 from matrices.cell import Cell
@@ -64,7 +70,7 @@ class _LedgerObserver(Observer):
         self._trained = trained
         self._layout = layout
         self._optimizer: Any = None
-        self.hooks = memory.tag_gradients(ledger, trained) + memory.name_modules(ledger, trained)
+        self.hooks = memory.tag_gradients(ledger, trained) + memory.track_modules(ledger, trained)
         self.steady_at = 0
         # Counted in the last step only: the first one also makes the optimizer states.
         self.traffic = ledger.traffic = Traffic(ledger.device_type)
@@ -158,7 +164,9 @@ def _load(
     """The model with adapters, on the training device or on `place`; and the share of its base
     weights that is quantized, None without quantization."""
     loaded = blank_model.materialize(blank, place)
-    share = quantization.share(loaded.parameters()) if cell.quantization is not None else None
+    share = (
+        quantization.quantized_share(loaded.parameters()) if cell.quantization is not None else None
+    )
     memory.tag_model(ledger, loaded)
     if cell.quantization is not None and cell.quantization.kbit_preparation:
         ledger.enter_phase("kbit_preparation")
@@ -184,7 +192,7 @@ def _train(
         loaded,
         old_trl.tokenizer(),
         rows,
-        Course(STEPS, 0.0, prepared=True),
+        TrainingSchedule(STEPS, 0.0, prepared=True),
         output_dir=scratch,
         observer=observer,
     )

@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import IO
 
-from harness.system.parent_death import end_with_parent, ending_with_this
+from harness.system.parent_death import end_with_parent, preexec_end_with_parent
 
 
 def python_module(module: str, *arguments: str) -> list[str]:
@@ -38,7 +38,7 @@ def run(
         timeout=seconds,
         check=False,
         env=environment,
-        preexec_fn=ending_with_this(),
+        preexec_fn=preexec_end_with_parent(),
     )
 
 
@@ -62,7 +62,7 @@ def start(
         stderr=stderr,
         start_new_session=True,
         pass_fds=kept_open,
-        preexec_fn=ending_with_this(),
+        preexec_fn=preexec_end_with_parent(),
         env=os.environ | dict(environment or {}),
     )
 
@@ -81,7 +81,7 @@ def fork(work: Callable[[], int]) -> int:
         except BaseException:
             traceback.print_exc()
         finally:
-            leave(code)
+            exit_now(code)
     return child
 
 
@@ -102,7 +102,7 @@ def fork_to_answer(work: Callable[[], str]) -> tuple[int, int]:
         os.close(writing)
 
 
-def leave(code: int) -> None:
+def exit_now(code: int) -> None:
     """End this process without taking the interpreter down: with a process group of torch's, that
     aborts now and then ("terminate called without an active exception") after everything is done.
     """
@@ -129,7 +129,7 @@ def signal_text(number: int) -> str:
         return f"signal {number}"
 
 
-def how_it_ended(code: int) -> str:
+def describe_exit(code: int) -> str:
     """Of a process that was to answer and did not: `code` is negative for a signal."""
     if code < 0:
         return f"was killed by {signal_text(-code)}"

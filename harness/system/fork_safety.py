@@ -14,7 +14,7 @@ whoever forks it. What is imported later in the child was never copied.
 
 Not put right: OpenMP. libgomp's threads do not survive, and a child waits for them forever if the
 thread that forks has computed in parallel before. What is forked from here has not: servers only
-import, and `harness.ranks.process_group.in_child` comes before any tensor.
+import, and `harness.ranks.process_group.run_in_child` comes before any tensor.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import os
 import sys
 
 
-def put_right() -> None:
+def reset_child() -> None:
     """Make this forked process as one that was started afresh and has imported the same."""
     torch = sys.modules.get("torch")
     if torch is not None:
@@ -37,4 +37,4 @@ def put_right() -> None:
         fingerprint.fingerprint_rng.seed()
 
 
-os.register_at_fork(after_in_child=put_right)
+os.register_at_fork(after_in_child=reset_child)

@@ -2,7 +2,7 @@
 
 Python drops an exception that a signal handler raises inside a destructor or a weakref callback
 (it prints "Exception ignored in ..."), and the memory ledger lives on weakref callbacks. A library
-may also catch BaseException. So the exception is raised again until somebody says `caught`.
+may also catch BaseException. So the exception is raised again until somebody says `stop_raising`.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ class Interrupted(BaseException):
 
 
 def raise_on_sigterm() -> None:
-    """Raise Interrupted in the main thread on SIGTERM, and again every second until `caught`."""
+    """Raise Interrupted in the main thread on SIGTERM, again every second until `stop_raising`."""
     signal.signal(signal.SIGTERM, _interrupt)
     signal.signal(signal.SIGALRM, _interrupt)
 
 
-def caught() -> None:
+def stop_raising() -> None:
     """Interrupted has arrived where it is dealt with: stop raising it."""
     signal.setitimer(signal.ITIMER_REAL, 0)
 

@@ -41,7 +41,7 @@ def end_with_parent(parent: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def ending_with_this() -> Callable[[], None] | None:
+def preexec_end_with_parent() -> Callable[[], None] | None:
     """`preexec_fn` for a process that is to end with this one; none where there is no such way."""
     parent = os.getpid()
     return (lambda: end_with_parent(parent)) if _LIBC is not None else None

@@ -28,14 +28,16 @@ def need_linux(command: str) -> None:
         )
 
 
-def no_prediction() -> str:
+def prediction_obstacle() -> str:
     """Why no prediction can be made here, each in a forked process; empty where it can."""
     return "" if hasattr(os, "fork") else f"predictions need a system with fork; {name()} has none"
 
 
-def limits() -> str:
+def limitations() -> str:
     """What does not work on this system; empty on Linux."""
     if name() == "Linux":
         return ""
     missing = "run, rerun, status and plan --check need Linux"
-    return f"{missing}{'; ' if no_prediction() else ''}{no_prediction()}; {ALSO_ELSEWHERE}"
+    return (
+        f"{missing}{'; ' if prediction_obstacle() else ''}{prediction_obstacle()}; {ALSO_ELSEWHERE}"
+    )

@@ -11,7 +11,7 @@ import torch
 
 from harness.models import lora_layers
 from harness.models.lora_layers import ADAPTER, BaseModule
-from harness.models.mismatch import VerificationError, demand
+from harness.models.mismatch import VerificationError, require_equal
 from harness.models.model import alpha, target_modules
 from harness.records.record import PassedThrough, VerifiedAdapter
 from harness.verify import arguments
@@ -28,23 +28,23 @@ def verify(model: Any, wanted: Adapter) -> None:
     if not layers:
         raise VerificationError("the cell says LoRA, but no module is adapted")
     expected = lora_layers.targets(config, found) + lora_layers.target_parameters(config, found)
-    demand(sorted(layers), sorted(expected), "adapted modules")
+    require_equal(sorted(layers), sorted(expected), "adapted modules")
     for name, layer in layers.items():
         _verify_layer(name, layer, config)
-    _verify_beside(config, model, found)
+    _verify_saved_modules(config, model, found)
     _verify_trainable(config, model, found)
 
 
 def _verify_config(config: Any, model: Any, wanted: Adapter) -> None:
     """What PEFT was given is what the cell says."""
-    demand(config.r, wanted.rank, "rank")
-    demand(config.lora_alpha, alpha(wanted), "alpha")
-    demand(config.lora_dropout, wanted.dropout, "dropout")
+    require_equal(config.r, wanted.rank, "rank")
+    require_equal(config.lora_alpha, alpha(wanted), "alpha")
+    require_equal(config.lora_dropout, wanted.dropout, "dropout")
     ours = copy.copy(config)
-    ours.target_modules = set(target_modules(wanted.target_modules, Unadapted(model)))
+    ours.target_modules = set(target_modules(wanted.target_modules, BaseModelView(model)))
     found = lora_layers.base_modules(model)
     names = lora_layers.targets(ours, found)
-    demand(lora_layers.targets(config, found), names, "adapted modules")
+    require_equal(lora_layers.targets(config, found), names, "adapted modules")
     passed_through(model, wanted)
 
 
@@ -55,10 +55,10 @@ def passed_through(model: Any, wanted: Adapter) -> dict[str, PassedThrough]:
     if asked.get("ensure_weight_tying"):
         # PEFT adds the modules that are tied to them.
         asked.pop("modules_to_save", None)
-    return arguments.seen(asked, model.peft_config[ADAPTER])
+    return arguments.verify_passed_through(asked, model.peft_config[ADAPTER])
 
 
-class Unadapted:
+class BaseModelView:
     """A PEFT model seen as it was before: each module under its own name, without wrappers."""
 
     def __init__(self, model: Any) -> None:
@@ -75,20 +75,20 @@ class Unadapted:
 
 def _verify_layer(name: str, layer: Any, config: Any) -> None:
     rank, wanted_alpha = lora_layers.rank_of(config, name), lora_layers.alpha_of(config, name)
-    demand(layer.r[ADAPTER], rank, f"rank of {name}")
-    demand(layer.lora_alpha[ADAPTER], wanted_alpha, f"alpha of {name}")
+    require_equal(layer.r[ADAPTER], rank, f"rank of {name}")
+    require_equal(layer.lora_alpha[ADAPTER], wanted_alpha, f"alpha of {name}")
     scaling = wanted_alpha / (math.sqrt(rank) if config.use_rslora else rank)
-    demand(layer.scaling[ADAPTER], scaling, f"scaling of {name}")
+    require_equal(layer.scaling[ADAPTER], scaling, f"scaling of {name}")
     if ADAPTER in layer.lora_dropout:
         found = getattr(layer.lora_dropout[ADAPTER], "p", 0.0)
-        demand(found, config.lora_dropout, f"dropout of {name}")
-    demand(bool(layer.use_dora.get(ADAPTER, False)), config.use_dora, f"use_dora of {name}")
+        require_equal(found, config.lora_dropout, f"dropout of {name}")
+    require_equal(bool(layer.use_dora.get(ADAPTER, False)), config.use_dora, f"use_dora of {name}")
 
 
-def _verify_beside(config: Any, model: Any, found: list[BaseModule]) -> None:
+def _verify_saved_modules(config: Any, model: Any, found: list[BaseModule]) -> None:
     """Copies and rows that are trained beside the adapter are those that were asked for."""
     saved = [place.name for place in found if lora_layers.saved_copies(place)]
-    demand(saved, lora_layers.modules_to_save(config, found), "modules_to_save")
+    require_equal(saved, lora_layers.modules_to_save(config, found), "modules_to_save")
     for name, ids in lora_layers.token_indices(config, model).items():
         held = [
             layer.token_indices[ADAPTER]
@@ -99,23 +99,23 @@ def _verify_beside(config: Any, model: Any, found: list[BaseModule]) -> None:
         if not held:
             raise VerificationError(f"trainable_token_indices: nothing of {name} is trained")
         for each in held:
-            demand(list(each), list(ids), f"trainable_token_indices of {name}")
+            require_equal(list(each), list(ids), f"trainable_token_indices of {name}")
 
 
 def _verify_trainable(config: Any, model: Any, found: list[BaseModule]) -> None:
     expected: dict[int, Any] = {}
     for place in found:
-        for parameter in _trained_at(place, config):
+        for parameter in _trained_parameters(place, config):
             expected[id(parameter)] = parameter
     names = {id(p): n for n, p in model.named_parameters(remove_duplicate=False)}
     trained = {names[id(p)] for p in model.parameters() if p.requires_grad}
     wanted = {names[each] for each in expected}
-    demand(sorted(trained - wanted), [], "trainable parameters outside the adapter")
-    demand(sorted(wanted - trained), [], "parameters of the adapter that are frozen")
+    require_equal(sorted(trained - wanted), [], "trainable parameters outside the adapter")
+    require_equal(sorted(wanted - trained), [], "parameters of the adapter that are frozen")
 
 
-def _trained_at(place: BaseModule, config: Any) -> list[torch.nn.Parameter]:
-    layers = lora_layers.loras(place).values()
+def _trained_parameters(place: BaseModule, config: Any) -> list[torch.nn.Parameter]:
+    layers = lora_layers.loras_of(place).values()
     trained = [p for layer in layers for p in lora_layers.trained_parameters(layer)]
     trained += [p for copy in lora_layers.saved_copies(place) for p in copy.parameters()]
     trained += [rows.trainable_tokens_delta[ADAPTER] for rows in lora_layers.token_layers(place)]
@@ -126,7 +126,7 @@ def _trained_at(place: BaseModule, config: Any) -> list[torch.nn.Parameter]:
     return trained
 
 
-def findings(model: Any) -> VerifiedAdapter:
+def summarize(model: Any) -> VerifiedAdapter:
     """What is there, for the record."""
     found = lora_layers.base_modules(model)
     config = model.peft_config[ADAPTER]

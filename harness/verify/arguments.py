@@ -16,7 +16,7 @@ from harness import device
 from harness.models.mismatch import VerificationError
 from harness.models.model import load_tokenizer
 from harness.records.record import PassedThrough
-from harness.train import Course, sft_config
+from harness.train import TrainingSchedule, sft_config
 from matrices.cell import Cell
 from matrices.errors import UserError, first_line, nearest
 from matrices.libraries.library_arguments import SFT_ARGUMENTS, SFT_CONFIG
@@ -30,7 +30,7 @@ OPTIMIZER_ARGUMENTS: dict[str, tuple[str, int | None]] = {
 }
 
 
-def seen(asked: Mapping[str, Any], resolved: Any) -> dict[str, PassedThrough]:
+def verify_passed_through(asked: Mapping[str, Any], resolved: Any) -> dict[str, PassedThrough]:
     """Each argument as `resolved` (an SFTConfig, a LoraConfig) holds it.
 
     Raises VerificationError when it holds something else: another cell would be measured."""
@@ -74,11 +74,11 @@ def check_sft(cell: Cell) -> None:
         if device.has_cuda() or name not in SFT_ARGUMENTS or SFT_ARGUMENTS[name].needs != "gpu"
     }
     train = cell.train.model_copy(update={"sft_config": given})
-    course = Course(train.steps, train.learning_rate, prepared=True)
+    schedule = TrainingSchedule(train.steps, train.learning_rate, prepared=True)
     alone = cell.model_copy(update={"train": train})
     try:
-        config = sft_config(alone, None, course, Path("unused"))
-        seen(given, config)
+        config = sft_config(alone, None, schedule, Path("unused"))
+        verify_passed_through(given, config)
         get_scheduler(
             config.lr_scheduler_type,
             torch.optim.SGD([torch.zeros(1)], lr=train.learning_rate),

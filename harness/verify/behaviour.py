@@ -42,17 +42,17 @@ class BaseBehaviour:
     missing: dict[str, str] = field(default_factory=dict)
 
 
-def look(model: Any, cell: Cell) -> BaseBehaviour:
+def probe(model: Any, cell: Cell) -> BaseBehaviour:
     """Try the base model of a cell. Raises VerificationError when it is not a causal one."""
     began = time.perf_counter()
     seen = BaseBehaviour(isolated=False if _joins_documents(cell) else None)
-    reason = _not_to_be_run(model)
+    reason = _skip_reason(model)
     if reason:
         seen.missing = dict.fromkeys(("causal", "adapter_starts_at_base"), reason)
         if _separates_documents(cell):
             seen.missing["documents_isolated"] = reason
         return seen
-    with _left_as_it_was(model), _as_trained(model, cell):
+    with _restored(model), _training_precision(model, cell):
         seen.logits, seen.causal = _causal(model)
         if seen.causal and _separates_documents(cell):
             seen.isolated = _isolated(model)
@@ -66,7 +66,7 @@ def look(model: Any, cell: Cell) -> BaseBehaviour:
     return seen
 
 
-def note(record: Record, seen: BaseBehaviour, model: Any) -> None:
+def record_probe(record: Record, seen: BaseBehaviour, model: Any) -> None:
     """Put into the record what was seen, and whether the adapter, if any, starts at the base.
     Raises VerificationError when it should and does not."""
     began = time.perf_counter()
@@ -86,7 +86,7 @@ def note(record: Record, seen: BaseBehaviour, model: Any) -> None:
 
 
 def _compare(model: Any, before: torch.Tensor, cell: Cell) -> None:
-    with _left_as_it_was(model), _as_trained(model, cell):
+    with _restored(model), _training_precision(model, cell):
         after = _logits(model, _batch(model))[0].detach().float().cpu()
     device.release_cache()
     difference = float((after - before).square().mean().sqrt())
@@ -119,7 +119,7 @@ def _separates_documents(cell: Cell) -> bool:
     return cell.data is not None and cell.data.packing and cell.data.packing_strategy != "wrapped"
 
 
-def _not_to_be_run(model: Any) -> str | None:
+def _skip_reason(model: Any) -> str | None:
     """Why a forward outside of the training engine says nothing about this model."""
     from transformers.integrations import is_deepspeed_zero3_enabled
 
@@ -191,7 +191,7 @@ def _depends(logits: torch.Tensor, embeddings: torch.Tensor, first: int, last: i
 
 
 @contextlib.contextmanager
-def _as_trained(model: Any, cell: Cell) -> Iterator[None]:
+def _training_precision(model: Any, cell: Cell) -> Iterator[None]:
     """Without dropout, in the dtype that training computes in."""
     train = cell.train
     autocast = train is not None and train.autocast and cell.model.compute_dtype != "fp32"
@@ -207,7 +207,7 @@ def _as_trained(model: Any, cell: Cell) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _left_as_it_was(model: Any) -> Iterator[None]:
+def _restored(model: Any) -> Iterator[None]:
     """Give modules their modes and parameters their own tensors back: bitsandbytes casts the biases
     of 4-bit layers in place at their first forward."""
     training = [module for module in model.modules() if module.training]

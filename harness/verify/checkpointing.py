@@ -1,4 +1,4 @@
-"""Gradient checkpointing, as it was found on a model and as the model was seen to do it."""
+"""Gradient checkpointing: what a model is set to, and what its backward pass really does."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from harness.verify.verify import VerificationError, demand
+from harness.models.mismatch import VerificationError, require_equal
 from matrices.cell import Cell
 from matrices.rules.parallelism import reentrant
 
@@ -26,8 +26,8 @@ def layers(model: nn.Module) -> dict[str, Any]:
 
 
 def verify(model: nn.Module, cell: Cell) -> None:
-    """Look at a model whose training is about to begin: the trainer switches checkpointing on when
-    it starts. Raises VerificationError when it is not what the cell asks for."""
+    """Check a model whose training is about to begin: the trainer switches checkpointing on when it
+    starts. Raises VerificationError when the cell asks for something else."""
     assert cell.train is not None
     wanted = cell.train.gradient_checkpointing
     found = {
@@ -35,23 +35,23 @@ def verify(model: nn.Module, cell: Cell) -> None:
         for name, module in model.named_modules()
         if hasattr(module, "gradient_checkpointing")
     }
-    demand(any(found.values()), wanted, "gradient_checkpointing")
+    require_equal(any(found.values()), wanted, "gradient_checkpointing")
     for name, layer in layers(model).items():
-        demand(found[name], wanted, f"gradient_checkpointing of {name}")
+        require_equal(found[name], wanted, f"gradient_checkpointing of {name}")
         if wanted:
             options = layer._gradient_checkpointing_func.keywords
-            demand(options.get("use_reentrant"), reentrant(cell), f"use_reentrant of {name}")
+            require_equal(options.get("use_reentrant"), reentrant(cell), f"use_reentrant of {name}")
 
 
 class Recomputation:
-    """Sees which layers compute again in the backward pass, while its hooks are there. `backward`
-    is for its owner to set."""
+    """Records which layers compute again in the backward pass, until its hooks are removed. The
+    observer sets `backward` while that pass runs."""
 
     def __init__(self, model: nn.Module) -> None:
         self.backward = False
         self.layers = layers(model)
-        self.again: set[str] = set()
-        # Of what is inside: transformers checkpoints a layer's `forward`, beneath its own hooks.
+        self.recomputed: set[str] = set()
+        # On modules inside a layer: transformers checkpoints `forward` beneath the layer's hooks.
         self.hooks = [
             part.register_forward_pre_hook(self._hook(name))
             for name, layer in self.layers.items()
@@ -62,18 +62,19 @@ class Recomputation:
     def _hook(self, name: str) -> Any:
         def note(*_: Any) -> None:
             if self.backward:
-                self.again.add(name)
+                self.recomputed.add(name)
 
         return note
 
 
-def demand_recomputed(seen: Recomputation, cell: Cell) -> None:
+def verify_recomputation(seen: Recomputation, cell: Cell) -> None:
     """Raises VerificationError when other layers computed again than the cell asks for: all of
     them with checkpointing, none without."""
     assert cell.train is not None
     wanted = set(seen.layers) if cell.train.gradient_checkpointing else set()
-    if seen.again != wanted:
+    if seen.recomputed != wanted:
         raise VerificationError(
             f"gradient_checkpointing: the cell says {cell.train.gradient_checkpointing}, and "
-            f"{len(seen.again)} of {len(seen.layers)} layers computed again in the backward pass"
+            f"{len(seen.recomputed)} of {len(seen.layers)} layers computed again in the backward "
+            "pass"
         )

@@ -11,9 +11,8 @@ from torch import nn
 
 from harness import device
 from harness.models import lora_layers, quantization
-from harness.models.mismatch import VerificationError as VerificationError
-from harness.models.mismatch import demand
-from harness.models.quantization import whole_numel
+from harness.models.mismatch import VerificationError, require_equal
+from harness.models.quantization import full_numel
 from harness.records.record import Verified
 from harness.verify import adapter
 from matrices.cell import Cell
@@ -65,20 +64,22 @@ def verify_again(model: Any, cell: Cell) -> dict[str, int]:
 
 def _verify_structure(model: Any, cell: Cell) -> None:
     if cell.quantization is None:
-        demand(len(quantization.linear4bit(model)), 0, "4-bit layers")
+        require_equal(len(quantization.linear4bit(model)), 0, "4-bit layers")
     else:
         quantization.verify(model, cell.quantization, cell.model.compute_dtype)
     adapters = lora_layers.all_loras(lora_layers.base_modules(model))
     if cell.adapter is None:
-        demand(sorted(adapters), [], "adapted modules")
+        require_equal(sorted(adapters), [], "adapted modules")
     elif not adapters:
         raise VerificationError("the cell says LoRA, but no module is adapted")
     else:
         adapter.verify(model, cell.adapter)
     if cell.method == "full":
         frozen = [n for n, p in model.named_parameters() if not p.requires_grad]
-        demand(frozen, [], "frozen parameters under full fine-tuning")
-    demand(model.config._attn_implementation, cell.model.attn_implementation, "attn_implementation")
+        require_equal(frozen, [], "frozen parameters under full fine-tuning")
+    require_equal(
+        model.config._attn_implementation, cell.model.attn_implementation, "attn_implementation"
+    )
 
 
 def _verify_weight_dtype(model: Any, cell: Cell, cast: Collection[int]) -> None:
@@ -92,12 +93,12 @@ def _verify_weight_dtype(model: Any, cell: Cell, cast: Collection[int]) -> None:
     found = {
         parameter.dtype
         for place in lora_layers.base_modules(model)
-        for name, parameter in lora_layers.own_parameters(place).items()
+        for name, parameter in lora_layers.direct_parameters(place).items()
         if id(parameter) not in cast
         and getattr(parameter, "quant_state", None) is None
-        and not (parameter.dtype == device.DTYPES["fp32"] and _named(name, kept))
+        and not (parameter.dtype == device.DTYPES["fp32"] and _matches_name(name, kept))
     }
-    demand(found, wanted, "weight_dtype")
+    require_equal(found, wanted, "weight_dtype")
 
 
 def _kept_in_fp32(model: Any, weight_dtype: str) -> set[str]:
@@ -110,7 +111,7 @@ def _kept_in_fp32(model: Any, weight_dtype: str) -> set[str]:
     return kept
 
 
-def _named(name: str, wanted: Collection[str]) -> bool:
+def _matches_name(name: str, wanted: Collection[str]) -> bool:
     return any(re.search(rf"(^|\.){each}($|\.)", name) for each in wanted)
 
 
@@ -119,13 +120,13 @@ def _findings(model: Any) -> Verified:
     adapters = lora_layers.all_loras(lora_layers.base_modules(model))
     share = None
     if linear4bit or getattr(model, "is_loaded_in_4bit", False):
-        share = quantization.share(quantization.base_parameters(model))
-    said = quantization.said_of_share(model, share) if share is not None else None
+        share = quantization.quantized_share(quantization.base_parameters(model))
+    said = quantization.explain_share(model, share) if share is not None else None
     return Verified(
         quantized_modules=len(linear4bit),
         quant_types=sorted({m.weight.quant_state.quant_type for m in linear4bit.values()}),
         quantized_share=share,
-        adapter=adapter.findings(model) if adapters else None,
+        adapter=adapter.summarize(model) if adapters else None,
         adapter_modules=sorted({_module_of(name, adapters[name]) for name in adapters}),
         adapter_module_count=len(adapters),
         attn_implementation=str(getattr(model.config, "_attn_implementation", "")),
@@ -144,7 +145,7 @@ def _dtypes(model: nn.Module) -> dict[str, int]:
     """Parameters by dtype."""
     dtypes: Counter[str] = Counter()
     for parameter in model.parameters():
-        dtypes[str(parameter.dtype).removeprefix("torch.")] += whole_numel(parameter)
+        dtypes[str(parameter.dtype).removeprefix("torch.")] += full_numel(parameter)
     return dict(dtypes)
 
 
@@ -161,9 +162,9 @@ def verify_optimizer(optimizer: Any, name: str) -> tuple[str, list[str]]:
             f"{name} asked for; DeepSpeed's own Adam for host memory ran, as its states are there"
         )
         return found, [said]
-    demand(found, wanted, "optimizer class")
+    require_equal(found, wanted, "optimizer class")
     for attribute, value in attributes.items():
-        demand(_attribute(inner, attribute), value, f"optimizer {attribute}")
+        require_equal(_attribute(inner, attribute), value, f"optimizer {attribute}")
     substitutions = []
     if attributes.get("is_paged") and not device.has_cuda():
         substitutions.append(

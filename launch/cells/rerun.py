@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from harness.ranks import launch_command
-from harness.ranks.launch_command import accelerate, threads_of
+from harness.ranks.launch_command import accelerate, threads_per_process
 from harness.records import hub, provenance
 from harness.records.record import Record, read_record
 from harness.records.store import Entry, Store, disk_errors
@@ -134,7 +134,7 @@ def rerun(
         display.message(f"the model or the data is not the recorded one: {changed}")
     store = Store(path.absolute().parent.parent)
     store.prepare()
-    threads = provenance.recorded_threads(record) or threads_of(cell)
+    threads = provenance.recorded_threads(record) or threads_per_process(cell)
     key = key_of(cell, threads)
     with store.claim(key) as claimed:
         if not claimed:

@@ -9,8 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from harness.ranks.launch_command import PORT, command, fixed_port, launch_arguments, threads_of
-from harness.ranks.launch_environment import Place
+from harness.ranks.launch_command import (
+    RENDEZVOUS_PORT,
+    command,
+    fixed_port,
+    launch_arguments,
+    threads_per_process,
+)
+from harness.ranks.launch_environment import RankPosition
 from harness.records import provenance
 from harness.records.record import Placement, Record
 from harness.system.files import write_atomically
@@ -47,7 +53,7 @@ def first_record(
     threads: int | None = None,
 ) -> Record:
     """The record an attempt starts with; its command is called in the record's directory."""
-    threads = threads or threads_of(cell, grant.cores if grant is not None else None)
+    threads = threads or threads_per_process(cell, grant.cores if grant is not None else None)
     gpu = provenance.uses_gpu_here()
     called = command(cell, gpu, threads, meeting=_meeting_place(meeting))
     record = provenance.new_record(cell, called, attempt, threads)
@@ -85,7 +91,7 @@ def ranks(
 
     Raises UserError when the port that its profile asks for is in use.
     """
-    threads = threads_of(cell, grant.cores)
+    threads = threads_per_process(cell, grant.cores)
     variables = _environment(threads, grant)
     if not cell.is_distributed:
         return Ranks(environment=variables)
@@ -93,7 +99,7 @@ def ranks(
     given = launch_arguments(cell, gpu, threads, working, _meeting_place(meeting), node_rank)
     count = devices_here(cell)
     met = meeting or Rendezvous("127.0.0.1", free_port(fixed_port(cell)), "")
-    first = Place(0, count, node_rank, cell.nodes, met.address, met.port)
+    first = RankPosition(0, count, node_rank, cell.nodes, met.address, met.port)
     return Ranks(
         places=tuple(dataclasses.replace(first, local_rank=number) for number in range(count)),
         launch_arguments=tuple(given),
@@ -103,7 +109,7 @@ def ranks(
 
 def _meeting_place(meeting: Rendezvous | None) -> tuple[str, int]:
     """Address and port; none is this machine."""
-    return (meeting.address, meeting.port) if meeting else (socket.gethostname(), PORT)
+    return (meeting.address, meeting.port) if meeting else (socket.gethostname(), RENDEZVOUS_PORT)
 
 
 def announce(working: Path, rendezvous: Rendezvous) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from harness.system.platforms import no_prediction
+from harness.system.platforms import prediction_obstacle
 from launch.commands.console import EXIT_INCOMPLETE, load_matrix, print_json, print_note, stopping
 from launch.commands.options import (
     EngineOption,
@@ -99,7 +99,7 @@ def prediction_options(
     workers: int | None = None,
 ) -> PredictionOptions:
     """Checked options of a prediction. Raises UserError, also where none can be made."""
-    if reason := no_prediction():
+    if reason := prediction_obstacle():
         raise UserError(reason)
     from launch.display.progress import display_for_stderr
     from launch.predict.gpu_choice import named_gpus

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from harness.ranks.launch_command import threads_of
+from harness.ranks.launch_command import threads_per_process
 from harness.records.record import Record
 from harness.records.store import Entry, Store
 from launch.cells import start
@@ -110,7 +110,7 @@ def run_cell(
 def _job(order: Order, cell: Cell, store: Store) -> Job:
     """The cell's job on this machine and stack. The attempt that was there when the cell was
     ordered is what the order repeats; a later one is its answer."""
-    key = key_of(cell, threads_of(cell, order.cpus))
+    key = key_of(cell, threads_per_process(cell, order.cpus))
     last = store.latest_of(key)
     # The engine has gathered as many machines as the cell is for.
     machine = dataclasses.replace(this_machine(), nodes=cell.nodes)

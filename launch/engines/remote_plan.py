@@ -40,7 +40,7 @@ def same_software(record: Record) -> bool:
     if record.stack.python.split(".")[:2] != here.python.split(".")[:2]:
         return False
     names = {*provenance.MEASURED_PACKAGES}
-    names |= provenance.sometimes_used(record.cell, used_gpu(record))
+    names |= provenance.optional_packages(record.cell, used_gpu(record))
     return all(record.stack.packages.get(name) == here.packages.get(name) for name in names)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from harness.ranks import state_files
 from harness.ranks.progress_file import Progress, read_progress
-from harness.records.reading import RECORD, read_sound, records_in
+from harness.records.reading import RECORD, read_valid, records_in
 from harness.records.record import RankState, Record
 from harness.records.store import Entry, Store
 from matrices.errors import UserError
@@ -52,7 +52,7 @@ def running(store: Store, wanted: Callable[[str], bool] = lambda key: True) -> l
     for key, directory in store.abandoned():
         if not wanted(key):
             continue
-        record = read_sound(directory / RECORD)
+        record = read_valid(directory / RECORD)
         if record is None:
             continue
         try:

@@ -109,7 +109,7 @@ def _software() -> Iterator[Finding]:
 
 
 def _hardware() -> Iterator[Finding]:
-    if limits := platforms.limits():
+    if limits := platforms.limitations():
         yield Finding("machine", platforms.name(), "no", limits)
     else:
         yield Finding("machine", platforms.name(), "ok", "every command works")

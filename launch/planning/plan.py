@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from harness.evaluation.score_precision import SOFTMAX_DTYPE, softmax_dtype
-from harness.ranks.launch_command import threads_of
+from harness.ranks.launch_command import threads_per_process
 from harness.records import hub, provenance
 from harness.records.attempts import in_force
 from harness.records.prediction import Prediction
@@ -148,7 +148,7 @@ def plan_jobs(
     for cell in everything:
         cell_id = cell.cell_id
         refused = reasons[cell_id] if cell_id in reasons else _refusal(cell, machine)
-        threads = threads_of(cell, cores(cell))
+        threads = threads_per_process(cell, cores(cell))
         key = key_of(cell, threads)
         there = measured.get(cell_id, [])
         found = in_force(e for e in there if counts(e.record, threads))

@@ -8,7 +8,7 @@ from typing import get_args
 
 from harness.records import provenance
 from harness.records.prediction import Engine, Prediction, Request
-from harness.system.platforms import no_prediction
+from harness.system.platforms import prediction_obstacle
 from launch.display.progress import Display
 from launch.predict.cache import PredictionCache
 from launch.predict.overlays import Overlay
@@ -112,7 +112,7 @@ def _request(cells: list[Cell], options: PredictionOptions) -> Request:
 def _simulate(
     request: Request, options: PredictionOptions, display: Display
 ) -> Mapping[str, Prediction]:
-    if reason := no_prediction():
+    if reason := prediction_obstacle():
         return {cell.cell_id: unpredicted(cell, "failed", reason) for cell in request.cells}
     simulation = Simulation(request, options.overlay.directories, SIMULATE)
     found: dict[str, Prediction] = {}

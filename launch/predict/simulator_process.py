@@ -17,7 +17,7 @@ from typing import IO, Any
 from pydantic import ValidationError
 
 from harness.records.prediction import Prediction, Request
-from harness.system.child_process import how_it_ended, kill_group, python_module, start
+from harness.system.child_process import describe_exit, kill_group, python_module, start
 from matrices.files.cache import cache_directory
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,7 +62,7 @@ class Simulation:
                 kill_group(process.pid)
                 process.wait()
             if answered < len(self.request.cells):
-                self.ended = f"the simulating process {how_it_ended(code)}{_last_line(output)}"
+                self.ended = f"the simulating process {describe_exit(code)}{_last_line(output)}"
 
     def _start(self, scratch: Path, output: IO[bytes]) -> subprocess.Popen[bytes]:
         request = scratch / "request.json"

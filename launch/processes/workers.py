@@ -21,7 +21,7 @@ from filelock import FileLock
 
 from harness.ranks import state_files
 from harness.ranks.launch_command import runs_accelerate
-from harness.ranks.launch_environment import Place
+from harness.ranks.launch_environment import RankPosition
 from harness.system import child_process, parent_death
 from launch.processes.server import Server, follow_parent
 from matrices.errors import UserError
@@ -42,7 +42,7 @@ class Ranks:
     for a cell of one process. `environment` is set in every one of them before anything else.
     """
 
-    places: tuple[Place, ...] = (Place(),)
+    places: tuple[RankPosition, ...] = (RankPosition(),)
     launch_arguments: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
 
@@ -90,7 +90,7 @@ def died(who: str, code: int | None, server: Server, kills: int) -> UserError:
             f"the kernel killed {who}: the machine's memory ran out; free some memory and run the "
             "same command again"
         )
-    how = child_process.how_it_ended(code) if code not in (None, LOST) else "died"
+    how = child_process.describe_exit(code) if code not in (None, LOST) else "died"
     said = server.said().splitlines()
     last = f" ({said[-1].strip()})" if said else ""
     return UserError(
@@ -98,7 +98,9 @@ def died(who: str, code: int | None, server: Server, kills: int) -> UserError:
     )
 
 
-def _rank_main(module: str, working: str, worker_lock: str, ranks: Ranks, place: Place) -> None:
+def _rank_main(
+    module: str, working: str, worker_lock: str, ranks: Ranks, place: RankPosition
+) -> None:
     follow_parent()
     directory = Path(working)
     path = state_files.log_path(directory, place.rank)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import quote
 
-from harness.ranks.launch_command import of_record
+from harness.ranks.launch_command import command_of_record
 from matrices.errors import UserError, nearest
 from reports.output.html import Html, tag
 from reports.records.load import Result
@@ -79,7 +79,7 @@ def command_text(result: Result, relative_to: Path) -> str:
     """What reproduces a cell by hand, called in the directory `relative_to`."""
     directory = Path(os.path.relpath(result.directory.absolute(), relative_to.absolute()))
     output = Path(f"{result.directory.absolute().name}.by-hand")
-    return shlex.join(of_record(result.record, directory, output))
+    return shlex.join(command_of_record(result.record, directory, output))
 
 
 def short_id(result: Result) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from harness.evaluation.score_precision import softmax_dtype
-from harness.ranks.launch_command import HERE, of_record
+from harness.ranks.launch_command import CURRENT_DIRECTORY, command_of_record
 from harness.records.record import CATEGORIES, PHASES, Record
 from matrices.cell import SECTIONS, flatten
 from reports.records.derived import (
@@ -135,7 +135,10 @@ def _provenance() -> list[Column]:
         Column("started", "started", "string", "started", "ISO 8601, UTC"),
         Column("ended", "ended", "string", "ended", "ISO 8601, UTC"),
         Column(
-            "command", lambda record: shlex.join(of_record(record, HERE)), "string", "command",
+            "command",
+            lambda record: shlex.join(command_of_record(record, CURRENT_DIRECTORY)),
+            "string",
+            "command",
             "reproduces this cell by hand, called in the record's directory",
         ),
         Column("commit", "stack.commit", "string", "commit", "of a tunebench checkout"),

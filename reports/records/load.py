@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from harness.evaluation.score_precision import WITHOUT_ARGUMENT, softmax_dtype
 from harness.records import hub, provenance
 from harness.records.attempts import in_force_by
-from harness.records.reading import read_sound, record_files, set_aside
+from harness.records.reading import read_valid, record_files, set_aside
 from harness.records.record import Record
 from matrices.cell import Data, Model
 from matrices.errors import UserError
@@ -90,7 +90,7 @@ def load_records(results: Path) -> list[Result]:
     if not results.is_dir():
         raise UserError("no such results directory", where=str(results))
     paths = list(record_files(results))
-    read = [(read_sound(path), path) for path in paths]
+    read = [(read_valid(path), path) for path in paths]
     found = [Result(by_commit(record), path) for record, path in read if record is not None]
     if not found:
         raise UserError(

@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from harness.ranks.launch_command import accelerate, of_record
+from harness.ranks.launch_command import accelerate, command_of_record
 from harness.records.record import CATEGORIES, PHASES, Memory, PassedThrough, Record
 from matrices.cell import SECTIONS, flatten, label
 from reports.records.derived import METERS, phase_peak_bytes, precision_text, timed_seconds
@@ -59,7 +59,7 @@ def show(result: Result, judged: Mapping[str, Result]) -> str:
 def _command(result: Result) -> list[str]:
     """To be called in the directory that the record's path starts in."""
     output = Path(f"{result.directory.name}.by-hand")
-    return of_record(result.record, result.directory, output, accelerate())
+    return command_of_record(result.record, result.directory, output, accelerate())
 
 
 def _section(title: str, lines: Iterable[str]) -> str:

@@ -29,7 +29,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests/integration")]
 
 from slurm_cluster import Cluster, cluster, missing, wait_for  # noqa: E402
 
-from harness.ranks.launch_command import accelerate, of_record  # noqa: E402
+from harness.ranks.launch_command import accelerate, command_of_record  # noqa: E402
 from harness.records.record import read_record  # noqa: E402
 
 MATRIX = """\
@@ -87,7 +87,7 @@ def by_hand(directory: Path, seeds: list[int]) -> float:
     environment = dict(os.environ)
     run(directory, seeds, [], environment)
     wanted = [
-        of_record(record, path.parent, None, accelerate())
+        command_of_record(record, path.parent, None, accelerate())
         for path in (directory / "results/cells").glob("*/record.json")
         if (record := read_record(path)).cell.seed in seeds
     ]

@@ -27,14 +27,14 @@ GIB = 2**30
 LOST = "[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:41234"
 
 
-def _enter(arguments: Sequence[str], place: launch_environment.Place) -> None:
-    """As harness.ranks.launch_environment.enter, without accelerate's part, which takes torch."""
-    os.environ.update(launch_environment.torchruns(place))
+def _enter(arguments: Sequence[str], place: launch_environment.RankPosition) -> None:
+    """`launch_environment.set_environment` without accelerate's part, which imports torch."""
+    os.environ.update(launch_environment.torchrun_variables(place))
     os.environ["STAND_IN_ARGUMENTS"] = " ".join(arguments)
 
 
 # This module is imported by the server that every rank is forked from.
-launch_environment.enter = _enter
+launch_environment.set_environment = _enter
 
 
 class Stopped(BaseException):

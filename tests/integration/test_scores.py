@@ -138,9 +138,9 @@ def test_the_task_index_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     took = []
     found = []
     for _ in range(2):
-        task_index.own_index.cache_clear()
+        task_index.default_index.cache_clear()
         began = time.process_time()
-        found.append(task_index.own_index())
+        found.append(task_index.default_index())
         took.append(time.process_time() - began)
     made, kept = found
     assert took[1] < took[0] / 4
@@ -159,7 +159,7 @@ def test_the_task_index_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     [kept_file] = (tmp_path / "cache" / "task-index").iterdir()
     kept_file.write_text('{"broken')
     monkeypatch.setattr(task_index, "TaskManager", lambda: type("Stand", (), {"task_index": made}))
-    task_index.own_index.cache_clear()
-    assert task_index.own_index() == made
+    task_index.default_index.cache_clear()
+    assert task_index.default_index() == made
     assert len(kept_file.read_text()) > 1_000_000, "a broken file is made anew"
-    task_index.own_index.cache_clear()
+    task_index.default_index.cache_clear()

@@ -182,7 +182,7 @@ def workspace(
 
 def measure(wanted: Cell, directory: Path) -> Record:
     """Only the worker's untimed memory steps, on real tensors."""
-    from harness import measuring
+    from harness import phases as cell_phases
     from harness.measurement import Measurement
     from harness.models import model
     from harness.records import provenance
@@ -190,7 +190,7 @@ def measure(wanted: Cell, directory: Path) -> Record:
     directory.mkdir()
     job = Measurement(provenance.new_record(wanted, []), directory)
     tokenizer = model.load_tokenizer(wanted.model)
-    measuring.memory_steps(job, measuring.load(job), tokenizer)
+    cell_phases.memory_steps(job, cell_phases.load(job), tokenizer)
     return job.record
 
 

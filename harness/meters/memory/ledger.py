@@ -23,7 +23,7 @@ from harness.records.record import TRAINING_PHASES, Phase
 BLOCK_BYTES = 512
 
 
-def local(tensor: torch.Tensor) -> torch.Tensor:
+def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's part of a DTensor, whose own storage has the size of the whole; else the
     tensor."""
     return getattr(tensor, "_local_tensor", tensor)
@@ -35,7 +35,7 @@ def wraps_tensors(types: Iterable[type]) -> bool:
     return any(hasattr(each, "__tensor_flatten__") for each in types)
 
 
-def held(parameter: torch.Tensor) -> torch.Tensor:
+def parameter_data(parameter: torch.Tensor) -> torch.Tensor:
     """A parameter's data; of a parameter that ZeRO-3 has partitioned, this rank's part."""
     part = getattr(parameter, "ds_tensor", None)
     return parameter.data if part is None else part
@@ -118,7 +118,7 @@ class Ledger(TorchDispatchMode):
     def tag(self, tensor: torch.Tensor, category: str) -> None:
         """Set the category of a tensor's storage; a storage not seen before is counted from now
         on."""
-        storage = self._see(tensor, "existing")
+        storage = self._track(tensor, "existing")
         if storage is not None:
             storage.category = category
 
@@ -137,18 +137,18 @@ class Ledger(TorchDispatchMode):
         name = str(func)
         for value in tree_iter(out):
             if isinstance(value, torch.Tensor):
-                self._see(value, name)
+                self._track(value, name)
         return out
 
-    def _see(self, tensor: torch.Tensor, op: str) -> Storage | None:
+    def _track(self, tensor: torch.Tensor, op: str) -> Storage | None:
         """The storage of a tensor, counted from now on; None if it is not counted here."""
-        tensor = local(tensor)
+        tensor = local_tensor(tensor)
         raw = tensor.untyped_storage()
         key = raw._cdata
         known = self._live.get(key)
         if known is not None and known[0]() is raw:
             return known[1]
-        if not self._counts(tensor):
+        if not self._is_tracked(tensor):
             return None
         storage = Storage(
             raw.nbytes(),
@@ -160,20 +160,20 @@ class Ledger(TorchDispatchMode):
             self._guess(tensor),
             born=self.visit,
         )
-        self._live[key] = (weakref.ref(raw, lambda _: self._forget(key, storage)), storage)
-        self._note(storage, storage.block)
+        self._live[key] = (weakref.ref(raw, lambda _: self._mark_freed(key, storage)), storage)
+        self._add_event(storage, storage.block)
         return storage
 
-    def _counts(self, tensor: torch.Tensor) -> bool:
+    def _is_tracked(self, tensor: torch.Tensor) -> bool:
         return tensor.device.type == self.device_type
 
-    def _forget(self, key: int, storage: Storage) -> None:
+    def _mark_freed(self, key: int, storage: Storage) -> None:
         if key in self._live and self._live[key][1] is storage:
             del self._live[key]
         storage.died = self.visit
-        self._note(storage, -storage.block)
+        self._add_event(storage, -storage.block)
 
-    def _note(self, storage: Storage, delta: int) -> None:
+    def _add_event(self, storage: Storage, delta: int) -> None:
         if delta and not self.closed:
             self.events.append(MemoryEvent(storage, delta, self.phase, self.visit))
 
@@ -230,13 +230,13 @@ def phase_peaks(events: Iterable[MemoryEvent]) -> dict[str, Peak]:
     for at, event in enumerate(events):
         if event.visit != visit:
             visit = event.visit
-            _raise(peaks, event.phase, live, at - 1)
+            _update_peak(peaks, event.phase, live, at - 1)
         live += event.delta
-        _raise(peaks, event.phase, live, at)
+        _update_peak(peaks, event.phase, live, at)
     return peaks
 
 
-def _raise(peaks: dict[str, Peak], phase: str, live: int, at: int) -> None:
+def _update_peak(peaks: dict[str, Peak], phase: str, live: int, at: int) -> None:
     if phase not in peaks or live > peaks[phase].bytes:
         peaks[phase] = Peak(live, at)
 
@@ -283,7 +283,7 @@ def tensors_by_category(model: nn.Module) -> list[tuple[torch.Tensor, str]]:
     found: list[tuple[torch.Tensor, str]] = []
     for name, parameter in model.named_parameters():
         state = getattr(parameter, "quant_state", None)
-        data = held(parameter)
+        data = parameter_data(parameter)
         if state is not None:
             found.append((data, "quantized_weights"))
             found += [(tensor, "quantization_state") for tensor in quantization_tensors(state)]
@@ -310,7 +310,7 @@ def resident_bytes(model: nn.Module) -> dict[str, int]:
     seen: set[int] = set()
     for tensor, name in tensors_by_category(model):
         # Not by address: fake tensors have none.
-        raw = local(tensor).untyped_storage()
+        raw = local_tensor(tensor).untyped_storage()
         if raw._cdata not in seen:
             seen.add(raw._cdata)
             total[name] = total.get(name, 0) + raw.nbytes()
@@ -342,7 +342,7 @@ def tag_optimizer(ledger: Ledger, optimizer: torch.optim.Optimizer) -> None:
             ledger.tag(value, "optimizer_states")
 
 
-def name_modules(ledger: Ledger, model: Any) -> list[Any]:
+def track_modules(ledger: Ledger, model: Any) -> list[Any]:
     """Hooks that tell the ledger which module's forward is running; returned so that they can be
     removed."""
     stack: list[str] = []

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from harness.meters.memory.ledger import Ledger, held, local, tensors_by_category
+from harness.meters.memory.ledger import Ledger, local_tensor, parameter_data, tensors_by_category
 
 
 def tag(ledger: Ledger, model: nn.Module) -> None:
@@ -71,4 +71,4 @@ def _parts(model: nn.Module) -> Iterator[torch.Tensor]:
     for flat in _flat_parameters(model):
         yield flat.data
     for parameter in model.parameters():
-        yield local(held(parameter))
+        yield local_tensor(parameter_data(parameter))

@@ -122,7 +122,7 @@ class SimulatedLedger(Ledger):
             out = self._call(func, args, kwargs)
         for value in (out,) if isinstance(out, torch.Tensor) else tree_iter(out):
             if isinstance(value, torch.Tensor):
-                self._see(value, name)
+                self._track(value, name)
                 if value.dtype in ASKED_DTYPES and value.dim() == 0:
                     made_by = "aten::all" if self._counts_all(name, args) else name
                     self._made_by[value.untyped_storage()._cdata] = made_by
@@ -136,8 +136,8 @@ class SimulatedLedger(Ledger):
             self.traffic.note(func, args, kwargs, out)
         return out
 
-    def _counts(self, tensor: torch.Tensor) -> bool:
-        if self._paused or not super()._counts(tensor):
+    def _is_tracked(self, tensor: torch.Tensor) -> bool:
+        if self._paused or not super()._is_tracked(tensor):
             return False
         mode = getattr(tensor, "fake_mode", None)
         # DTensor works out shapes in a fake mode of its own.
@@ -156,7 +156,7 @@ class SimulatedLedger(Ledger):
             self._multiplied.add(thread)
             workspace = self._storage(self.workspace_bytes, "cublas workspace")
             workspace.category = "workspaces"
-            self._note(workspace, workspace.block)
+            self._add_event(workspace, workspace.block)
 
     def _pass_through(self, op: str, nbytes: int) -> None:
         """Scratch memory of one kernel: allocated and freed at once."""
@@ -164,8 +164,8 @@ class SimulatedLedger(Ledger):
             storage = self._storage(nbytes, op)
             storage.category = "temporaries"
             storage.died = self.visit
-            self._note(storage, storage.block)
-            self._note(storage, -storage.block)
+            self._add_event(storage, storage.block)
+            self._add_event(storage, -storage.block)
 
     def _storage(self, nbytes: int, op: str) -> Storage:
         return Storage(nbytes, op, (nbytes,), "uint8", self.module, self.phase, "", born=self.visit)
@@ -177,9 +177,9 @@ class SimulatedLedger(Ledger):
             return
         storage, size = known[1], raw.nbytes()
         if size != storage.nbytes:
-            self._note(storage, -storage.block)
+            self._add_event(storage, -storage.block)
             storage.nbytes = size
-            self._note(storage, storage.block)
+            self._add_event(storage, storage.block)
 
     def _value(self, tensor: torch.Tensor) -> bool | float | int:
         """The value a program reads from a scalar tensor: no padding, no overflow, no NaN."""
@@ -207,7 +207,7 @@ class SimulatedLedger(Ledger):
         else:
             self.assumed.add("all-true")
         found = torch.empty((rows, tensor.dim()), dtype=torch.int64, device=tensor.device)
-        self._see(found, "aten::nonzero")
+        self._track(found, "aten::nonzero")
         return found
 
 

@@ -13,7 +13,7 @@ import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from harness.system.parent_death import ending_with_this
+from harness.system.parent_death import preexec_end_with_parent
 from launch.engines.engine import NoAnswer as NoAnswer
 from matrices.errors import UserError, nearest
 
@@ -110,7 +110,7 @@ def ask(*argv: str) -> str:
             text=True,
             timeout=ANSWER_SECONDS,
             check=False,
-            preexec_fn=ending_with_this(),
+            preexec_fn=preexec_end_with_parent(),
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise NoAnswer(f"{argv[0]}: {error}") from error

@@ -10,9 +10,14 @@ import torch
 from peft import LoraConfig
 from trl import SFTConfig
 
-from harness.train import Course, sft_config
-from harness.verify.arguments import check_sft, check_tokens, seen, verify_optimizer_arguments
-from harness.verify.verify import VerificationError
+from harness.models.mismatch import VerificationError
+from harness.train import TrainingSchedule, sft_config
+from harness.verify.arguments import (
+    check_sft,
+    check_tokens,
+    verify_optimizer_arguments,
+    verify_passed_through,
+)
 from matrices.cell import Adapter, Cell, Data, Train
 from matrices.errors import UserError
 
@@ -23,7 +28,7 @@ def cell(**arguments: Any) -> Cell:
 
 
 def built(tmp_path: Path, **arguments: Any) -> SFTConfig:
-    return sft_config(cell(**arguments), None, Course(2, 1e-4, prepared=True), tmp_path)
+    return sft_config(cell(**arguments), None, TrainingSchedule(2, 1e-4, prepared=True), tmp_path)
 
 
 def test_what_was_passed_is_kept_beside_the_default(tmp_path: Path) -> None:
@@ -35,7 +40,7 @@ def test_what_was_passed_is_kept_beside_the_default(tmp_path: Path) -> None:
         "train_sampling_strategy": "sequential",
         "loss_type": "nll",
     }
-    found = seen(asked, built(tmp_path, **asked))
+    found = verify_passed_through(asked, built(tmp_path, **asked))
     assert {name: told.asked for name, told in found.items()} == asked
     assert (found["adam_beta1"].held, found["adam_beta1"].default) == (0.8, 0.9)
     assert found["accelerator_config"].held["non_blocking"] is True
@@ -45,15 +50,17 @@ def test_what_was_passed_is_kept_beside_the_default(tmp_path: Path) -> None:
 
 def test_what_peft_makes_of_it_is_the_same_thing() -> None:
     asked = {"exclude_modules": ["b", "a"], "kasa_config": {}, "rank_pattern": {"q": 2}}
-    found = seen(asked, LoraConfig(**asked))
+    found = verify_passed_through(asked, LoraConfig(**asked))
     assert found["exclude_modules"].held == ["a", "b"]
 
 
 def test_an_argument_that_is_read_as_another_fails(tmp_path: Path) -> None:
     with pytest.raises(VerificationError, match=r"'chunked_nll'.*holds 'nll'; that is its default"):
-        seen({"loss_type": "chunked_nll"}, built(tmp_path, loss_type="chunked_nll"))
+        verify_passed_through(
+            {"loss_type": "chunked_nll"}, built(tmp_path, loss_type="chunked_nll")
+        )
     with pytest.raises(VerificationError, match=r"adam_beta1 0.8 .* holds 0.9"):
-        seen({"adam_beta1": 0.8}, built(tmp_path))
+        verify_passed_through({"adam_beta1": 0.8}, built(tmp_path))
 
 
 def test_an_argument_of_a_newer_release_is_passed_and_marked(
@@ -62,7 +69,7 @@ def test_an_argument_of_a_newer_release_is_passed_and_marked(
     from matrices.libraries import library_arguments
 
     monkeypatch.delitem(library_arguments.SFT_ARGUMENTS, "loss_type")
-    found = seen({"loss_type": "dft"}, built(tmp_path, loss_type="dft"))
+    found = verify_passed_through({"loss_type": "dft"}, built(tmp_path, loss_type="dft"))
     assert (found["loss_type"].held, found["loss_type"].classified) == ("dft", False)
 
 

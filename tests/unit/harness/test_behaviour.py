@@ -43,7 +43,7 @@ def packed(strategy: str, **sections: Any) -> Cell:
 )
 def test_documents_in_one_row(kind: str, isolated: bool) -> None:
     loaded = made(kind, **MORE.get(kind, {}))
-    seen = behaviour.look(loaded, packed("bfd"))
+    seen = behaviour.probe(loaded, packed("bfd"))
     assert (seen.causal, seen.isolated) == (True, isolated)
     # The other way to see it: a changed first document leaves the second one's logits.
     batch = behaviour._packed(loaded)
@@ -58,15 +58,15 @@ def test_documents_in_one_row(kind: str, isolated: bool) -> None:
 
 def test_rows_cut_from_one_stream_are_not_isolated_and_single_documents_need_not_be() -> None:
     loaded = made("llama")
-    assert behaviour.look(loaded, packed("wrapped")).isolated is False
+    assert behaviour.probe(loaded, packed("wrapped")).isolated is False
     single = Cell(method="full", data=Data(packing=False), **PARTS)
-    assert behaviour.look(loaded, single).isolated is None
+    assert behaviour.probe(loaded, single).isolated is None
 
 
 def test_an_encoder_is_refused() -> None:
     with pytest.raises(VerificationError, match="not a causal language model"):
-        behaviour.look(made("bert"), packed("bfd"))
-    assert behaviour.look(made("bert", is_decoder=True), packed("bfd")).causal is True
+        behaviour.probe(made("bert"), packed("bfd"))
+    assert behaviour.probe(made("bert", is_decoder=True), packed("bfd")).causal is True
 
 
 @pytest.mark.usefixtures("tiny_llama")
@@ -76,16 +76,16 @@ def test_an_adapter_starts_at_the_base_or_fails(method: str) -> None:
     cell = Cell(method=method, adapter=Adapter(), data=Data(), **PARTS, **quantization)  # type: ignore[arg-type]
     record = provenance.new_record(cell, [])
     base = model.prepare_kbit(model.load_base(cell), cell)
-    seen = behaviour.look(base, cell)
+    seen = behaviour.probe(base, cell)
     adapted = model.add_adapter(base, cell)
-    behaviour.note(record, seen, adapted)
+    behaviour.record_probe(record, seen, adapted)
     assert record.verified.adapter_starts_at_base is True
     assert record.verified.causal is True
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.5)
     with pytest.raises(VerificationError, match="before it is trained"):
-        behaviour.note(record, seen, adapted)
+        behaviour.record_probe(record, seen, adapted)
 
 
 def test_a_look_leaves_the_model_as_it_was() -> None:
@@ -101,7 +101,7 @@ def test_a_look_leaves_the_model_as_it_was() -> None:
         layer.attention.dense = new.to("cpu")
     before = [(p.data_ptr(), p.dtype, p.requires_grad, p.grad) for p in loaded.parameters()]
     state = torch.get_rng_state()
-    behaviour.look(loaded, packed("bfd"))
+    behaviour.probe(loaded, packed("bfd"))
     assert [(p.data_ptr(), p.dtype, p.requires_grad, p.grad) for p in loaded.parameters()] == before
     assert torch.equal(torch.get_rng_state(), state)
     assert all(module.training for module in loaded.modules())

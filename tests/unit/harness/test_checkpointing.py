@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from harness.models.mismatch import VerificationError
 from harness.ranks.process_group import substitutions
-from harness.verify.checkpointing import Recomputation, demand_recomputed, verify
-from harness.verify.verify import VerificationError
+from harness.verify.checkpointing import Recomputation, verify, verify_recomputation
 from matrices.cell import Adapter, Cell, Data, Train
 
 
@@ -50,8 +50,8 @@ def test_what_the_cell_says_is_what_happens(
     verify(loaded, cell)
     seen = recomputed(loaded)
     assert len(seen.layers) == 3
-    assert len(seen.again) == (0 if use_reentrant is None else 3)
-    demand_recomputed(seen, cell)
+    assert len(seen.recomputed) == (0 if use_reentrant is None else 3)
+    verify_recomputation(seen, cell)
 
 
 @pytest.mark.parametrize(
@@ -76,9 +76,9 @@ def test_a_layer_that_keeps_its_activations_is_found(tiny_llama: Path) -> None:
     with pytest.raises(VerificationError, match=r"of model\.layers\.1: the cell says True"):
         verify(loaded, CHECKPOINTED)
     with pytest.raises(VerificationError, match="2 of 3 layers computed again"):
-        demand_recomputed(recomputed(loaded), CHECKPOINTED)
+        verify_recomputation(recomputed(loaded), CHECKPOINTED)
     with pytest.raises(VerificationError, match="3 of 3 layers computed again"):
-        demand_recomputed(recomputed(model(tiny_llama, use_reentrant=True)), PLAIN)
+        verify_recomputation(recomputed(model(tiny_llama, use_reentrant=True)), PLAIN)
 
 
 def test_the_record_says_where_trl_chose_another_checkpointing() -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from harness.system import child_process
-from harness.system.child_process import fork, fork_to_answer, how_it_ended, python_module, run
+from harness.system.child_process import describe_exit, fork, fork_to_answer, python_module, run
 
 
 def die() -> str:
@@ -115,4 +115,4 @@ def test_killing_a_group_that_is_gone_is_no_error() -> None:
     ],
 )
 def test_how_a_process_ended(code: int, text: str) -> None:
-    assert how_it_ended(code) == text
+    assert describe_exit(code) == text

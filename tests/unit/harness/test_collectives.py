@@ -48,7 +48,7 @@ def test_ddp_sends_the_gradients_of_what_is_trained(alone: None) -> None:
     with Collectives() as seen:
         wrapped(torch.randn(2, 16)).sum().backward()
     trained = 4 * (8 * 4 + 4)
-    assert seen.seen.bytes == {"allreduce_": trained}
+    assert seen.communication.bytes == {"allreduce_": trained}
 
 
 def test_a_step_starts_from_nothing(two_ranks: None) -> None:
@@ -56,4 +56,4 @@ def test_a_step_starts_from_nothing(two_ranks: None) -> None:
         dist.all_reduce(torch.zeros(3))
         seen.clear()
         dist.all_reduce(torch.zeros(5))
-    assert list(seen.seen.bytes.values()) == [20]
+    assert list(seen.communication.bytes.values()) == [20]

@@ -27,7 +27,7 @@ from harness.meters.batches import CountingCollator
 from harness.meters.steps import StepClock
 from harness.records.provenance import new_record
 from harness.records.record import Record
-from harness.train import Course, build_trainer, sft_config
+from harness.train import TrainingSchedule, build_trainer, sft_config
 from matrices.cell import Cell, Data, Train
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -101,16 +101,16 @@ def counted(cell: Cell, network: Any, tokenizer: Any, rows: Dataset, place: Path
     """As a worker trains and counts it."""
     assert cell.train is not None
     clock = StepClock(1, lambda *_: None)
-    course = Course(cell.train.steps, cell.train.learning_rate)
+    course = TrainingSchedule(cell.train.steps, cell.train.learning_rate)
     trainer = build_trainer(
         cell, network, tokenizer, rows, course, output_dir=place, observer=clock
     )
     trainer.data_collator = CountingCollator(trainer.data_collator)
     trainer.train()
     record = new_record(cell, [])
-    record.verified.loss_terms = losses.further_terms(trainer)
+    record.verified.loss_terms = losses.extra_loss_terms(trainer)
     record.preparation = trainer.preparation
-    speed.fill(record, clock)
+    speed.fill_speed(record, clock)
     return record
 
 
@@ -121,7 +121,7 @@ def bare(
     assert cell.train is not None
     logged = {"logging_strategy": "steps", "logging_steps": 1}
     train = cell.train.model_copy(update={"sft_config": cell.train.sft_config | logged})
-    course = Course(cell.train.steps, cell.train.learning_rate)
+    course = TrainingSchedule(cell.train.steps, cell.train.learning_rate)
     config = sft_config(cell.model_copy(update={"train": train}), rows, course, place)
     steps = Steps()
     trainer = Bare(

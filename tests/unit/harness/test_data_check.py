@@ -15,7 +15,7 @@ from harness import train
 from harness.data import dataset
 from harness.models import model as models
 from harness.preflight import data_check
-from harness.preflight.data_check import CHECKED_ROWS, check, prepared, subject
+from harness.preflight.data_check import CHECKED_ROWS, check, prepare_rows, subject
 from matrices.cell import Adapter, Cell, Data, Evaluate, Model, Train
 from matrices.errors import UserError
 
@@ -245,7 +245,7 @@ def test_cutting_from_the_start_keeps_completions(
 def test_tools_reach_the_template(base: Callable[..., Model], tmp_path: Path) -> None:
     source = written(tmp_path, chat(USER, ANSWER, tools=TOOLS), chat(USER, ANSWER))
     tokenizer = models.load_tokenizer(base(chat_template=WITH_TOOLS))
-    rows = prepared(dataset.load_rows(Data(source=source)), tokenizer, {})
+    rows = prepare_rows(dataset.read_rows(Data(source=source)).rows, tokenizer, {})
     by_hand = tokenizer.apply_chat_template([USER, ANSWER], tools=TOOLS, return_dict=True)
     plain = tokenizer.apply_chat_template([USER, ANSWER], return_dict=True)
     assert [row["input_ids"] for row in rows] == [by_hand["input_ids"], plain["input_ids"]]
@@ -267,17 +267,17 @@ def test_it_is_the_preparation_of_a_run(
     source, chosen, arguments = subject(cell) or (None, None, None)
     assert (source, chosen, arguments) == (cell.data, cell.model, {"truncation_mode": "keep_end"})
     loaded, tokenizer = models.load_base(cell), models.load_tokenizer(cell.model)
-    read = dataset.load_rows(cell.data)
+    read = dataset.read_rows(cell.data).rows
     trainer = train.build_trainer(
         cell,
         loaded,
         tokenizer,
         read,
-        train.Course(1, 1e-4),
+        train.TrainingSchedule(1, 1e-4),
         output_dir=tmp_path / "out",
         observer=train.Observer(),
     )
-    seen = prepared(
+    seen = prepare_rows(
         read,
         tokenizer,
         {**arguments, "assistant_only_loss": True, "max_length": 40, "packing": False},
@@ -292,11 +292,11 @@ def test_which_rows_are_prepared(repository: Path) -> None:
         f"more than\n{CHECKED_ROWS:,} the first half"
         in (repository / "matrices" / "REFERENCE.md").read_text()
     )
-    assert data_check._looked_at(5) == [0, 1, 2, 3, 4]
-    assert data_check._looked_at(CHECKED_ROWS) == list(range(CHECKED_ROWS))
-    some = data_check._looked_at(10 * CHECKED_ROWS)
+    assert data_check._checked_rows(5) == [0, 1, 2, 3, 4]
+    assert data_check._checked_rows(CHECKED_ROWS) == list(range(CHECKED_ROWS))
+    some = data_check._checked_rows(10 * CHECKED_ROWS)
     assert len(set(some)) == CHECKED_ROWS
     assert some == sorted(some)
     assert some[: CHECKED_ROWS // 2] == list(range(CHECKED_ROWS // 2))
     assert some[-1] > 9 * CHECKED_ROWS
-    assert some == data_check._looked_at(10 * CHECKED_ROWS)
+    assert some == data_check._checked_rows(10 * CHECKED_ROWS)

@@ -15,7 +15,7 @@ import pytest
 from pyarrow import parquet
 
 from harness.data import dataset, local_files
-from harness.data.local_files import MISSING, check_first_rows
+from harness.data.local_files import MISSING_VALUES, check_first_rows
 from matrices.cell import Data
 from matrices.errors import UserError
 
@@ -45,7 +45,7 @@ def refusals(path: Path, **settings: Any) -> list[str]:
 def read_as_preflight(given: Data) -> None:
     if given.source.endswith(".csv"):
         local_files.check_csv(given)
-    dataset.read(given)
+    dataset.read_rows(given)
 
 
 def chat(*messages: Any) -> dict[str, Any]:
@@ -182,20 +182,20 @@ def test_what_is_right_is_read(name: str, content: bytes, tmp_path: Path) -> Non
     path.write_bytes(content)
     check_first_rows(Data(source=str(path)))
     read_as_preflight(Data(source=str(path)))
-    assert [dict(row) for row in dataset.load_rows(Data(source=str(path)))] == [{"text": "a"}]
+    assert [dict(row) for row in dataset.read_rows(Data(source=str(path))).rows] == [{"text": "a"}]
 
 
 def test_a_bad_row_beyond_those_that_are_trained_on(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "a"}\n{"text": null}\n')
     check_first_rows(Data(source=str(path), max_samples=1))
-    assert len(dataset.load_rows(Data(source=str(path), max_samples=1))) == 1
+    assert len(dataset.read_rows(Data(source=str(path), max_samples=1)).rows) == 1
     assert all("row 2" in said for said in refusals(path))
 
 
 def test_missing_values_are_those_of_pandas(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
-    words = sorted(MISSING - {""})
+    words = sorted(MISSING_VALUES - {""})
     with path.open("w", newline="") as file:
         csv.writer(file).writerows([["text"], *([word] for word in words), ["none"], ["nil"]])
     read = pd.read_csv(path)["text"]
@@ -203,4 +203,4 @@ def test_missing_values_are_those_of_pandas(tmp_path: Path) -> None:
     assert list(read[len(words) :]) == ["none", "nil"]
     listed = re.search(r"considered\s+NaN:?\s*(.*?)\.\s", pd.read_csv.__doc__ or "", re.DOTALL)
     if listed:
-        assert set(re.findall(r'"([^"]*)"', listed[1])) - {" "} <= MISSING
+        assert set(re.findall(r'"([^"]*)"', listed[1])) - {" "} <= MISSING_VALUES

@@ -36,7 +36,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def read(place: Path, *rows: Any, **settings: Any) -> tuple[list[dict[str, Any]], str]:
     path = place / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found, layout, _ = dataset.read(Data(source=str(path), **settings))
+    found, layout, _ = dataset.read_rows(Data(source=str(path), **settings))
     return list(found), layout.format
 
 
@@ -132,7 +132,7 @@ def test_tools_of_a_table_are_their_own(tmp_path: Path) -> None:
     """In a parquet file each tool has the keys of all tools."""
     path = tmp_path / "rows.parquet"
     Dataset.from_list([{"messages": [USER], "tools": tools} for tools in TOOLS]).to_parquet(path)
-    rows = dataset.load_rows(Data(source=str(path)))
+    rows = dataset.read_rows(Data(source=str(path))).rows
     assert json.loads(rows[0]["tools"]) == TOOLS[0]
 
 
@@ -146,10 +146,10 @@ def test_prompts_and_completions_may_be_messages(tmp_path: Path) -> None:
 def test_data_of_the_hub_is_checked_and_read_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     table = Dataset.from_list([{"conversations": SHAREGPT, "id": 1}] * 2)
     monkeypatch.setattr(dataset, "_load_hub", lambda source: table)
-    rows, layout, _ = dataset.read(Data(source="someone/something"))
+    rows, layout, _ = dataset.read_rows(Data(source="someone/something"))
     assert layout.format == "sharegpt"
     assert [message["role"] for message in rows[1]["messages"]] == ROLES
     right = Dataset.from_list([{"messages": [USER, ANSWER]}] * 2)
     monkeypatch.setattr(dataset, "_load_hub", lambda source: right)
-    rows = dataset.load_rows(Data(source="someone/something"))
+    rows = dataset.read_rows(Data(source="someone/something")).rows
     assert rows.features == right.features, "what is right already is passed on as it is"

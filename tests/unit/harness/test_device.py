@@ -242,5 +242,5 @@ def test_a_process_sees_the_gpus_of_its_cell(
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     else:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", before)
-    device.see_only(count)
+    device.limit_visible_gpus(count)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == after

@@ -180,7 +180,7 @@ def test_a_score_of_numpy_is_kept_and_an_array_is_told() -> None:
     }
     found = evaluate.task_scores(results)["t"]
     assert {name: metric.value for name, metric in found.metrics.items()} == {"f1": 0.5}
-    assert evaluate.not_numbers(results) == {
+    assert evaluate.non_numeric_metrics(results) == {
         "quality.t.vector": "lm-eval gives no number but a ndarray"
     }
 

@@ -86,7 +86,7 @@ def test_children_draw_numbers_of_their_own(name: str, tmp_path: Path) -> None:
             target.write_text(draw())
             return 0
 
-        assert process_group.in_child(write) == 0
+        assert process_group.run_in_child(write) == 0
     drawn = [(tmp_path / child).read_text() for child in ("first", "second")]
     assert drawn[0] != drawn[1]
     assert draw() not in drawn

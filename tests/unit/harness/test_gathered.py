@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from harness.meters.speed import SHORTER
-from harness.ranks.gather_records import by_rank, gather
+from harness.meters.speed import SHORTER_BATCHES
+from harness.ranks.gather_records import gather, peaks_by_rank
 from harness.records.provenance import new_record
 from harness.records.record import PhaseMemory, RankState, Record, Steps, Tokens
 from matrices.cell import Adapter, Cell, Data, Train
@@ -58,7 +58,7 @@ def both() -> Record:
 
 
 def test_memory_is_kept_per_rank_and_the_highest_heads_it(both: Record) -> None:
-    assert by_rank(both.memory.phases["backward"]) == [1000, 1500]
+    assert peaks_by_rank(both.memory.phases["backward"]) == [1000, 1500]
     assert both.memory.peak_bytes == 1500
     assert both.memory.by_category == {"weights": 1500}
     assert [state.rank for state in both.ranks] == [0, 1]
@@ -97,10 +97,10 @@ def test_each_ranks_counts_are_summed(both: Record) -> None:
 def test_operations_of_shorter_batches_on_another_rank_are_no_rate() -> None:
     first, second = of_rank(0, 1, [1.0] * 3, 1.0), of_rank(1, 1, [1.0] * 3, 1.0)
     second.speed.tflops_per_second = None
-    second.missing["speed.tflops_per_second"] = SHORTER
+    second.missing["speed.tflops_per_second"] = SHORTER_BATCHES
     gather(first, [second])
     assert first.speed.tflops_per_second is None
-    assert first.missing["speed.tflops_per_second"] == SHORTER
+    assert first.missing["speed.tflops_per_second"] == SHORTER_BATCHES
 
 
 def test_peak_phase_and_categories_are_of_one_rank() -> None:
@@ -126,4 +126,4 @@ def test_energy_that_one_rank_does_not_know_is_not_known() -> None:
 
 def test_torchs_counter_stands_before_the_ledger() -> None:
     counted = PhaseMemory(ledger_peak_bytes=5, allocated_peak_bytes=7)
-    assert by_rank([counted, PhaseMemory(ledger_peak_bytes=6), PhaseMemory()]) == [7, 6]
+    assert peaks_by_rank([counted, PhaseMemory(ledger_peak_bytes=6), PhaseMemory()]) == [7, 6]

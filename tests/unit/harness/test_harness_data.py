@@ -12,7 +12,7 @@ import pytest
 from datasets import Dataset
 
 from harness.data import dataset
-from harness.data.dataset import Read
+from harness.data.dataset import TrainingRows
 from matrices.cell import Data
 from matrices.errors import UserError
 from matrices.files.data_format import RowLayout, layout_of
@@ -43,19 +43,19 @@ def jsonl(place: Path, *rows: dict[str, Any]) -> str:
 def test_local_files_of_every_kind(kind: str, tmp_path: Path) -> None:
     path = tmp_path / f"rows.{kind}"
     WRITERS[kind](path)
-    rows = dataset.load_rows(Data(source=str(path)))
+    rows = dataset.read_rows(Data(source=str(path))).rows
     assert rows.to_dict() == {"text": ["one", "two", "three"]}
     assert list(tmp_path.glob("cache/data/*")), "the library's cache must be ours"
-    first = dataset.load_rows(Data(source=str(path), max_samples=2))
+    first = dataset.read_rows(Data(source=str(path), max_samples=2)).rows
     assert first["text"][:] == ["one", "two"]
-    assert len(dataset.load_rows(Data(source=str(path), max_samples=99))) == 3
+    assert len(dataset.read_rows(Data(source=str(path), max_samples=99)).rows) == 3
 
 
 def test_an_edited_file_is_read_again(tmp_path: Path) -> None:
     source = jsonl(tmp_path, {"text": "before"})
-    assert dataset.load_rows(Data(source=source))["text"][:] == ["before"]
+    assert dataset.read_rows(Data(source=source)).rows["text"][:] == ["before"]
     jsonl(tmp_path, {"text": "after!"})
-    assert dataset.load_rows(Data(source=source))["text"][:] == ["after!"]
+    assert dataset.read_rows(Data(source=source)).rows["text"][:] == ["after!"]
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_an_edited_file_is_read_again(tmp_path: Path) -> None:
 def test_the_format_is_told_from_the_columns(
     settings: dict[str, Any], row: dict[str, Any], expected: dict[str, Any], tmp_path: Path
 ) -> None:
-    rows = dataset.load_rows(Data(source=jsonl(tmp_path, row), **settings))
+    rows = dataset.read_rows(Data(source=jsonl(tmp_path, row), **settings)).rows
     assert rows[0] == expected
 
 
@@ -183,7 +183,7 @@ def test_a_broken_file_is_named(name: str, content: str, tmp_path: Path) -> None
     path = tmp_path / name
     path.write_text(content)
     with pytest.raises(UserError) as caught:
-        dataset.load_rows(Data(source=str(path)))
+        dataset.read_rows(Data(source=str(path)))
     assert str(path) in caught.value.message
     assert "\n" not in caught.value.message
     assert caught.value.key == "data.source"
@@ -191,19 +191,19 @@ def test_a_broken_file_is_named(name: str, content: str, tmp_path: Path) -> None
 
 def test_a_file_that_is_not_there_empty_or_of_no_known_kind(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"none\.jsonl is not there"):
-        dataset.load_rows(Data(source=str(tmp_path / "none.jsonl")))
+        dataset.read_rows(Data(source=str(tmp_path / "none.jsonl")))
     (tmp_path / "text.txt").write_text("words")
     with pytest.raises(UserError, match=r"is not one of \.csv, \.json, \.jsonl, \.parquet"):
-        dataset.load_rows(Data(source=str(tmp_path / "text.txt")))
+        dataset.read_rows(Data(source=str(tmp_path / "text.txt")))
     for name, content in (("a.csv", "text\n"), ("b.json", "[]"), ("c.jsonl", "")):
         (tmp_path / name).write_text(content)
         with pytest.raises(UserError, match="has no rows"):
-            dataset.load_rows(Data(source=str(tmp_path / name)))
+            dataset.read_rows(Data(source=str(tmp_path / name)))
 
 
 def test_a_hub_name_that_cannot_be_had_is_one_line() -> None:
     with pytest.raises(UserError) as caught:
-        dataset.load_rows(Data(source="nobody/never-such-a-dataset"))
+        dataset.read_rows(Data(source="nobody/never-such-a-dataset"))
     assert "nobody/never-such-a-dataset" in caught.value.message
     assert "\n" not in caught.value.message
 
@@ -228,11 +228,13 @@ def test_where_the_loss_is() -> None:
 
 def test_provenance_tells_rows_apart() -> None:
     def digest(rows: list[dict[str, str]]) -> str:
-        return dataset.provenance(Data(), Read(Dataset.from_list(rows), TEXT))["sha256"]
+        return dataset.provenance(Data(), TrainingRows(Dataset.from_list(rows), TEXT))["sha256"]
 
     one, other = {"text": "a"}, {"text": "b"}
     assert digest([one, other]) == digest([one, other])
     assert len({digest(rows) for rows in ([one, other], [other, one], [one], [one, one])}) == 4
-    found = dataset.provenance(Data(source="mine.jsonl"), Read(Dataset.from_list([one]), TEXT))
+    found = dataset.provenance(
+        Data(source="mine.jsonl"), TrainingRows(Dataset.from_list([one]), TEXT)
+    )
     assert (found["source"], found["rows"]) == ("mine.jsonl", "1")
     assert (found["format"], found["columns"]) == ("text", "text")

@@ -122,7 +122,7 @@ def test_what_is_loaded_is_of_one_commit(cached: Path, monkeypatch: pytest.Monke
     assert model.provenance(CELL.model) == {"name": "org/some", "commit": OLD}
     # Another process, which scores what this one trained.
     model._commit.cache_clear()
-    assert model.source(model.at_commit(read(model=OLD)).model)[1]["revision"] == OLD
+    assert model.source(model.cell_at_commit(read(model=OLD)).model)[1]["revision"] == OLD
 
 
 def test_a_directory_is_not_taken_for_a_hub_id(cached: Path) -> None:
@@ -133,7 +133,7 @@ def test_a_directory_is_not_taken_for_a_hub_id(cached: Path) -> None:
         model.source(CELL.model)
     assert CELL.data is not None
     with pytest.raises(UserError, match="'org/rows' can be a hub id and is also there as /"):
-        dataset.load_rows(CELL.data)
+        dataset.read_rows(CELL.data)
     local = Model(name="./org/some")
     assert model.source(local) == ("org/some", {})
     trusted = local.model_copy(update={"trust_remote_code": True})
@@ -149,15 +149,15 @@ def test_rows_of_another_commit_are_refused(
     copy = tmp_path / "datasets" / "org___rows" / "default" / "0.0.0" / OLD
     _keep_as_datasets_does(copy, [{"text": "one"}, {"text": "two"}])
 
-    read = dataset.read(Data(source="org/rows"))
+    read = dataset.read_rows(Data(source="org/rows"))
     assert read.rows["text"] == ["one", "two"]
     assert dataset.provenance(Data(source="org/rows"), read)["commit"] == OLD
     point(cached, "datasets--org--rows", OLD)
-    assert len(dataset.load_rows(Data(source="org/rows", max_samples=1))) == 1
+    assert len(dataset.read_rows(Data(source="org/rows", max_samples=1)).rows) == 1
     for asked in (Data(source="org/rows", revision=NEW), Data(source="org/rows")):
         point(cached, "datasets--org--rows", NEW)
         with pytest.raises(UserError, match=f"of commit {OLD[:12]}, and .* is {NEW[:12]}"):
-            dataset.load_rows(asked)
+            dataset.read_rows(asked)
 
 
 def _keep_as_datasets_does(directory: Path, rows: list[dict[str, Any]]) -> None:

@@ -21,7 +21,7 @@ ORDER = (
     *("harness", "harness.system", "harness.device", "harness.records", "harness.models"),
     *("harness.data", "harness.evaluation", "harness.evaluation.tasks", "harness.train"),
     *("harness.verify", "harness.meters.memory", "harness.meters", "harness.ranks"),
-    *("harness.measurement", "harness.preflight", "harness.measuring", "harness.worker"),
+    *("harness.measurement", "harness.preflight", "harness.phases", "harness.worker"),
     *("harness.simulate", "harness.simulate.libraries", "harness.simulate.step_time"),
     *("harness.simulate.memory", "harness.simulate.batches", "harness.simulate.device"),
     *("harness.simulate.parallel", "harness.simulate.patches"),

@@ -176,7 +176,7 @@ def test_tiles_of_logits_are_told_by_the_forward_around_the_head(ledger: Ledger)
     """Both (rows, 40) in the backward and the forward are logits; widths that the backbone has
     (24), and the hidden width itself (16), are not."""
     model = TiledHead()
-    memory.name_modules(ledger, model)
+    memory.track_modules(ledger, model)
     with ledger:
         ledger.enter_phase("forward")
         loss = model(torch.ones(ROWS, 16))

@@ -156,13 +156,13 @@ def test_whole_checkpoints_are_loaded_bit_for_bit(
     made = changed(families[family], tmp_path / "made", change)
     assert said_before(made) == ""
     loaded = load(made)
-    assert loading_info.unexpected(loaded) == {}
+    assert loading_info.unexpected_weights(loaded) == {}
     loaded.save_pretrained(tmp_path / "again")
     before = load_file(families[family] / "model.safetensors")
     after = load_file(tmp_path / "again" / "model.safetensors")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert loading_info.unexpected(load(made, Quantization())) == {}
+    assert loading_info.unexpected_weights(load(made, Quantization())) == {}
 
 
 def test_what_the_model_has_no_place_for_is_told(families: dict[str, Path], tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_what_the_model_has_no_place_for_is_told(families: dict[str, Path], tmp_
     more["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
     made = changed(families["llama"], tmp_path / "made", lambda state: state | more)
     assert said_before(made) == ""
-    assert loading_info.unexpected(load(made)) == {"vision.*.a": 3, "vision.*.b": 3}
+    assert loading_info.unexpected_weights(load(made)) == {"vision.*.a": 3, "vision.*.b": 3}
 
 
 def test_weights_of_torch_are_compared_too(families: dict[str, Path], tmp_path: Path) -> None:
@@ -209,8 +209,8 @@ def test_an_adapter_with_a_weight_missing_is_not_scored(
     get_peft_model(load(base), LoraConfig(target_modules=["q_proj"])).save_pretrained(
         tmp_path / "a"
     )
-    loading_info.with_adapter(load(base), tmp_path / "a")
+    loading_info.load_adapter(load(base), tmp_path / "a")
     file = tmp_path / "a" / "adapter_model.safetensors"
     save_file(without("layers.1.self_attn.q_proj.lora_B")(load_file(file)), file)
     with pytest.raises(UserWarning, match="missing adapter keys"):
-        loading_info.with_adapter(load(base), tmp_path / "a")
+        loading_info.load_adapter(load(base), tmp_path / "a")

@@ -17,12 +17,12 @@ def steps(predicted: list[int], divisors: list[float | None], micro_batches: int
 
 
 def test_a_step_without_a_label_has_no_loss() -> None:
-    known = losses.known([1.5, 0.0, 0.0, 2.5], [3, 0, 1, 2])
+    known = losses.labelled_losses([1.5, 0.0, 0.0, 2.5], [3, 0, 1, 2])
     assert known == [1.5, None, 0.0, 2.5]
-    assert losses.why_unknown(known) == (
+    assert losses.explain_missing_losses(known) == (
         "no token carries a label in 1 of 4 steps (step 2): they have no loss"
     )
-    assert losses.why_unknown([1.5, 0.0]) is None
+    assert losses.explain_missing_losses([1.5, 0.0]) is None
 
 
 @pytest.mark.parametrize(

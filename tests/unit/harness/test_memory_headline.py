@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness import device, measuring, worker
+from harness import device, phases, worker
 from harness.meters import speed
 from harness.meters.steps import CounterSteps
 from harness.records.provenance import new_record
@@ -33,7 +33,7 @@ def test_counters_without_the_ledger_replace_those_under_it() -> None:
         phase: PhaseMemory(allocated_peak_bytes=peak)
         for phase, peak in zip(PHASES, (1100, 2900, 3300), strict=True)
     }
-    measuring._keep_counters(record, steps)
+    phases._record_counters(record, steps)
     assert record.memory.headline == "cuda_allocated"
     assert (record.memory.peak_bytes, record.memory.peak_phase) == (3300, "optimizer_step")
     found = {phase: record.memory.phases[phase][0] for phase in PHASES}
@@ -45,7 +45,7 @@ def test_without_counters_the_ledger_heads_the_record() -> None:
     record = measured_by_ledger()
     for phase in PHASES:
         record.memory.phases[phase][0].allocated_peak_bytes = None
-    measuring._prefer_counters(record)
+    phases._choose_headline(record)
     assert (record.memory.headline, record.memory.peak_bytes) == ("ledger", 3000)
 
 
@@ -53,10 +53,10 @@ def test_a_peak_of_the_timed_steps_stays_beside_the_headline(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     record = measured_by_ledger()
-    measuring._prefer_counters(record)
+    phases._choose_headline(record)
     before = record.memory.model_copy()
     monkeypatch.setattr(device, "peaks", lambda: device.Peaks(5000, 6000))
-    speed.note_device_peak(record)
+    speed.record_device_peak(record)
     assert record.memory.timed_peak_bytes == 5000
     assert record.memory.model_copy(update={"timed_peak_bytes": None}) == before
 

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from harness.meters.memory.ledger import Ledger
-from harness.meters.steps import MemorySteps, Operations
+from harness.meters.steps import FlopCounter, MemorySteps
 
 BATCH, LENGTH = 2, 24
 TOKENS = BATCH * LENGTH
@@ -59,7 +59,7 @@ def loss_of(model: nn.Module) -> torch.Tensor:
 
 
 def count(run: Callable[[], object]) -> int:
-    operations = Operations()
+    operations = FlopCounter()
     with operations:
         run()
     return operations.total
@@ -137,7 +137,7 @@ def test_a_4bit_product_counts_as_the_product_it_is(rows: int, double: bool) -> 
     totals = []
     for layer in (plain, quantized):
         x = torch.ones(rows, 128, requires_grad=True)
-        operations = Operations()
+        operations = FlopCounter()
         with operations, Ledger("cpu"):
             layer(x).sum().backward()
         totals.append(operations.total)
@@ -151,7 +151,7 @@ def test_a_grouped_product_counts_every_row_once() -> None:
     weights = torch.ones(3, 16, 32, dtype=torch.bfloat16, requires_grad=True)
     ends = torch.tensor([8, 16, 24], dtype=torch.int32)
     totals = []
-    operations = Operations()
+    operations = FlopCounter()
     with operations:
         out = F.grouped_mm(rows, weights, offs=ends)
         totals.append(operations.total)

@@ -13,7 +13,7 @@ from trl import SFTTrainer
 
 from harness.data import preparation
 from harness.records.record import Preparation
-from harness.train import Course, Observer, build_trainer, sft_config
+from harness.train import Observer, TrainingSchedule, build_trainer, sft_config
 from matrices.cell import Cell, Data, Model, Train
 from matrices.errors import UserError
 
@@ -96,7 +96,7 @@ def prepared(asked: Cell, rows: Dataset, tokenizer: Any, place: Path) -> Any:
         network(tokenizer),
         tokenizer,
         rows,
-        Course(1, 1e-3),
+        TrainingSchedule(1, 1e-3),
         output_dir=place,
         observer=Observer(),
     )
@@ -111,7 +111,7 @@ def test_rows_are_counted_and_prepared_as_trl_does(
     trainer = prepared(asked, rows, tokenizer, tmp_path)
     alone = SFTTrainer(
         model=network(tokenizer),
-        args=sft_config(asked, rows, Course(1, 1e-3), tmp_path),
+        args=sft_config(asked, rows, TrainingSchedule(1, 1e-3), tmp_path),
         train_dataset=rows,
         processing_class=tokenizer,
     )
@@ -161,7 +161,7 @@ def test_a_trl_that_labels_elsewhere_prepares_at_once(labels: bool) -> None:
         return whole if args.max_length and labels else whole.remove_columns("labels")
 
     args = SimpleNamespace(max_length=LENGTH, shuffle_dataset=False)
-    made, counted = preparation.observed(prepare, rows, None, args, False, "train")
+    made, counted = preparation.prepare_and_count(prepare, rows, None, args, False, "train")
     assert asked == [None, LENGTH]
     assert made.column_names == (["input_ids", "labels"] if labels else ["input_ids"])
     if labels:

@@ -115,7 +115,7 @@ def test_zero_is_what_is_simulated(
 def test_a_forked_rank_is_told_the_same(kind: str, gpu: bool, tmp_path: Path) -> None:
     found = accelerates(kind, tmp_path, gpu)
     given = launch_command.launch_arguments(cell(kind), gpu, 1, tmp_path)
-    told = launch_environment.environment(given, launch_environment.Place(1, 2))
+    told = launch_environment.environment(given, launch_environment.RankPosition(1, 2))
     ours = {name: value for name, value in told.items() if name.startswith(("ACCELERATE_", "FSDP"))}
     assert ours.items() <= found.items()
     missing = {n for n in found if n.startswith(("ACCELERATE_", "FSDP"))} - ours.keys()

@@ -14,7 +14,7 @@ from harness.meters import steps as steps_module
 from harness.meters.energy import Energy
 from harness.meters.foreign_cpu import foreign_share
 from harness.meters.rates import TokenCount
-from harness.meters.steps import Diverged, StepClock, highest
+from harness.meters.steps import Diverged, StepClock, highest_figures
 from harness.records.provenance import new_record
 from harness.records.record import PhaseMemory, Record
 from harness.train import StepFacts
@@ -59,7 +59,7 @@ def test_rates_are_totals_over_totals_of_the_timed_steps() -> None:
     """Timed: 1 + 2 + 5 = 8 s, 300 tokens, 180 of them text, 177 with a label, 3 samples. The mean
     of the steps' rates would be (100 + 25 + 6) / 3 = 43.7 text tokens a second, not 22.5."""
     record = record_of()
-    speed.fill(record, steps(SECONDS, joules=40.0))
+    speed.fill_speed(record, steps(SECONDS, joules=40.0))
     found = record.speed
     assert found.tokens is not None
     assert found.tokens_per_second is not None
@@ -83,7 +83,7 @@ def test_rates_are_totals_over_totals_of_the_timed_steps() -> None:
 def test_the_table_balances() -> None:
     """tokens = rate x time, for every kind of token."""
     record = record_of(warmup_steps=1)
-    speed.fill(record, steps(SECONDS))
+    speed.fill_speed(record, steps(SECONDS))
     seconds = math.fsum(record.speed.step_seconds[record.speed.warmup_steps :])
     tokens, rates = record.speed.tokens, record.speed.tokens_per_second
     assert tokens is not None
@@ -100,7 +100,7 @@ def test_steps_are_filed_as_they_were_counted() -> None:
         TokenCount(20, 20, 0, 2, 1),
         TokenCount(60, 60, 54, 6, 3),
     ]
-    speed.fill(record, steps([1.0, 1.0, 2.0], counts))
+    speed.fill_speed(record, steps([1.0, 1.0, 2.0], counts))
     found = record.steps
     assert (found.micro_batches, found.samples) == ([3, 1, 3], [6, 2, 6])
     assert (found.tokens_all, found.tokens_non_padding) == ([60, 20, 60], [50, 20, 60])
@@ -116,7 +116,7 @@ def test_timing_warmup_is_the_schedules_unless_said() -> None:
     assert speed.warmup_steps(Train(warmup_steps=3)) == 3
     assert speed.warmup_steps(Train(warmup_steps=3, timing_warmup_steps=0)) == 0
     record = record_of(timing_warmup_steps=0)
-    speed.fill(record, steps([1.0, 3.0]))
+    speed.fill_speed(record, steps([1.0, 3.0]))
     assert record.speed.tokens_per_second is not None
     assert record.speed.tokens_per_second.all == 50.0
 
@@ -124,7 +124,7 @@ def test_timing_warmup_is_the_schedules_unless_said() -> None:
 @pytest.mark.parametrize("seconds", [[], [9.0], [9.0, 7.0]])
 def test_nothing_but_warmup_gives_reasons_not_numbers(seconds: list[float]) -> None:
     record = record_of()
-    speed.fill(record, steps(seconds))
+    speed.fill_speed(record, steps(seconds))
     found = record.speed
     assert found.step_seconds == seconds
     assert found.tokens is found.tokens_per_second is found.samples_per_second is None
@@ -134,7 +134,7 @@ def test_nothing_but_warmup_gives_reasons_not_numbers(seconds: list[float]) -> N
 
 def test_a_run_cut_short_keeps_the_steps_it_has() -> None:
     record = record_of()
-    speed.fill(record, steps([9.0, 7.0, 4.0]))
+    speed.fill_speed(record, steps([9.0, 7.0, 4.0]))
     assert record.speed.tokens is not None
     assert record.speed.tokens.non_padding == 100
     assert "speed.tokens_per_second" not in record.missing
@@ -142,7 +142,7 @@ def test_a_run_cut_short_keeps_the_steps_it_has() -> None:
 
 def test_a_missing_energy_counter_is_a_reason() -> None:
     record = record_of()
-    speed.fill(record, steps(SECONDS))
+    speed.fill_speed(record, steps(SECONDS))
     assert record.speed.energy_joules is None
     assert record.missing["speed.energy_joules"] == "no counter"
 
@@ -150,12 +150,12 @@ def test_a_missing_energy_counter_is_a_reason() -> None:
 def test_operations_stand_for_steps_as_long_as_those_counted() -> None:
     """3 timed steps of 2e12 operations in 8 s: 0.75e12 a second; not when a batch was shorter."""
     record = record_of(flops=2 * 10**12)
-    speed.fill(record, steps(SECONDS))
+    speed.fill_speed(record, steps(SECONDS))
     assert record.speed.tflops_per_second == 0.75
     assert record.speed.mfu is None
     assert record.missing["speed.mfu"] == speed.NO_PEAK_RATE
     shorter = record_of(flops=2 * 10**12)
-    speed.fill(shorter, steps(SECONDS, [*COUNTS[:4], TokenCount(99, 30, 29, 1)]))
+    speed.fill_speed(shorter, steps(SECONDS, [*COUNTS[:4], TokenCount(99, 30, 29, 1)]))
     assert shorter.speed.tflops_per_second is None
     assert "shorter" in shorter.missing["speed.tflops_per_second"]
 
@@ -213,6 +213,6 @@ def test_foreign_share() -> None:
 def test_the_higher_reading_stands_figure_by_figure() -> None:
     one = PhaseMemory(allocated_peak_bytes=5, host_peak_rss_bytes=9)
     other = PhaseMemory(allocated_peak_bytes=7, host_peak_rss_bytes=3, device_bytes=1)
-    assert highest(one, other) == PhaseMemory(
+    assert highest_figures(one, other) == PhaseMemory(
         allocated_peak_bytes=7, host_peak_rss_bytes=9, device_bytes=1
     )

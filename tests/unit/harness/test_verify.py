@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from harness.models import model as model_module
-from harness.verify.verify import VerificationError, verify_again, verify_model
+from harness.models.mismatch import VerificationError
+from harness.verify.verify import verify_again, verify_model
 from matrices.cell import Adapter, Cell, Data, Model, Quantization, Train
 
 TINY = Model(name="tiny-llama")

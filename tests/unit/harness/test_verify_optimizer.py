@@ -12,7 +12,8 @@ from torch import nn
 from transformers import Adafactor, Trainer, TrainingArguments
 
 from harness import device
-from harness.verify.verify import OPTIMIZERS, VerificationError, verify_optimizer
+from harness.models.mismatch import VerificationError
+from harness.verify.verify import OPTIMIZERS, verify_optimizer
 from matrices.cell import Optimizer
 
 NAMES = get_args(Optimizer)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.preflight.problems import Findings, Problem, shared
+from harness.preflight.problems import Findings, Problem, group_cells
 from launch.planning.left_out import ProblemsFound, leave_out, refused
 from launch.planning.plan import Job, Sweep, plan_jobs
 from matrices.cell import Adapter, Cell, Data, Evaluate, Model, Train
@@ -91,7 +91,9 @@ def test_a_check_runs_once_for_the_cells_that_share_what_it_is_about() -> None:
         return "fine"
 
     found = Findings()
-    answers = [found.check(c, check, one) for one, c in shared(cells, lambda cell: cell.adapter)]
+    answers = [
+        found.check(c, check, one) for one, c in group_cells(cells, lambda cell: cell.adapter)
+    ]
     assert (asked, answers) == ([4, 8], [None, "fine"])
     [problem] = found.problems
     assert problem.cells == (cells[0].cell_id, cells[2].cell_id)

@@ -79,5 +79,5 @@ def test_without_fork_no_prediction_is_tried(repository: Path) -> None:
 
 
 def test_nothing_is_missing_here() -> None:
-    assert platforms.limits() == ""
+    assert platforms.limitations() == ""
     platforms.need_linux("run")

@@ -18,7 +18,7 @@ from harness.ranks.launch_command import (
     fixed_port,
     launch_arguments,
     runs_accelerate,
-    threads_of,
+    threads_per_process,
 )
 from harness.records.provenance import option
 from launch.cells import accelerate_profile
@@ -129,7 +129,7 @@ def test_the_command_names_the_files_in_the_cells_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "8")
-    given = command(cell("zero2", 4), False, threads_of(cell("zero2", 4)), tmp_path)
+    given = command(cell("zero2", 4), False, threads_per_process(cell("zero2", 4)), tmp_path)
     assert option(given, "--config_file") == str(tmp_path / "profile.yaml")
     assert option(given, "--deepspeed_config_file") == str(tmp_path / "deepspeed.json")
     assert option(given, "--num_processes") == "4"
@@ -159,7 +159,9 @@ def test_each_machine_says_which_it_is_and_where_they_meet(
     monkeypatch.setenv("OMP_NUM_THREADS", "8")
     several = cell("ddp", 4, nodes=2)
     meeting = ("10.0.0.1", 29400)
-    given = command(several, False, threads_of(several), meeting=meeting, machine_rank=machine)
+    given = command(
+        several, False, threads_per_process(several), meeting=meeting, machine_rank=machine
+    )
     assert option(given, "--num_processes") == "4"
     assert option(given, "--num_machines") == "2"
     assert option(given, "--machine_rank") == str(machine)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from harness.meters.gpu_processes import Occupant
-from harness.ranks.launch_environment import Place
+from harness.ranks.launch_environment import RankPosition
 from harness.ranks.state_files import state_path
 from harness.records.provenance import new_record
 from harness.records.record import Failure, Placement, RankState, Record, Speed
@@ -22,7 +22,7 @@ from launch.cells.watch import Failed, Limits, Outcome, Watched, limits_for
 from launch.processes.workers import Ranks
 from matrices.cell import Cell
 
-TWO = tuple(Place(local_rank=rank, local_ranks=2) for rank in range(2))
+TWO = tuple(RankPosition(local_rank=rank, local_ranks=2) for rank in range(2))
 
 
 class Gone:
@@ -209,7 +209,7 @@ def test_a_rank_on_another_machine_that_falls_silent_is_lost(
     monkeypatch.setattr(watch, "ask_to_end", lambda process: None)
     write(tmp_path, RankState(rank=0), RankState(rank=1, host="node2", beat=1.0, phase="train"))
     begun(tmp_path)
-    place = Place(0, 1, 0, 2, "10.0.0.1", 1)
+    place = RankPosition(0, 1, 0, 2, "10.0.0.1", 1)
     outcome = polled(Watched([here], tmp_path, Limits(), Ranks((place,))))
     record = finish_record(tmp_path, outcome)
     assert record.status == "failed"

@@ -1,4 +1,4 @@
-"""One cell, or one rank of it, from loading to trained weights on disk, measured on the way."""
+"""The phases of a cell, or of one of its ranks, from loading to trained weights on disk."""
 
 from __future__ import annotations
 
@@ -20,32 +20,38 @@ from harness.models import loading_info, model
 from harness.ranks import process_group
 from harness.records.record import TRAINING_PHASES, LiveTensor, Phase, PhaseMemory, Record
 from harness.system.files import TEMPORARY_PREFIX
-from harness.train import Course, ObservedTrainer, build_trainer, forward_restored, worst_case_rows
+from harness.train import (
+    ObservedTrainer,
+    TrainingSchedule,
+    build_trainer,
+    forward_restored,
+    worst_case_rows,
+)
 from harness.verify import adapter, arguments, behaviour, checkpointing, verify
 from matrices.cell import Cell, Train
 from matrices.errors import UserError
 
-# Adam's state is made in the first step, so the second is the first whole one.
+# Adam creates its state in the first step, so the second step is the first complete one.
 MEMORY_STEPS = 2
-# A whole model that was trained in parts, for the process that scores it.
-TRAINED = f"{TEMPORARY_PREFIX}trained"
+# Where the ranks save a full model that they trained in shards, for the process that scores it.
+TRAINED_MODEL = f"{TEMPORARY_PREFIX}trained"
 
 
 def load(measurement: Measurement) -> Any:
-    """Base weights where training takes them from, k-bit preparation done, adapter attached."""
+    """Load the base model, prepare it for k-bit training and attach the adapter."""
     record, cell = measurement.record, measurement.record.cell
     measurement.reporter.state.device = device.training_device_name()
     measurement.enter("load", cell.model.name)
-    place = process_group.load_device(cell)
-    ledger = memory.Ledger(place.type)
+    load_device = process_group.load_device(cell)
+    ledger = memory.Ledger(load_device.type)
     device.reset_peaks()
     record.provenance.model = model.provenance(cell.model)
     started = time.perf_counter()
-    loaded = model.load_base(cell, place)
+    loaded = model.load_base(cell, load_device)
     device.synchronize()
     record.speed.load_seconds = time.perf_counter() - started
     record.memory.phases["load"] = [read_phase()]
-    record.provenance.unexpected_weights = loading_info.unexpected(loaded)
+    record.provenance.unexpected_weights = loading_info.unexpected_weights(loaded)
     memory.tag_model(ledger, loaded)
     if cell.quantization is not None and cell.quantization.kbit_preparation and cell.train:
         measurement.enter("kbit_preparation")
@@ -53,50 +59,50 @@ def load(measurement: Measurement) -> Any:
         ledger.enter_phase("kbit_preparation")
         with ledger:
             loaded = model.prepare_kbit(loaded, cell)
-        _keep_phase(record, "kbit_preparation", read_phase(), ledger.events)
+        _record_phase(record, "kbit_preparation", read_phase(), ledger.events)
     ledger.close()
-    seen = behaviour.look(loaded, cell)
+    base_behaviour = behaviour.probe(loaded, cell)
     loaded = model.add_adapter(loaded, cell)
     record.verified = verify.verify_model(loaded, cell)
-    behaviour.note(record, seen, loaded)
+    behaviour.record_probe(record, base_behaviour, loaded)
     record.artifacts.trainable_parameters, record.artifacts.total_parameters = (
         model.count_parameters(loaded) if cell.train else (0, model.count_parameters(loaded)[1])
     )
-    measurement.whole = shards.on_all_ranks(loaded)
-    measurement.reporter.state.whole_parameter_bytes = measurement.whole.bytes
+    measurement.model_size = shards.on_all_ranks(loaded)
+    measurement.reporter.state.whole_parameter_bytes = measurement.model_size.bytes
     return loaded
 
 
-def loaded_again(cell: Cell) -> Any:
-    """As `load`, unmeasured."""
+def reload_model(cell: Cell) -> Any:
+    """Load as `load` does, without measuring."""
     loaded = model.load_base(cell, process_group.load_device(cell))
     return model.add_adapter(model.prepare_kbit(loaded, cell), cell)
 
 
-def _keep_phase(
+def _record_phase(
     record: Record, phase: Phase, reading: PhaseMemory, events: list[memory.MemoryEvent]
 ) -> None:
-    """File a phase's counters together with its ledger figures."""
+    """Record a phase's counters together with its ledger figures."""
     peaks, ends = memory.phase_peaks(events), memory.phase_ends(events)
     reading.ledger_peak_bytes = peaks[phase].bytes if phase in peaks else None
     reading.ledger_end_bytes = ends.get(phase)
     record.memory.phases[phase] = [reading]
 
 
-def rows_of(measurement: Measurement) -> Any:
+def load_rows(measurement: Measurement) -> Any:
     """The training rows; on several ranks each reads them all and trains on its own."""
     cell = measurement.record.cell
     assert cell.data is not None
     measurement.enter("data", cell.data.source)
-    read = dataset.read(cell.data)
+    read = dataset.read_rows(cell.data)
     measurement.record.provenance.data = dataset.provenance(cell.data, read)
     return read.rows
 
 
 def memory_steps(measurement: Measurement, loaded: Any, tokenizer: Any) -> None:
-    """The untimed steps: under the ledger, and on a GPU once more with nothing but the counters.
+    """The untimed steps: under the memory ledger, and on a GPU again with the counters alone.
 
-    An engine that shards the model keeps it: `loaded` is of no further use then.
+    An engine that shards the model keeps it: `loaded` cannot be used afterwards.
     """
     record = measurement.record
     measurement.enter("memory_steps", "two full-length steps under the memory ledger, untimed")
@@ -105,28 +111,28 @@ def memory_steps(measurement: Measurement, loaded: Any, tokenizer: Any) -> None:
     try:
         _full_length_steps(measurement, loaded, tokenizer, steps)
     finally:
-        _keep_memory(record, steps)
-        _keep_share(measurement, steps)
-    checkpointing.demand_recomputed(steps.recomputation, record.cell)
+        _record_memory(record, steps)
+        _record_shard(measurement, steps)
+    checkpointing.verify_recomputation(steps.recomputation, record.cell)
     record.speed.flops_per_step = steps.flops_per_step
     if device.has_cuda():
-        # A dispatch mode keeps autograd from adding gradients in place: torch's own counters would
-        # read up to one activation's gradient more than a real step takes.
+        # Under a dispatch mode autograd does not add gradients in place: torch's counters would
+        # read up to one activation's gradient more than in a real step.
         counters = CounterSteps()
-        again = loaded
-        if process_group.takes_models_apart(record.cell):
-            again = loaded_again(record.cell)
-        _full_length_steps(measurement, again, tokenizer, counters)
-        _keep_counters(record, counters)
+        target = loaded
+        if process_group.shards_model(record.cell):
+            target = reload_model(record.cell)
+        _full_length_steps(measurement, target, tokenizer, counters)
+        _record_counters(record, counters)
     record.speed.memory_steps_seconds = time.perf_counter() - started
 
 
-def _keep_share(measurement: Measurement, steps: MemorySteps) -> None:
-    """What this rank held once the model was prepared, and what it sent in a step."""
+def _record_shard(measurement: Measurement, steps: MemorySteps) -> None:
+    """Record this rank's share of the prepared model, and its collectives in a step."""
     state = measurement.reporter.state
-    if steps.held is not None and measurement.whole is not None:
-        state.parameter_bytes = steps.held.bytes
-        state.parameter_share = steps.held.elements / measurement.whole.elements
+    if steps.rank_size is not None and measurement.model_size is not None:
+        state.parameter_bytes = steps.rank_size.bytes
+        state.parameter_share = steps.rank_size.elements / measurement.model_size.elements
     if measurement.record.cell.is_distributed:
         state.communication = steps.communication
 
@@ -134,48 +140,48 @@ def _keep_share(measurement: Measurement, steps: MemorySteps) -> None:
 def _full_length_steps(
     measurement: Measurement, loaded: Any, tokenizer: Any, steps: CounterSteps
 ) -> None:
-    """Two full-length steps at learning rate 0, which leaves the weights as they are (every
-    optimizer offered scales its whole update by it); their optimizer is thrown away."""
+    """Two full-length steps at learning rate 0, which changes no weight (every supported optimizer
+    scales its whole update by it). Their optimizer is discarded."""
     cell = measurement.record.cell
-    course = Course(MEMORY_STEPS, 0.0, prepared=True)
+    schedule = TrainingSchedule(MEMORY_STEPS, 0.0, prepared=True)
     rows = worst_case_rows(cell, loaded.config.get_text_config().vocab_size, MEMORY_STEPS)
-    with _scratch(measurement) as scratch, forward_restored(loaded):
+    with _temporary_directory(measurement) as scratch, forward_restored(loaded):
         trainer = build_trainer(
-            cell, loaded, tokenizer, rows, course, output_dir=Path(scratch), observer=steps
+            cell, loaded, tokenizer, rows, schedule, output_dir=Path(scratch), observer=steps
         )
         measurement.record.memory.resident = memory.resident_bytes(loaded)
         measurement.record.memory.allocator_settings = device.allocator_settings()
         with steps:
             trainer.train()
-        process_group.let_go(trainer, cell)
+        process_group.release_engine(trainer, cell)
     loaded.zero_grad(set_to_none=True)
     del trainer
-    free()
+    free_memory()
 
 
-def _scratch(measurement: Measurement) -> tempfile.TemporaryDirectory[str]:
+def _temporary_directory(measurement: Measurement) -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(
         dir=measurement.output_dir, prefix=f"{TEMPORARY_PREFIX}scratch-"
     )
 
 
-def _keep_counters(record: Record, steps: CounterSteps) -> None:
-    """Counters read without the ledger stand in for those read under it."""
+def _record_counters(record: Record, steps: CounterSteps) -> None:
+    """Replace the counters read under the ledger by those read without it."""
     for phase in TRAINING_PHASES:
         reading = steps.readings[phase]
         [under_ledger] = record.memory.phases[phase]
         reading.ledger_peak_bytes = under_ledger.ledger_peak_bytes
         reading.ledger_end_bytes = under_ledger.ledger_end_bytes
         record.memory.phases[phase] = [reading]
-    _prefer_counters(record)
+    _choose_headline(record)
 
 
-def _keep_memory(record: Record, steps: MemorySteps) -> None:
-    """What the memory steps found, also when they ended in an error."""
+def _record_memory(record: Record, steps: MemorySteps) -> None:
+    """Record what the memory steps measured, also after an error."""
     events = steps.ledger.events
     for phase in TRAINING_PHASES:
         if phase in steps.readings:
-            _keep_phase(record, phase, steps.readings[phase], events)
+            _record_phase(record, phase, steps.readings[phase], events)
     found = memory.training_peak(events)
     if found is None:
         return
@@ -187,11 +193,11 @@ def _keep_memory(record: Record, steps: MemorySteps) -> None:
     record.memory.ledger_peak_phase = phase
     record.memory.headline, record.memory.peak_bytes = "ledger", peak.bytes
     record.memory.peak_phase = phase
-    _prefer_counters(record)
+    _choose_headline(record)
 
 
-def _prefer_counters(record: Record) -> None:
-    """Where torch counts the device's memory, its peak is the headline."""
+def _choose_headline(record: Record) -> None:
+    """torch's counter is the headline where there is one."""
     counted = {
         phase: rank.allocated_peak_bytes
         for phase in TRAINING_PHASES
@@ -220,7 +226,7 @@ def _live_tensor(storage: memory.Storage) -> LiveTensor:
 def timed_steps(
     measurement: Measurement, loaded: Any, tokenizer: Any, rows: Any
 ) -> ObservedTrainer:
-    """The training that counts; returns its trainer, which has the engine the model is in."""
+    """The timed training; returns its trainer, which has the engine with the model."""
     record, cell, train = measurement.record, measurement.record.cell, measurement.record.cell.train
     assert train is not None
     measurement.enter("train", "preparing the data")
@@ -234,7 +240,7 @@ def timed_steps(
         verified.optimizer, replaced = verify.verify_optimizer(optimizer, train.optimizer)
         verified.substitutions += [*replaced, *process_group.substitutions(cell)]
         arguments.verify_optimizer_arguments(train.sft_config, optimizer)
-        verified.loss_terms = losses.further_terms(trainer)
+        verified.loss_terms = losses.extra_loss_terms(trainer)
         measurement.save()
 
     def report(step: int, loss: float, seconds: float) -> None:
@@ -243,16 +249,18 @@ def timed_steps(
         rate = done.non_padding * cell.ranks / seconds
         figures = {"loss": loss if done.loss else None, "tokens_per_second": rate}
         if measurement.progress(step=step, steps=train.steps, **figures):
-            measurement.save_steps(lambda: speed.fill(record, clock))
+            measurement.save_steps(lambda: speed.fill_speed(record, clock))
 
     clock = StepClock(speed.warmup_steps(train), report, begin)
-    course = Course(train.steps, train.learning_rate)
-    with _scratch(measurement) as scratch, forward_restored(loaded):
+    schedule = TrainingSchedule(train.steps, train.learning_rate)
+    with _temporary_directory(measurement) as scratch, forward_restored(loaded):
         trainer = build_trainer(
-            cell, loaded, tokenizer, rows, course, output_dir=Path(scratch), observer=clock
+            cell, loaded, tokenizer, rows, schedule, output_dir=Path(scratch), observer=clock
         )
         record.verified.weight_dtypes = verify.verify_again(loaded, cell)
-        record.verified.passed_through = arguments.seen(train.sft_config, trainer.args)
+        record.verified.passed_through = arguments.verify_passed_through(
+            train.sft_config, trainer.args
+        )
         if cell.adapter is not None:
             record.verified.passed_through |= adapter.passed_through(loaded, cell.adapter)
         record.preparation = trainer.preparation
@@ -263,16 +271,17 @@ def timed_steps(
             trainer.train()
         finally:
             record.speed.train_seconds = time.perf_counter() - started
-            speed.fill(record, clock)
-    _demand_all_steps(trainer, len(clock.seconds), train)
+            speed.fill_speed(record, clock)
+    _check_all_steps_ran(trainer, len(clock.seconds), train)
     record.memory.host_peak_rss_bytes = device.host_peak_rss_bytes()
-    speed.note_device_peak(record)
+    speed.record_device_peak(record)
     loaded.zero_grad(set_to_none=True)
     return trainer
 
 
-def _demand_all_steps(trainer: ObservedTrainer, taken: int, train: Train) -> None:
-    """The Trainer ends without a word when its loader has no batch."""
+def _check_all_steps_ran(trainer: ObservedTrainer, taken: int, train: Train) -> None:
+    """Raise UserError when the Trainer ended early: it does so silently when its loader has no
+    batch."""
     if taken == train.steps:
         return
     batches = len(trainer.get_train_dataloader())
@@ -285,27 +294,27 @@ def _demand_all_steps(trainer: ObservedTrainer, taken: int, train: Train) -> Non
 
 
 def save_adapter(measurement: Measurement, loaded: Any) -> None:
-    """Keep the adapter that this one process trained."""
+    """Save the adapter that this process trained."""
     loaded.save_pretrained(measurement.output_dir / "adapter")
-    _note_adapter(measurement)
+    _record_adapter(measurement)
 
 
 def save_gathered(measurement: Measurement, trainer: ObservedTrainer) -> None:
-    """Keep what several ranks trained, put together: the adapter, or the whole model for the
-    process that scores it. All ranks call this; the first one writes."""
+    """Gather and save what the ranks trained: the adapter, or the full model for the process that
+    scores it. All ranks call this; the first one writes."""
     adapted = measurement.record.cell.adapter is not None
-    trainer.save_model(str(measurement.output_dir / ("adapter" if adapted else TRAINED)))
+    trainer.save_model(str(measurement.output_dir / ("adapter" if adapted else TRAINED_MODEL)))
     if adapted and measurement.rank == 0:
-        _note_adapter(measurement)
+        _record_adapter(measurement)
 
 
-def _note_adapter(measurement: Measurement) -> None:
+def _record_adapter(measurement: Measurement) -> None:
     directory = measurement.output_dir / "adapter"
     files = list(directory.glob("adapter_model.*"))
     measurement.record.artifacts.adapter_path = directory.name
     measurement.record.artifacts.adapter_bytes = sum(file.stat().st_size for file in files)
 
 
-def free() -> None:
+def free_memory() -> None:
     gc.collect()
     device.release_cache()

@@ -93,7 +93,7 @@ def _own_record(cell: Cell) -> Record:
 
 def _has_gpu() -> bool:
     """Asked without CUDA, which must not be touched before a child is forked."""
-    return provenance.uses_gpu(provenance.stack(), provenance.hardware())
+    return provenance.gpu_in_use()
 
 
 def _measure(measurement: Measurement) -> None:

@@ -232,6 +232,11 @@ def uses_gpu(of: Stack, on: Hardware) -> bool:
     return on.accelerator is not None and not of.packages.get("torch", "").endswith("+cpu")
 
 
+def gpu_in_use() -> bool:
+    """Whether cells on this machine and stack compute on a GPU."""
+    return uses_gpu(stack(), hardware())
+
+
 def environment_id(of: Stack, on: Hardware) -> str:
     """sha256, hex, of what all cells of one environment share: versions, python's minor, the
     device's kind. Older records have it as their stack_id."""

@@ -60,10 +60,10 @@ def predict(
     """
     from launch.display.predictions import explanation, predictions_text
     from launch.display.progress import display_for_stderr
-    from launch.planning.plan import labels
     from launch.predict.predict import predict as predict_cells
     from launch.predict.run_predictions import with_step_times
     from matrices.expand import expand
+    from matrices.language.labels import labels
     from matrices.rules.passed_through import merged
 
     expansion = merged(expand(load_matrix(matrix, set_ or [], seeds)))

@@ -40,7 +40,7 @@ def status(
     tunebench status results/my-sweep --json | jq '.[] | select(.state == "waiting")'
     """
     need_linux("status")
-    from launch.engines.status import look, status_text, statuses
+    from launch.engines.status import read_state, status_text, statuses
     from launch.planning.plan import plan_jobs
     from matrices.expand import expand
 
@@ -54,7 +54,7 @@ def status(
         directory = results or Path("results") / matrix.name
         jobs = plan_jobs(expand(matrix).cells, {}, score_base=matrix.score_base)
         cells = [job.cell for job in jobs]
-    sweep = look(directory)
+    sweep = read_state(directory)
     if sweep.note:
         print_note(sweep.note)
     found = statuses(sweep, cells)

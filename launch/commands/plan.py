@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from harness.system.platforms import need_linux
-from launch.commands.console import print_error, print_json, print_note, stopping
+from launch.commands.console import print_error, print_json, print_note
 from launch.commands.options import (
     CheckOption,
     GpuOption,
@@ -99,8 +99,7 @@ def _checked(jobs: Sequence[Job], thoroughly: bool) -> tuple[list[Job], list[Pro
 
         display = display_for_stderr()
         try:
-            with stopping():
-                more = problems(cells_to_run(after), display)
+            more = problems(cells_to_run(after), display)
         finally:
             display.close()
         after, found = mark_invalid(after, more), found + more
@@ -131,8 +130,7 @@ def _predictions(
     cells = possible if possible and not judge else [job.cell for job in jobs]
     if not possible and not judge:
         options = PredictionOptions()
-    with stopping():
-        found = predict_run(cells, display_for_stderr(), options=options).predictions
+    found = predict_run(cells, display_for_stderr(), options=options).predictions
     for reason in failures(list(found.values())):
         print_note(f"not predicted: {reason}")
     return dict(found)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from harness.system.platforms import no_prediction
-from launch.commands.console import EXIT_INCOMPLETE, load_matrix, print_json, print_note, stopping
+from launch.commands.console import EXIT_INCOMPLETE, load_matrix, print_json, print_note
 from launch.commands.options import (
     EngineOption,
     ExplainOption,
@@ -72,8 +72,7 @@ def predict(
     past = _past(records) if records is not None else []
     display = display_for_stderr()
     options = prediction_options(gpu, gpus_file, stack, no_self_check, engine, workers)
-    with stopping():
-        found = predict_cells(expansion.cells, options, display)
+    found = predict_cells(expansion.cells, options, display)
     if records is not None:
         found = with_step_times(found, past)
     if as_json:

@@ -1,4 +1,4 @@
-"""`tunebench show`: one record, readably."""
+"""`tunebench show`: one record, for people."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def show(
 
 
 def record_text(cell: str, results: Path, as_json: bool) -> str:
-    """One record for people, or as it is for machines. Raises UserError when there is none."""
+    """One record as text for people, or as JSON. Raises UserError when there is none."""
     import os
 
     from harness.records.reading import RECORD, records_in
@@ -61,7 +61,7 @@ def record_path(named: Path) -> Path:
 
 
 def find_record(cell: str, results: Path) -> Path:
-    """The record.json of a path, or of the cell whose id starts like that: its attempt in force.
+    """The record.json of a path, or of the attempt in force of a cell, by the start of its id.
 
     Raises UserError when no cell matches, or several do.
     """

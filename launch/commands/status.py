@@ -1,4 +1,4 @@
-"""`tunebench status`: where the cells of a sweep stand."""
+"""`tunebench status`: the states of the cells of a sweep."""
 
 from __future__ import annotations
 
@@ -54,10 +54,10 @@ def status(
         directory = results or Path("results") / matrix.name
         jobs = plan_jobs(expand(matrix).cells, {}, score_base=matrix.score_base)
         cells = [job.cell for job in jobs]
-    sweep = read_state(directory)
-    if sweep.note:
-        print_note(sweep.note)
-    found = statuses(sweep, cells)
+    state = read_state(directory)
+    if state.note:
+        print_note(state.note)
+    found = statuses(state, cells)
     if as_json:
         print_json([each.as_json() for each in found])
     else:

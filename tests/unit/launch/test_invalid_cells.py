@@ -1,4 +1,4 @@
-"""Cells with a problem: mark_invalid one by one, and all of them together."""
+"""Cells with a problem: marked as invalid one by one, and all of them together."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The `tunebench` command from its first moment to its last: stop signals, outputs, exit codes.
+"""The `tunebench` command, from start to end: stop signals, outputs, exit codes.
 
-Imports little, so that a signal finds a handler soon after the interpreter has started.
+Imports little, so that the signal handlers are set soon after the interpreter has started.
 """
 
 from __future__ import annotations
@@ -21,50 +21,44 @@ if TYPE_CHECKING:
 STOPPED = "tunebench: stopped"
 EXIT_USER = 2
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE, which Windows does not have
-# What a run needs at most: pipes to each process, files of the libraries that are imported.
+# A run needs pipes to each process, and opens files of the libraries.
 FEWEST_DESCRIPTORS, ENOUGH_DESCRIPTORS = 256, 4096
 
 
 def main() -> NoReturn:
     """Run the command line and exit with its code."""
-    # Whoever started this may have them blocked, as Ray has: then Ctrl-C would never arrive.
+    # The parent process may have blocked them, as Ray does; then Ctrl-C would never arrive.
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     for number in STOP_SIGNALS:
-        # A signal that is ignored, as nohup has it, stays so.
+        # A signal that is ignored, as under nohup, stays ignored.
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _leave)
     sys.unraisablehook = _unraisable
     code = _run()
     atexit._run_exitfuncs()
-    # Taking the interpreter down lasts, and a signal would find no handler any more.
+    # The interpreter takes time to end, and a signal would find no handler then.
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(Exception):  # stopped while it could not be written any more
+        with contextlib.suppress(Exception):  # it cannot be written any more
             stream.flush()
     os._exit(code)
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
-    """Nothing has begun yet, or all is done: there is nothing to put in order."""
-    _say(f"{STOPPED}\n")
+    """Exit at once: nothing has begun yet, or everything is done."""
+    with contextlib.suppress(OSError):  # nobody can read it
+        os.write(2, f"{STOPPED}\n".encode())
     os._exit(128 + number)
 
 
-def _say(text: str) -> None:
-    try:
-        os.write(2, text.encode())
-    except OSError:
-        return  # nobody is there to read it
-
-
-def _unraisable(told: sys.UnraisableHookArgs) -> None:
-    """A stop signal that came while python could not raise it, as in a destructor, is not lost."""
-    number = getattr(told.exc_value, "number", None)
-    if type(told.exc_value).__name__ == "Stopped" and isinstance(number, int):
+def _unraisable(raised: sys.UnraisableHookArgs) -> None:
+    """Handle a stop signal that came where python cannot raise it, as in a destructor."""
+    number = getattr(raised.exc_value, "number", None)
+    if type(raised.exc_value).__name__ == "Stopped" and isinstance(number, int):
         _leave(number, None)
-    sys.__unraisablehook__(told)
+    sys.__unraisablehook__(raised)
 
 
 def _run() -> int:
@@ -85,7 +79,7 @@ def _run() -> int:
         print(STOPPED, file=sys.stderr)
         return 128 + stopped.number
     except OutputLost as lost:
-        # What is left in its buffer must not be tried again.
+        # Python must not write the rest of its buffer at exit.
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - as long as the process
         if lost.broken_pipe:
             return EXIT_BROKEN_PIPE
@@ -106,7 +100,7 @@ def _exit_code(app: Callable[[], object]) -> int:
 
 
 def _check_process() -> None:
-    """Raise UserError when this process cannot do the least that any command needs."""
+    """Raise UserError when this process lacks what every command needs."""
     from matrices.errors import UserError
 
     try:
@@ -122,7 +116,7 @@ def _check_process() -> None:
 
 
 def _allow_enough_files() -> None:
-    """Raise UserError when this process may not open as many files as a run needs."""
+    """Raise the limit of open files. Raise UserError when it is too low for a run."""
     import resource
 
     from matrices.errors import UserError

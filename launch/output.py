@@ -1,7 +1,7 @@
-"""Standard output and standard error of the command line, whatever they are connected to.
+"""Standard output and standard error of the command line.
 
-Results go to standard output, and what cannot be written there is an error. Progress and messages
-go to standard error, and a sweep goes on without them.
+Results go to standard output; a failure to write them is an error. Progress and messages go to
+standard error; a sweep goes on without them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import IO
 from matrices.errors import UserError
 from matrices.files.text import visible
 
-# What tables and lines hold beside ASCII, for outputs that cannot show it.
+# ASCII for the other characters of tables and lines, for outputs that cannot show them.
 PLAIN = {
     "–": "-",
     "−": "-",
@@ -31,7 +31,7 @@ PLAIN = {
 
 
 class OutputLost(UserError):
-    """Standard output cannot be written. `broken_pipe`: whoever read it has gone."""
+    """Standard output cannot be written. `broken_pipe`: its reader has ended."""
 
     def __init__(self, error: OSError) -> None:
         super().__init__(f"standard output cannot be written: {error.strerror or error}")
@@ -55,7 +55,7 @@ class Results(io.TextIOWrapper):
 
 
 class Messages(io.TextIOWrapper):
-    """Standard error; what cannot be written is left out."""
+    """Standard error; ignores failures to write."""
 
     def write(self, text: str) -> int:
         try:
@@ -71,12 +71,12 @@ class Messages(io.TextIOWrapper):
 
 
 def prepare() -> None:
-    """Have `sys.stdout` and `sys.stderr` written to as this module says. Raises UserError when
-    standard output is closed."""
+    """Replace `sys.stdout` and `sys.stderr` by the classes here. Raises UserError when standard
+    output is closed."""
     codecs.register_error("plain", _plain)
     closed = {number for number in range(3) if not _is_open(number)}
     for number in sorted(closed):
-        # A file opened later would get its number, and be written to as if it were the terminal.
+        # Otherwise a file that is opened later would get its number and receive the output.
         os.dup2(os.open(os.devnull, os.O_RDWR), number)
     if 2 in closed or sys.stderr is None:
         sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115 - as long as the process
@@ -104,10 +104,10 @@ def _bytes(stream: IO[str]) -> IO[bytes]:
 
 
 def _plain(error: UnicodeError) -> tuple[str, int]:
-    """What stands for letters that the encoding of an output lacks; escapes are JSON's."""
+    """Replaces characters that the encoding of an output lacks; other escapes are JSON's."""
     assert isinstance(error, UnicodeEncodeError)
-    lacking = error.object[error.start : error.end]
-    return "".join(PLAIN.get(letter) or _escaped(letter) for letter in lacking), error.end
+    missing = error.object[error.start : error.end]
+    return "".join(PLAIN.get(letter) or _escaped(letter) for letter in missing), error.end
 
 
 def _escaped(letter: str) -> str:

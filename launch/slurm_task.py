@@ -1,4 +1,4 @@
-"""The old name of `launch.engines.slurm.task`, for jobs that an older version left in the queue."""
+"""The former name of `launch.engines.slurm.task`, for jobs of an older version in the queue."""
 
 from __future__ import annotations
 

@@ -245,6 +245,11 @@ class Cell(Section):
         return self.devices if self.is_distributed else 1
 
     @property
+    def devices_per_node(self) -> int:
+        """Devices of it on each of its machines."""
+        return max(1, self.devices // self.nodes)
+
+    @property
     def ranks_per_node(self) -> int:
         """Processes of it on each of its machines."""
         return max(1, self.ranks // self.nodes)

@@ -1,8 +1,8 @@
-"""The accelerate profile that a cell is started with.
+"""The accelerate profile of a cell.
 
 The shipped profiles are files in `launch/profiles`, one per parallelism; a matrix can name another.
-Either is rendered with the cell's values into the cell's own directory, so that it is kept beside
-the record and the recorded command finds it there.
+The profile is rendered with the cell's values into the cell's directory, where the recorded command
+finds it.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from matrices.errors import UserError, nearest
 SHIPPED = Path(__file__).resolve().parents[1] / "profiles"
 
 
-def shipped() -> list[str]:
+def shipped_profiles() -> list[str]:
     """Names of the profiles that come with tunebench."""
     return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
 
 
 def text(name: str) -> str:
-    """A shipped profile as it is written, or with `.json` the DeepSpeed file it names. Raises
-    UserError for a name that is none."""
-    known = [*shipped(), *sorted(path.name for path in SHIPPED.glob("*.json"))]
+    """The text of a shipped profile, or of a DeepSpeed file (`zero2.json`). Raises UserError for an
+    unknown name."""
+    known = [*shipped_profiles(), *sorted(path.name for path in SHIPPED.glob("*.json"))]
     if name not in known:
         raise UserError(
             f"no profile is called {name!r}{nearest(name, known)}; shipped are {', '.join(known)}"
@@ -39,7 +39,7 @@ def text(name: str) -> str:
     return (SHIPPED / (name if name.endswith(".json") else f"{name}.yaml")).read_text()
 
 
-def question(name: str) -> str:
+def summary(name: str) -> str:
     """What a shipped profile does: the first sentence of its comment."""
     lines = text(name).splitlines()
     words = " ".join(line.lstrip("# ") for line in lines[: lines.index("#")])
@@ -47,14 +47,14 @@ def question(name: str) -> str:
 
 
 def content(cell: Cell) -> dict[str, Any]:
-    """The profile of a cell, not filled in: its own, else the shipped one of its parallelism."""
+    """The template of a cell's profile: its own, else the shipped one of its parallelism."""
     return dict(cell.profile) or read_profile(SHIPPED / f"{cell.parallelism}.yaml")
 
 
 def write(cell: Cell, directory: Path, gpu: bool | None = None) -> None:
     """Render the profile of a cell into a directory: `profile.yaml`, and `deepspeed.json` if it
-    names one. Nothing for a cell in one process without a GPU. `gpu` is whether it trains on GPUs;
-    none asks this machine.
+    names one. Writes nothing for a cell in one process without a GPU. `gpu`: whether it trains on
+    GPUs.  [default: as on this machine]
     """
     gpu = provenance.uses_gpu_here() if gpu is None else gpu
     if not cell.is_distributed:

@@ -1,8 +1,8 @@
-"""The devices of this machine, and which runner has which of them.
+"""The devices of this machine, and the locks by which runners share them.
 
-A device is a GPU (its UUID) or, on a machine without one, a processor (`cpu:0`). Every runner of a
-user locks the devices of a cell while the cell runs, in files of the cache directory, so that two
-runners on one machine never share one. The operating system gives a dead runner's locks back.
+A device is a GPU (its UUID) or, on a machine without one, a processor (`cpu:0`). A runner locks the
+devices of a cell while the cell runs, with files in the cache directory, so that two runners of one
+user never use the same device. The operating system releases the locks of a dead runner.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from matrices.errors import UserError
 from matrices.files.cache import cache_directory, cache_errors
 from reports.text import bytes_text
 
-# The memory of a process that has just ended is held a little longer.
+# A GPU frees the memory of a dead process within this time.
 RELEASE_SECONDS = 10.0
-# How often devices in use are looked at for what does not belong there.
+# How often the runner looks for foreign processes on the devices of a cell.
 LOOK_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
 class Grant:
-    """The devices a cell may use, and the environment that shows it no others.
+    """The devices that a cell may use, and the variables that hide all others from it.
 
-    `cores` are the processor cores that come with them; none means all that may be used here.
+    `cores` is its number of processor cores; none means all that this process may use.
     """
 
     devices: tuple[str, ...]
@@ -50,9 +50,9 @@ def local_devices() -> tuple[str, ...]:
     return tuple(f"cpu:{number}" for number in range(provenance.usable_cpus()))
 
 
-def given(cores: int | None = None, exclusive: bool = False) -> Grant:
-    """What an engine (SLURM, Ray) has given this process: the devices it makes visible."""
-    # A process of Ray's runs one task after another, each with devices of its own.
+def granted_devices(cores: int | None = None, exclusive: bool = False) -> Grant:
+    """The devices that an engine (SLURM, Ray) makes visible to this process."""
+    # A process of Ray's gets other devices with each task.
     provenance.nvml.cache_clear()
     provenance.hardware.cache_clear()
     setting = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -62,7 +62,7 @@ def given(cores: int | None = None, exclusive: bool = False) -> Grant:
 
 @dataclass
 class Lease:
-    """Devices held for one cell, until `release`; or why it is not to be started."""
+    """Devices held for one cell until `release`, or in `refused` why it must not start."""
 
     grant: Grant
     locks: list[FileLock] = field(default_factory=list)
@@ -74,8 +74,8 @@ class Lease:
         self.locks = []
 
 
-class Slots:
-    """Hands out the devices of this machine. `exclusive`: all of it to one cell at a time."""
+class DevicePool:
+    """Gives the devices of this machine to cells. `exclusive`: one cell at a time gets all."""
 
     def __init__(
         self,
@@ -85,18 +85,18 @@ class Slots:
         directory: Path | None = None,
         cores: int | None = None,
     ) -> None:
-        """`directory` holds the locks.  [default: in the cache directory, one for each host]
-        `cores` come with the devices of a cell.  [default: its share of the machine's]"""
+        """`directory` holds the locks.  [default: one per host, in the cache directory] `cores` is
+        the number of cores of a cell.  [default: in proportion to its devices]"""
         self.exclusive = exclusive
         self.allow_busy = allow_busy
         self.devices = tuple(local_devices() if devices is None else devices)
         self.directory = directory or cache_directory() / "slots" / socket.gethostname()
         self._cores = cores
-        self._place_in_line: FileLock | None = None
+        self._queue_lock: FileLock | None = None
 
-    def ask(self, count: int, patient: bool = True) -> Lease | None:
-        """Devices for one cell; none while others hold them. `patient` keeps a place in line for
-        the next time: nobody who asks later comes first.
+    def acquire(self, count: int, keep_place: bool = True) -> Lease | None:
+        """Devices for one cell; none while others hold them. With `keep_place` this pool is first
+        in the queue until its next call.
 
         Raises UserError when the machine has fewer, when a process that is no cell uses them, and
         when locks cannot be written.
@@ -106,22 +106,22 @@ class Slots:
                 f"a cell needs {count} devices and this machine has {len(self.devices)}",
                 key="devices",
             )
-        line = self._place_in_line or self._lock("line")
-        self._place_in_line = None
+        line = self._queue_lock or self._lock("line")
+        self._queue_lock = None
         if line is None:
             return None
         locks = {name: lock for name in self.devices if (lock := self._lock(name))}
         enough = len(self.devices) if self.exclusive else count
         if len(locks) < enough:
             _release(locks.values())
-            # Who needs many devices would wait for ever behind those who need one.
-            if patient and enough > 1:
-                self._place_in_line = line
+            # Otherwise cells that need one device would always come before one that needs many.
+            if keep_place and enough > 1:
+                self._queue_lock = line
             else:
                 line.release()
             return None
         try:
-            chosen = self._idle(list(locks), count)
+            chosen = self._choose_idle(list(locks), count)
         except UserError:
             _release([*locks.values(), line])
             raise
@@ -131,10 +131,10 @@ class Slots:
         return Lease(self._grant(chosen), [locks[name] for name in kept])
 
     def close(self) -> None:
-        """Give up the place in line."""
-        if self._place_in_line is not None:
-            self._place_in_line.release()
-            self._place_in_line = None
+        """Leave the queue."""
+        if self._queue_lock is not None:
+            self._queue_lock.release()
+            self._queue_lock = None
 
     def _lock(self, name: str) -> FileLock | None:
         lock = FileLock(self.directory / f"{name.replace(':', '-')}.lock", thread_local=False)
@@ -146,9 +146,9 @@ class Slots:
                 return None
         return lock
 
-    def _idle(self, names: list[str], count: int) -> list[str]:
-        """`count` of the named devices, those first that nobody uses. Raises UserError when that
-        takes one that somebody does use."""
+    def _choose_idle(self, names: list[str], count: int) -> list[str]:
+        """`count` of the named devices, idle ones first. Raises UserError when a process uses one
+        of them."""
         until = time.monotonic() + RELEASE_SECONDS
         while True:
             found = occupants([name for name in names if not name.startswith("cpu:")])
@@ -158,18 +158,18 @@ class Slots:
             if self.allow_busy or not taken:
                 return sorted(chosen, key=self.devices.index)
             if time.monotonic() > until:
-                raise UserError(f"{in_words(taken[0])}; wait for it, or run with --allow-busy")
+                raise UserError(f"{occupant_text(taken[0])}; wait for it, or run with --allow-busy")
             time.sleep(0.5)
 
     def _grant(self, chosen: Sequence[str]) -> Grant:
         on_gpu = not chosen[0].startswith("cpu:")
         some = len(chosen) < len(self.devices)
-        # Only where it hides something: a variable that is set is part of the record.
+        # Not set when it would hide nothing, because a variable that is set is recorded.
         environment = {"CUDA_VISIBLE_DEVICES": ",".join(chosen)} if on_gpu and some else {}
         return Grant(tuple(chosen), environment, self.exclusive, self.cores(len(chosen)))
 
     def cores(self, count: int) -> int | None:
-        """The processor cores that come with so many devices; none means all of them."""
+        """The processor cores of a cell on `count` devices; none means all."""
         if self._cores is not None or self.exclusive or not self.devices:
             return self._cores
         return max(1, provenance.cpu_threads() * count // len(self.devices))
@@ -180,18 +180,16 @@ def _release(locks: Iterable[FileLock]) -> None:
         lock.release()
 
 
-def in_words(occupant: Occupant) -> str:
+def occupant_text(occupant: Occupant) -> str:
     """`GPU 1234 (NVIDIA A100) is in use: pid 77 (python) holds 3.00 GiB`."""
     name = occupant.name or "not visible from here"
     held = "memory" if occupant.bytes is None else bytes_text(occupant.bytes)
     return f"{occupant.uuid} ({occupant.gpu}) is in use: pid {occupant.pid} ({name}) holds {held}"
 
 
-class Guard:
-    """Watches a cell's devices while it runs for processes that are none of its own.
-
-    Held against those that were there first, too: `found` has a line for each.
-    """
+class ForeignProcesses:
+    """The processes that use a running cell's devices and are not its own; `found` has a line for
+    each, by pid."""
 
     def __init__(self, devices: Sequence[str]) -> None:
         self.gpus = [name for name in devices if not name.startswith("cpu:")]
@@ -199,14 +197,15 @@ class Guard:
         self._looked = float("-inf")
 
     def look(self, own: Callable[[], set[int]]) -> None:
-        """Every LOOK_SECONDS; `own` are the pids of the cell's processes."""
+        """Look again after LOOK_SECONDS. `own` gives the pids of the cell's processes."""
         if not self.gpus or time.monotonic() - self._looked < LOOK_SECONDS:
             return
         self._looked = time.monotonic()
-        # NVML tells the host's pids: in a container, those of its own processes mean nothing.
-        before = own()
-        seen = [each for each in occupants(self.gpus) if process_name(each.pid)]
-        mine = before | own() if seen else before
-        for occupant in seen:
-            if occupant.pid not in mine:
-                self.found.setdefault(occupant.pid, in_words(occupant))
+        # NVML gives the host's pids; a container does not know those of other containers.
+        pids = own()
+        present = [each for each in occupants(self.gpus) if process_name(each.pid)]
+        if present:
+            pids |= own()  # the cell may have started processes meanwhile
+        for occupant in present:
+            if occupant.pid not in pids:
+                self.found.setdefault(occupant.pid, occupant_text(occupant))

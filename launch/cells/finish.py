@@ -1,4 +1,4 @@
-"""The record of a cell whose processes have ended, completed where they could not do so."""
+"""Completes the record of a cell whose processes have ended."""
 
 from __future__ import annotations
 
@@ -14,52 +14,56 @@ from harness.ranks.progress_file import read_progress
 from harness.records import provenance
 from harness.records.record import PHASES, Failure, Memory, RankState, Record, read_record
 from harness.system.child_process import signal_text
-from launch.cells.watch import Failed, Outcome
-from launch.processes.workers import LOST
+from launch.cells.watch import CellExit, RankFailure
+from launch.processes.workers import LOST_EXIT_CODE
 from matrices.errors import UserError
 
-# What a rank says whose peer has gone: gloo, NCCL and torch's store, in their words.
-CONSEQUENCE = re.compile(
+# Errors of gloo, NCCL and torch's store in a rank whose peer has ended.
+LOST_CONNECTION = re.compile(
     r"connection (was |is )?(likely )?(closed|reset|refused)|broken pipe|socket (is )?closed"
     r"|remote process exited|ncclRemoteError|caused pair closure|timed out waiting"
     r"|remote (server|peer)|wait timeout|Read error",
     re.IGNORECASE,
 )
-# Times of cells during which others had more than this share of the processors are in doubt.
+# A larger share of the processors for other processes puts a cell's times in doubt.
 FOREIGN_CPU_SHARE = 0.25
 
 
-def finish_record(working: Path, outcome: Outcome) -> Record:
+def finish_record(working: Path, outcome: CellExit) -> Record:
     """The record of a cell whose processes have ended.
 
-    What they measured is kept whatever happened. Status, reason and failure are those of the rank
-    that failed first, not of those that only lost the connection to it.
+    It keeps what they measured. Status, reason and failure are those of the rank that failed first,
+    not of ranks that only lost their connection to it.
     """
     record = read_record(working / "record.json")
     ranks = _ranks(record, working, outcome)
     memory = record.memory if len(ranks) < 2 else _with_other_ranks(record, working, len(ranks))
     record = record.model_copy(update={"ranks": ranks, "memory": memory})
     finished = record.ended is not None and outcome.exit_code in (0, 1)
-    first = _first(outcome, {state.rank: state for state in ranks})
+    first = _first_failure(outcome, {state.rank: state for state in ranks})
     if outcome.cause == "ended":
         if first is None or (first.rank == 0 and (finished or len(ranks) < 2)):
-            return record if finished else _ended(record, working, _death(record, working, outcome))
-        return _ended(record, working, _blamed(first, ranks, working, outcome))
-    # A rank whose peer is stopped first says that it has failed.
+            return (
+                record
+                if finished
+                else _with_end(record, working, _worker_death(record, working, outcome))
+            )
+        return _with_end(record, working, _failure_of(first, ranks, working, outcome))
+    # A rank fails when its peer stops first.
     alone = len(ranks) < 2 or record.status not in ("failed", "interrupted")
     if finished and record.status != "interrupted" and alone:
         return record
-    return _ended(record, working, _stopped(outcome))
+    return _with_end(record, working, _stop_status(outcome))
 
 
-def _ended(record: Record, working: Path, changes: dict[str, Any]) -> Record:
+def _with_end(record: Record, working: Path, changes: dict[str, Any]) -> Record:
     phase = record.phase or read_progress(working).phase
     ended = record.ended or provenance.now()
     return record.model_copy(update={"ended": ended, "phase": phase, **changes})
 
 
-def _stopped(outcome: Outcome) -> dict[str, Any]:
-    """Status and reason of a cell that was told to end."""
+def _stop_status(outcome: CellExit) -> dict[str, Any]:
+    """Status and reason of a cell that the runner ended."""
     if outcome.cause == "stopped":
         name = signal.Signals(outcome.stop_signal or signal.SIGTERM).name
         reason = f"the runner was stopped by {name}"
@@ -67,26 +71,26 @@ def _stopped(outcome: Outcome) -> dict[str, Any]:
     reason = f"over its limit of {outcome.limit_seconds:g} s"
     if outcome.cause == "stuck":
         reason = f"no progress for {outcome.limit_seconds:g} s"
-    if outcome.standing:
-        reason += f": {outcome.standing}"
+    if outcome.positions:
+        reason += f": {outcome.positions}"
     return {"status": "timeout", "reason": reason, "failure": None}
 
 
-def _first(outcome: Outcome, states: Mapping[int, RankState]) -> Failed | None:
-    """The rank whose failure brought the others down."""
+def _first_failure(outcome: CellExit, states: Mapping[int, RankState]) -> RankFailure | None:
+    """The failure that caused the others."""
 
-    def order(failed: Failed) -> tuple[bool, float]:
+    def order(failed: RankFailure) -> tuple[bool, float]:
         state = states.get(failed.rank)
-        said = state.failure.message if state is not None and state.failure is not None else ""
-        return bool(CONSEQUENCE.search(said)), failed.at
+        message = state.failure.message if state is not None and state.failure is not None else ""
+        return bool(LOST_CONNECTION.search(message)), failed.at
 
     return min(outcome.failed, key=order, default=None)
 
 
-def _blamed(
-    first: Failed, ranks: list[RankState], working: Path, outcome: Outcome
+def _failure_of(
+    first: RankFailure, ranks: list[RankState], working: Path, outcome: CellExit
 ) -> dict[str, Any]:
-    """What the record says of a rank that failed, in its own words where it left some."""
+    """Status, reason and failure of a rank that failed: its own, if it wrote any."""
     state = next((each for each in ranks if each.rank == first.rank), RankState(rank=first.rank))
     phase = state.phase or "starting"
     if first.why:
@@ -100,7 +104,7 @@ def _blamed(
             "phase": (state.failure.phase if state.failure else None) or phase,
         }
     code = outcome.exit_codes.get(first.rank, first.exit_code)
-    return sudden_end(
+    return death_without_report(
         code if code is not None else outcome.exit_code,
         phase,
         state_files.log_path(working, first.rank),
@@ -110,35 +114,36 @@ def _blamed(
     )
 
 
-def _death(record: Record, working: Path, outcome: Outcome) -> dict[str, Any]:
-    """Status, reason and failure of a worker that died without being told to."""
+def _worker_death(record: Record, working: Path, outcome: CellExit) -> dict[str, Any]:
+    """Status, reason and failure of a worker that died by itself."""
     phase = record.phase or read_progress(working).phase
     log = state_files.log_path(working, 0)
-    return sudden_end(outcome.exit_code, phase, log, "", outcome.memory_kills)
+    return death_without_report(outcome.exit_code, phase, log, "", outcome.memory_kills)
 
 
-def sudden_end(
+def death_without_report(
     code: int, phase: str, log: Path, who: str, memory_kills: int, when: str = ""
 ) -> dict[str, Any]:
-    """A process that left no word: what its exit code and its log say."""
-    if code in (-signal.SIGKILL, LOST) and memory_kills > 0:
+    """Status, reason and failure of a process that wrote none, from its exit code and its log."""
+    if code in (-signal.SIGKILL, LOST_EXIT_CODE) and memory_kills > 0:
         message = f"the kernel killed {who or 'the worker'}: the machine's memory ran out"
         failure = Failure(type="HostOutOfMemory", message=message, phase=phase)
         return {"status": "oom", "reason": message, "failure": failure, "phase": phase}
-    if code == LOST:
+    if code == LOST_EXIT_CODE:
         message = f"the process that {who or 'the worker'} was forked from died"
     elif code < 0:
         killed = f"killed by {signal_text(-code)}{when}"
         message = f"{who} was {killed}" if who else killed
     else:
         message = f"{who or 'the worker'} ended with exit code {code} and no finished record"
-        last = _last_line(log)
+        last = last_line(log)
         message += f": {last}" if last else ""
     failure = Failure(type="WorkerDied", message=message, phase=phase)
     return {"status": "failed", "reason": message, "failure": failure, "phase": phase}
 
 
-def _last_line(log: Path) -> str:
+def last_line(log: Path) -> str:
+    """The last line of a log that is not empty; empty without a log."""
     if not log.exists():
         return ""
     with log.open("rb") as file:
@@ -147,16 +152,16 @@ def _last_line(log: Path) -> str:
     return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
-def _ranks(record: Record, working: Path, outcome: Outcome) -> list[RankState]:
-    """Every rank: what the record knows, what its own file says, and how its process ended."""
+def _ranks(record: Record, working: Path, outcome: CellExit) -> list[RankState]:
+    """All ranks, from the record, from their own files and from the exits of their processes."""
     known = {state.rank: state for state in record.ranks}
     for state in state_files.read_states(working):
-        said = state.model_dump(exclude_none=True)
+        written = state.model_dump(exclude_none=True)
         before = known[state.rank].model_dump(exclude_none=True) if state.rank in known else {}
-        known[state.rank] = RankState.model_validate(before | said)
-    for rank, stood in outcome.stood.items():
-        # A frozen process goes on for the moment it takes to dump its stack.
-        where = stood.model_dump(include={"phase", "step", "beat", "progressed"})
+        known[state.rank] = RankState.model_validate(before | written)
+    for rank, last in outcome.last_states.items():
+        # A frozen process runs for a moment to dump its stack.
+        where = last.model_dump(include={"phase", "step", "beat", "progressed"})
         known[rank] = known[rank].model_copy(update=where)
     for rank, code in outcome.exit_codes.items():
         known.setdefault(rank, RankState(rank=rank))
@@ -172,7 +177,7 @@ def _with_stack(state: RankState, working: Path) -> RankState:
 
 
 def _with_other_ranks(record: Record, working: Path, count: int) -> Memory:
-    """The memory of all ranks, where a failure came before rank 0 had gathered it."""
+    """The memory of all ranks, also after a failure that came before rank 0 had gathered it."""
     memory = record.memory
     if any(len(readings) > 1 for readings in memory.phases.values()):
         return memory
@@ -192,21 +197,21 @@ def _with_other_ranks(record: Record, working: Path, count: int) -> Memory:
 def _memory_of(working: Path, rank: int) -> Memory | None:
     try:
         return read_record(state_files.record_path(working, rank)).memory
-    except UserError:  # it had measured nothing yet
+    except UserError:  # the rank had measured nothing yet
         return None
 
 
-def _touched(path: Path) -> float:
+def _modified_at(path: Path) -> float:
     try:
         return path.stat().st_mtime
-    except FileNotFoundError:  # a rank on another machine goes on for a moment
+    except FileNotFoundError:  # a rank on another machine still replaces its files
         return 0.0
 
 
 def contamination(record: Record) -> list[str]:
-    """What puts the times of a finished cell in doubt, as far as it has measured that itself."""
+    """What the cell itself has measured that puts its times in doubt."""
     share = record.speed.foreign_cpu_share
-    # A rank counts the others as foreign, and a cell those beside it.
+    # A rank counts the other ranks as foreign, and a cell counts the cells beside it.
     alone = len(record.ranks) < 2 and record.placement.exclusive
     on_gpu = provenance.uses_gpu(record.stack, record.hardware)
     if on_gpu or share is None or share <= FOREIGN_CPU_SHARE or not alone:
@@ -215,12 +220,12 @@ def contamination(record: Record) -> list[str]:
 
 
 def finish_abandoned(working: Path, record: Record) -> Record:
-    """The record of a cell whose runner died: as the worker left it, and `interrupted` unless it
-    had finished. It ended when its files were last touched."""
-    record = record.model_copy(update={"ranks": _ranks(record, working, Outcome(0))})
+    """The record of a cell whose runner died. An unfinished one is `interrupted`, and ended at the
+    last change of its files."""
+    record = record.model_copy(update={"ranks": _ranks(record, working, CellExit(0))})
     if record.ended is not None:
         return record
-    last = max(_touched(path) for path in working.rglob("*"))
+    last = max(_modified_at(path) for path in working.rglob("*"))
     return record.model_copy(
         update={
             "status": "interrupted",

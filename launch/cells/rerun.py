@@ -1,7 +1,8 @@
-"""Repeat one recorded cell by hand, as a new attempt.
+"""Repeat one recorded cell by `accelerate launch`, as a new attempt.
 
-The cell is taken from the record and checked as one of a matrix is. Its command and its profile are
-made from it anew: a record, which may come from somebody else, is read and never run.
+The cell comes from the record and is checked like a cell of a matrix. Its command and profile are
+made from the cell: what a record says its command was is never run, as it may come from somebody
+else.
 """
 
 from __future__ import annotations
@@ -18,45 +19,36 @@ from harness.ranks.launch_command import accelerate, threads_per_process
 from harness.records import hub, provenance
 from harness.records.record import Record, read_record
 from harness.records.store import Entry, Store, disk_errors
-from launch.cells.devices import Slots
+from launch.cells.devices import DevicePool
 from launch.cells.finish import finish_abandoned
 from launch.cells.runner import Runner
-from launch.cells.start import devices_here
 from launch.display.progress import Display
 from launch.planning.plan import Job, key_of, this_machine
 from launch.predict.run_predictions import RunPredictions
 from launch.processes.stop_signals import Stopped
-from launch.processes.workers import Launched, Process, Ranks
+from launch.processes.workers import CommandProcess, Process, Ranks
 from matrices.cell import Cell, label
 from matrices.errors import UserError
 from matrices.rules.verdicts import refusals
 
-# argv for a cell, whether it computes on GPUs, the threads of each process, the directory it is in,
-# where its record goes, and accelerate's own command.
+# Gives an argv. Arguments: the cell, whether it computes on GPUs, the threads of each process, the
+# cell's directory, the directory of its record, and accelerate's own command.
 MakeCommand = Callable[[Cell, bool, int, Path, Path, list[str]], list[str]]
 
 
 @dataclass(frozen=True)
-class Options:
-    """How to repeat a cell. `foretell` predicts it first, `trust_code` lets it run code that comes
-    with its model or its tasks."""
+class RerunOptions:
+    """How to repeat a cell. `predict` predicts it first. `trust_code` allows code that comes with
+    its model or its tasks."""
 
     limit_seconds: float | None = None
     phase_seconds: float | None = None
-    foretell: Callable[[Sequence[Cell]], RunPredictions] | None = None
+    predict: Callable[[Sequence[Cell]], RunPredictions] | None = None
     trust_code: bool = False
 
 
-def record_path(named: Path) -> Path:
-    """The record.json that a user names by it or by its directory. Raises UserError."""
-    path = named / "record.json" if named.is_dir() else named
-    if not path.is_file():
-        raise UserError(f"{named}: no record here; name a record's directory or its record.json")
-    return path
-
-
 def differences(record: Record) -> str:
-    """What this machine has other than the record's, in words; empty if nothing that matters."""
+    """The differences between this machine and the record's, in words; empty without any."""
     stack, hardware = provenance.stack(), provenance.hardware()
     was, now = dict(record.stack.packages), dict(stack.packages)
     was |= {"python": record.stack.python, "device": _device(record)}
@@ -65,7 +57,7 @@ def differences(record: Record) -> str:
     now |= {"commit": _commit(stack.commit, stack.dirty)}
     was |= record.provenance.environment
     now |= provenance.environment()
-    # The command names the threads, and the runner the devices it gives the command.
+    # The new command sets the threads, and the runner sets the devices.
     set_anew = {"OMP_NUM_THREADS"} if provenance.recorded_threads(record) is not None else set()
     set_anew |= {"CUDA_VISIBLE_DEVICES"} if record.placement.devices else set()
     names = [name for name in (*was, *now) if was.get(name) != now.get(name)]
@@ -84,7 +76,7 @@ def _commit(commit: str | None, dirty: bool | None) -> str:
 
 
 def checked(record: Record, trust_code: bool) -> Cell:
-    """The cell of a record that may be run here. Raises UserError."""
+    """The cell of a record, if it may run here. Raises UserError."""
     cell = record.cell
     if cell.cell_id != record.cell_id:
         raise UserError(
@@ -117,14 +109,14 @@ def checked(record: Record, trust_code: bool) -> Cell:
 def rerun(
     path: Path,
     display: Display,
-    options: Options,
+    options: RerunOptions,
     command: MakeCommand = launch_command.command,
 ) -> tuple[Entry, int | None]:
-    """Run the cell of a record again; gives the new record and the signal that stopped it.
+    """Run the cell of a record again; gives the new record and the signal that stopped the run.
 
-    It is published beside the old one, on the stack that is installed now. Raises UserError when
-    the cell cannot run here or is running elsewhere, or the directory cannot be written, and
-    Stopped when stopped before it began.
+    The new record is beside the old one, and of the stack that is installed now. Raises UserError
+    when the cell cannot run here, when another runner runs it, and when the directory cannot be
+    written, and Stopped when a signal came before the cell began.
     """
     record = read_record(path)
     cell = checked(record, options.trust_code)
@@ -146,10 +138,10 @@ def rerun(
         display,
         options.limit_seconds,
         preflight=None,
-        foretell=options.foretell,
+        predict=options.predict,
         phase_seconds=options.phase_seconds,
-        slots=Slots(cores=threads * (devices_here(cell) if cell.is_distributed else 1)),
-        launch=partial(_launched, command, threads),
+        devices=DevicePool(cores=threads * cell.ranks_per_node),
+        start_processes=partial(_start, command, threads),
     )
     finished = runner.run([job])
     if key not in finished.entries:
@@ -157,16 +149,16 @@ def rerun(
     return finished.entries[key], finished.stopped_by
 
 
-def _launched(
+def _start(
     command: MakeCommand, threads: int, cell: Cell, working: Path, worker_lock: Path, ranks: Ranks
 ) -> list[Process]:
-    """The command at work, holding the worker lock of its cell."""
+    """Start the command; it holds the worker lock of its cell."""
     gpu = provenance.uses_gpu_here()
     argv = command(cell, gpu, threads, working, working, accelerate())
     with disk_errors(working.parent):
         hold = os.open(worker_lock, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(hold, fcntl.LOCK_EX)
-        return [Launched(argv, working / "log.txt", hold, ranks.environment)]
+        return [CommandProcess(argv, working / "log.txt", hold, ranks.environment)]
     finally:
         os.close(hold)

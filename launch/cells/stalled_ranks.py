@@ -1,4 +1,4 @@
-"""Where the ranks of a cell stand when a limit has passed, and which of them holds up the rest."""
+"""Finds where a cell's ranks are when a limit has passed, and which rank holds up the others."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ import psutil
 from harness.ranks import state_files
 from harness.records.record import RankState
 from harness.system.child_process import run
-from launch.processes.workers import Process, family
+from launch.processes.workers import Process, process_tree
 
-# Heartbeats come every second; a process that is only busy misses a few.
+# Heartbeats come every second; a busy process misses a few.
 SILENT_SECONDS = 10.0
 # faulthandler writes at once, from the signal's handler.
 STACK_SECONDS = 5.0
 PY_SPY_SECONDS = 20.0
-# The order of a cell's phases, for who lags behind whom; within training the step comes first.
-ORDER = (
+# The phases of a cell in order, to find the rank that lags.
+PHASE_ORDER = (
     "starting",
     "load",
     "kbit_preparation",
@@ -43,7 +43,7 @@ _COLLECTIVE = re.compile(
     r'(?:distributed_c10d\.py", line \d+ in (\w+))|(?:(\w+) \([^)]*distributed_c10d\.py:\d+\))'
 )
 _WRAPPERS = ("wrapper", "wait", "_do_wait")
-# What a frame tells of the part of a step: functions of torch and transformers.
+# The part of a step that a frame belongs to: functions of torch and transformers.
 _PARTS = (
     (re.compile(r"_engine_run_backward"), "backward"),
     (re.compile(r"torch/optim/\w+\.py"), "optimizer step"),
@@ -52,9 +52,9 @@ _PARTS = (
 
 
 @dataclass(frozen=True)
-class Standing:
-    """One rank at that moment. `step` is the last it has ended, `silent_seconds` are since its last
-    heartbeat, where that is long ago."""
+class RankProgress:
+    """The phase and step of one rank. `step` is the last that has ended. `silent_seconds` is the
+    time since the last heartbeat, if it is more than SILENT_SECONDS."""
 
     rank: int
     phase: str | None
@@ -73,34 +73,34 @@ class Standing:
 
     @property
     def progress(self) -> tuple[int, int]:
-        """What can be compared: the rank with the least holds up the others."""
-        return self.step or 0, ORDER.index(self.phase) if self.phase in ORDER else 0
+        """Step and phase, for comparison: the rank with the least holds up the others."""
+        return self.step or 0, PHASE_ORDER.index(self.phase) if self.phase in PHASE_ORDER else 0
 
 
-def look(
+def inspect(
     processes: Mapping[int, Process],
     states: Mapping[int, RankState],
     silent: Mapping[int, float],
     working: Path,
-) -> list[Standing]:
-    """Ask every process here for the stacks of its threads, kept beside the record, and tell where
-    each rank stands. Frozen ones go on after this. `silent` are seconds since the last heartbeat.
+) -> list[RankProgress]:
+    """The positions of all ranks. Has every process here write the stacks of its threads beside the
+    record, and resumes frozen ones. `silent` are seconds since the last heartbeat.
     """
-    families = {rank: family(process) for rank, process in processes.items()}
-    frozen = {rank for rank, members in families.items() if _any_frozen(members)}
+    process_trees = {rank: process_tree(process) for rank, process in processes.items()}
+    frozen = {rank for rank, members in process_trees.items() if _any_frozen(members)}
     paths = {rank: state_files.stack_path(working, rank) for rank in {*states, *processes}}
     before = {rank: _size(path) for rank, path in paths.items()}
-    _wanted(working).touch()
-    for members in families.values():
+    _request_file(working).touch()
+    for members in process_trees.values():
         for member in members:
             _ask_for_stacks(member)
     asked = {rank for rank, path in paths.items() if path.exists()}
-    _until_written({rank: paths[rank] for rank in asked}, before)
-    for rank, members in families.items():
+    _wait_until_written({rank: paths[rank] for rank in asked}, before)
+    for rank, members in process_trees.items():
         if _size(paths[rank]) <= before[rank]:
             _py_spy(members, paths[rank])
     return [
-        Standing(
+        RankProgress(
             rank,
             states[rank].phase if rank in states else None,
             states[rank].step if rank in states else None,
@@ -114,7 +114,7 @@ def look(
     ]
 
 
-def _until_written(paths: Mapping[int, Path], before: Mapping[int, int]) -> None:
+def _wait_until_written(paths: Mapping[int, Path], before: Mapping[int, int]) -> None:
     """Wait until every file has grown and grows no more."""
     until = time.monotonic() + STACK_SECONDS
     sizes: dict[int, int] = {}
@@ -125,13 +125,13 @@ def _until_written(paths: Mapping[int, Path], before: Mapping[int, int]) -> None
             return
 
 
-def _wanted(working: Path) -> Path:
-    """Its presence asks the other machines of a cell for the stacks of their ranks."""
+def _request_file(working: Path) -> Path:
+    """A file that asks the other machines of a cell for the stacks of their ranks."""
     return working / state_files.DIRECTORY / "stacks-wanted"
 
 
-def stacks_are_wanted(working: Path) -> bool:
-    return _wanted(working).exists()
+def stacks_are_requested(working: Path) -> bool:
+    return _request_file(working).exists()
 
 
 def _any_frozen(members: list[psutil.Process]) -> bool:
@@ -146,8 +146,8 @@ def _status(member: psutil.Process) -> str:
 
 
 def _ask_for_stacks(member: psutil.Process) -> None:
-    """SIGUSR1 to a process that has a handler for it, and a frozen one on its way again: what it
-    was sent meanwhile comes before its next instruction."""
+    """Send SIGUSR1 to a process that handles it, and resume a frozen one, which handles the signal
+    first."""
     try:
         if _catches(member.pid, signal.SIGUSR1):
             member.send_signal(signal.SIGUSR1)
@@ -158,7 +158,7 @@ def _ask_for_stacks(member: psutil.Process) -> None:
 
 
 def _catches(pid: int, number: int) -> bool:
-    """Whether a process handles a signal that would otherwise end it (proc(5), SigCgt)."""
+    """Whether a process handles a signal (proc(5), SigCgt)."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
@@ -175,7 +175,7 @@ def _size(path: Path) -> int:
 
 
 def _py_spy(members: list[psutil.Process], path: Path) -> None:
-    """The stacks of a process that does not answer, by py-spy where that is installed."""
+    """Write the stacks of a process that does not answer, with py-spy if it is installed."""
     beside = Path(sys.executable).parent / "py-spy"
     program = str(beside) if beside.exists() else shutil.which("py-spy")
     if program is None:
@@ -192,7 +192,7 @@ def _py_spy(members: list[psutil.Process], path: Path) -> None:
 
 
 def _collective(path: Path) -> str | None:
-    """The collective that a dumped stack is in; innermost frames come first."""
+    """The collective in a dumped stack; innermost frames come first."""
     if not path.exists():
         return None
     for direct, spied in _COLLECTIVE.findall(path.read_text(errors="replace")):
@@ -203,51 +203,51 @@ def _collective(path: Path) -> str | None:
 
 
 def _part(path: Path) -> str | None:
-    """The part of a step that a dumped stack is in, by its innermost frame that tells."""
+    """The part of a step in a dumped stack, by the innermost frame that has one."""
     if not path.exists():
         return None
     for line in path.read_text(errors="replace").splitlines():
-        for sign, name in _PARTS:
-            if sign.search(line):
+        for pattern, name in _PARTS:
+            if pattern.search(line):
                 return name
     return None
 
 
-def describe(standings: list[Standing]) -> str:
+def positions_text(positions: list[RankProgress]) -> str:
     """`rank 1 stopped in forward of step 3 (process frozen); rank 0 waited in all_reduce in
-    forward of step 3`, as far as it is known."""
-    blamed = _blamed(standings)
+    forward of step 3`."""
+    blamed = _blamed(positions)
     lines: dict[str, list[int]] = {}
-    for standing in sorted(standings, key=lambda each: (each.rank not in blamed, each.rank)):
-        lines.setdefault(_in_words(standing, blamed), []).append(standing.rank)
+    for position in sorted(positions, key=lambda each: (each.rank not in blamed, each.rank)):
+        lines.setdefault(_position_text(position, blamed), []).append(position.rank)
     return "; ".join(
-        f"rank{'s' if len(ranks) > 1 else ''} {_listed(ranks)} {text}"
+        f"rank{'s' if len(ranks) > 1 else ''} {_ranks_text(ranks)} {text}"
         for text, ranks in lines.items()
     )
 
 
-def _blamed(standings: list[Standing]) -> set[int]:
-    """The ranks that hold up the rest: frozen ones, else silent ones, else those that lag."""
-    frozen = {each.rank for each in standings if each.frozen}
-    silent = {each.rank for each in standings if each.silent_seconds is not None}
+def _blamed(positions: list[RankProgress]) -> set[int]:
+    """The ranks that hold up the others: frozen ones, else silent ones, else those that lag."""
+    frozen = {each.rank for each in positions if each.frozen}
+    silent = {each.rank for each in positions if each.silent_seconds is not None}
     if frozen or silent:
         return frozen or silent
-    least = min((each.progress for each in standings), default=(0, 0))
-    behind = {each.rank for each in standings if each.progress == least}
-    return behind if len(behind) < len(standings) else set()
+    least = min((each.progress for each in positions), default=(0, 0))
+    behind = {each.rank for each in positions if each.progress == least}
+    return behind if len(behind) < len(positions) else set()
 
 
-def _in_words(standing: Standing, blamed: set[int]) -> str:
-    if standing.frozen:
-        return f"stopped in {standing.place} (process frozen)"
-    if standing.silent_seconds is not None:
-        return f"stopped in {standing.place} (no sign of life for {standing.silent_seconds:.0f} s)"
-    waits = f"{standing.waits_in} in {standing.place}" if standing.waits_in else standing.place
-    if standing.rank in blamed:
+def _position_text(position: RankProgress, blamed: set[int]) -> str:
+    if position.frozen:
+        return f"stopped in {position.place} (process frozen)"
+    if position.silent_seconds is not None:
+        return f"stopped in {position.place} (no sign of life for {position.silent_seconds:.0f} s)"
+    waits = f"{position.waits_in} in {position.place}" if position.waits_in else position.place
+    if position.rank in blamed:
         return f"lagged behind in {waits}"
     return f"waited in {waits}" if blamed else f"stood in {waits}"
 
 
-def _listed(ranks: list[int]) -> str:
+def _ranks_text(ranks: list[int]) -> str:
     shown = ", ".join(str(rank) for rank in ranks[:8])
     return shown + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")

@@ -1,4 +1,4 @@
-"""What a cell is started with: its first record, the places of its ranks, their environment."""
+"""What a cell starts with: its first record, its ranks and their environment."""
 
 from __future__ import annotations
 
@@ -24,23 +24,18 @@ from launch.cells.devices import Grant
 from launch.processes.workers import Ranks, free_port
 from matrices.cell import Cell
 
-Engine = Literal["by hand", "local", "slurm", "ray"]
+EngineName = Literal["by hand", "local", "slurm", "ray"]
 RENDEZVOUS_FILE = "rendezvous.json"
 
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """Where the machines of one cell meet: the first one's address and port. `job` names one start
-    of one cell, so that a machine does not join an earlier one."""
+    """Where the machines of one cell meet: the first machine's address and port. `job` identifies
+    one start of one cell, so that no machine joins an earlier start."""
 
     address: str
     port: int
     job: str
-
-
-def devices_here(cell: Cell) -> int:
-    """The devices a cell needs on each of its machines."""
-    return max(1, cell.devices // cell.nodes)
 
 
 def first_record(
@@ -52,18 +47,17 @@ def first_record(
     meeting: Rendezvous | None = None,
     threads: int | None = None,
 ) -> Record:
-    """The record an attempt starts with; its command is called in the record's directory."""
+    """The record that an attempt starts with. Its command is relative to the record's directory."""
     threads = threads or threads_per_process(cell, grant.cores if grant is not None else None)
-    gpu = provenance.uses_gpu_here()
-    called = command(cell, gpu, threads, meeting=_meeting_place(meeting))
-    record = provenance.new_record(cell, called, attempt, threads)
+    argv = command(cell, provenance.uses_gpu_here(), threads, meeting=_meeting_place(meeting))
+    record = provenance.new_record(cell, argv, attempt, threads)
     if grant is not None:
         record.provenance.environment |= _environment(threads, grant)
     return record.model_copy(update={"placement": placed or Placement()})
 
 
-def placement(engine: Engine, job: str | None, grant: Grant) -> Placement:
-    """Who starts a cell, and on what."""
+def placement(engine: EngineName, job: str | None, grant: Grant) -> Placement:
+    """The engine, host and devices of a cell."""
     return Placement(
         engine=engine,
         hosts=[socket.gethostname()],
@@ -74,7 +68,7 @@ def placement(engine: Engine, job: str | None, grant: Grant) -> Placement:
 
 
 def _environment(threads: int, grant: Grant) -> dict[str, str]:
-    """What is set in every process of a cell: the devices it may see, and the number of threads
+    """The variables of every process of a cell: the devices it may see, and the number of threads
     that its recorded command names."""
     return {"OMP_NUM_THREADS": str(threads)} | grant.environment
 
@@ -86,8 +80,8 @@ def ranks(
     meeting: Rendezvous | None = None,
     node_rank: int = 0,
 ) -> Ranks:
-    """The processes of a cell on this machine, started as by its recorded command, but with the
-    profile in the working directory.
+    """The processes of a cell on this machine. They start as the recorded command starts them, but
+    with the profile in the working directory.
 
     Raises UserError when the port that its profile asks for is in use.
     """
@@ -96,13 +90,13 @@ def ranks(
     if not cell.is_distributed:
         return Ranks(environment=variables)
     gpu = provenance.uses_gpu_here()
-    given = launch_arguments(cell, gpu, threads, working, _meeting_place(meeting), node_rank)
-    count = devices_here(cell)
-    met = meeting or Rendezvous("127.0.0.1", free_port(fixed_port(cell)), "")
-    first = RankPosition(0, count, node_rank, cell.nodes, met.address, met.port)
+    arguments = launch_arguments(cell, gpu, threads, working, _meeting_place(meeting), node_rank)
+    count = cell.ranks_per_node
+    address = meeting or Rendezvous("127.0.0.1", free_port(fixed_port(cell)), "")
+    first = RankPosition(0, count, node_rank, cell.nodes, address.address, address.port)
     return Ranks(
         places=tuple(dataclasses.replace(first, local_rank=number) for number in range(count)),
-        launch_arguments=tuple(given),
+        launch_arguments=tuple(arguments),
         environment=variables,
     )
 
@@ -113,14 +107,14 @@ def _meeting_place(meeting: Rendezvous | None) -> tuple[str, int]:
 
 
 def announce(working: Path, rendezvous: Rendezvous) -> None:
-    """Tell the other machines of a cell that this working directory is theirs too."""
+    """Tell the other machines of a cell to use this working directory."""
     text = json.dumps(dataclasses.asdict(rendezvous)) + "\n"
     write_atomically(working / RENDEZVOUS_FILE, text)
 
 
-def is_announced(working: Path, rendezvous: Rendezvous) -> bool:
+def announced(working: Path) -> Rendezvous | None:
+    """The rendezvous of a working directory; none for a cell on one machine."""
     try:
-        found = json.loads((working / RENDEZVOUS_FILE).read_text())
+        return Rendezvous(**json.loads((working / RENDEZVOUS_FILE).read_text()))
     except (OSError, ValueError):
-        return False  # not yet there, or published meanwhile
-    return bool(found == dataclasses.asdict(rendezvous))
+        return None  # not written yet, or the cell is published now

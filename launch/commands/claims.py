@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from launch.commands.console import print_json, stopping
+from launch.commands.console import print_json
 from launch.commands.options import JsonOption, NoSelfCheckOption, StackOption, WorkersOption
 from launch.commands.predict import prediction_options
 from matrices.errors import UserError, nearest
@@ -59,8 +59,7 @@ def claims(
     listed = read_claims(file)
     records = None if results is None else load_records(results)
     options = prediction_options(None, None, stack, no_self_check, None, workers)
-    with stopping():
-        predictions = _predicted(listed, options)
+    predictions = _predicted(listed, options)
     answers = [answer(claim, predictions, records) for claim in listed]
     if as_json:
         print_json([each.model_dump(mode="json") for each in answers])

@@ -1,17 +1,14 @@
-"""Matrices, standard output, standard error and stop signals, for all commands."""
+"""Matrices, standard output and standard error, for all commands."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import typer
 
 from matrices.errors import SetAside, UserError
 from matrices.files.text import visible
@@ -19,7 +16,7 @@ from matrices.files.text import visible
 if TYPE_CHECKING:
     from matrices.load import Matrix
 
-# Exit code of a command that could not do all of its work.
+# Exit code of a command that could not do all its work.
 EXIT_INCOMPLETE = 3
 # A command that prints nothing for longer looks stuck.
 SILENT_SECONDS = 1.0
@@ -38,10 +35,10 @@ def print_note(text: str) -> None:
 
 
 def show_set_aside() -> None:
-    """Print each file that a command passes over as a note, once."""
+    """Print a note, once, for each file that a command skips."""
     warnings.simplefilter("always", SetAside)
     before = warnings.showwarning
-    shown: set[str] = set()  # python's own registry is emptied by every change of its filters
+    shown: set[str] = set()  # every change of python's filters empties its own registry
 
     def show(message: Warning | str, category: type[Warning], *about: Any, **more: Any) -> None:
         if not issubclass(category, SetAside):
@@ -56,8 +53,8 @@ def show_set_aside() -> None:
 def load_matrix(
     source: str | Path, overrides: Sequence[str] = (), seeds: int | None = None
 ) -> Matrix:
-    """`matrices.load.load`, with a note when it takes long: the first time, local models and data
-    are read whole for their hashes."""
+    """`matrices.load.load`, with a note when it takes long: the first time, it hashes local models
+    and data."""
     from matrices.load import load
 
     text = "reading local models and data whole for their hashes, which are then remembered"
@@ -68,17 +65,3 @@ def load_matrix(
         return load(source, overrides, seeds)
     finally:
         timer.cancel()
-
-
-@contextlib.contextmanager
-def stopping() -> Iterator[None]:
-    """For work that can be stopped at any point: Ctrl-C and SIGTERM end the command at once with
-    the exit code that a shell expects. The block cleans up what it started."""
-    from launch.processes.stop_signals import Stopped, stop_signals
-
-    try:
-        with stop_signals():
-            yield
-    except Stopped as stopped:
-        print("tunebench: stopped", file=sys.stderr)
-        raise typer.Exit(128 + stopped.number) from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from launch.commands.console import EXIT_INCOMPLETE, print_json, stopping
+from launch.commands.console import EXIT_INCOMPLETE, print_json
 from launch.commands.options import (
     CountOption,
     GpusFileOption,
@@ -63,8 +63,7 @@ def fit(
     request = fitting.FitRequest(
         model, options.judge[0], count, max_length, methods, kinds, tuple(set_ or ()), longest
     )
-    with stopping():
-        found = fitting.fit(request, options, display_for_stderr())
+    found = fitting.fit(request, options, display_for_stderr())
     if as_json:
         print_json(fitting.fit_json(found))
     else:

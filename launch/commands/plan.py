@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from harness.system.platforms import need_linux
-from launch.commands.console import print_error, print_json, print_note, stopping
+from launch.commands.console import print_error, print_json, print_note
 from launch.commands.options import (
     CheckOption,
     GpuOption,
@@ -61,7 +61,7 @@ def plan(
     from launch.commands.run import sweep_of
     from launch.display.predictions import footer
     from launch.display.tables import plan_text
-    from launch.planning.left_out import nothing_left
+    from launch.planning.invalid_cells import has_nothing_left
     from launch.planning.plan import plan_jobs
 
     found, sweep, combinations = sweep_of(matrix, results, set_, seeds, retry)
@@ -77,33 +77,32 @@ def plan(
         print(plan_text(jobs, combinations, predictions))
         if predictions:
             print(footer(predictions.values()))
-    if problems and nothing_left(jobs):
+    if problems and has_nothing_left(jobs):
         for problem in problems:
             print_error(sweep.located(problem.error))
         raise typer.Exit(2)
 
 
 def _checked(jobs: Sequence[Job], thoroughly: bool) -> tuple[list[Job], list[Problem]]:
-    """The jobs as a plan shows them, and the problems found: those of the quick checks, or with
+    """The jobs as a plan shows them, and their problems: those of the quick checks, or with
     `thoroughly` all that a run would find, which imports the stack."""
     from harness.preflight import quick_checks
     from launch.display.progress import display_for_stderr
-    from launch.planning.left_out import refused, to_run
+    from launch.planning.invalid_cells import cells_to_run, mark_invalid
 
     if thoroughly:
         need_linux("plan --check")
-    found = quick_checks.problems(to_run(jobs))
-    after = refused(jobs, found)
-    if thoroughly and to_run(after):
+    found = quick_checks.problems(cells_to_run(jobs))
+    after = mark_invalid(jobs, found)
+    if thoroughly and cells_to_run(after):
         from launch.engines.remote_plan import problems
 
         display = display_for_stderr()
         try:
-            with stopping():
-                more = problems(to_run(after), display)
+            more = problems(cells_to_run(after), display)
         finally:
             display.close()
-        after, found = refused(after, more), found + more
+        after, found = mark_invalid(after, more), found + more
     return after, found
 
 
@@ -131,8 +130,7 @@ def _predictions(
     cells = possible if possible and not judge else [job.cell for job in jobs]
     if not possible and not judge:
         options = PredictionOptions()
-    with stopping():
-        found = predict_run(cells, display_for_stderr(), options=options).predictions
+    found = predict_run(cells, display_for_stderr(), options=options).predictions
     for reason in failures(list(found.values())):
         print_note(f"not predicted: {reason}")
     return dict(found)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from harness.system.platforms import prediction_obstacle
-from launch.commands.console import EXIT_INCOMPLETE, load_matrix, print_json, print_note, stopping
+from launch.commands.console import EXIT_INCOMPLETE, load_matrix, print_json, print_note
 from launch.commands.options import (
     EngineOption,
     ExplainOption,
@@ -60,10 +60,10 @@ def predict(
     """
     from launch.display.predictions import explanation, predictions_text
     from launch.display.progress import display_for_stderr
-    from launch.planning.plan import labels
     from launch.predict.predict import predict as predict_cells
     from launch.predict.run_predictions import with_step_times
     from matrices.expand import expand
+    from matrices.language.labels import labels
     from matrices.rules.passed_through import merged
 
     expansion = merged(expand(load_matrix(matrix, set_ or [], seeds)))
@@ -72,8 +72,7 @@ def predict(
     past = _past(records) if records is not None else []
     display = display_for_stderr()
     options = prediction_options(gpu, gpus_file, stack, no_self_check, engine, workers)
-    with stopping():
-        found = predict_cells(expansion.cells, options, display)
+    found = predict_cells(expansion.cells, options, display)
     if records is not None:
         found = with_step_times(found, past)
     if as_json:

@@ -33,7 +33,9 @@ def profiles(
     if name is not None:
         print(accelerate_profile.text(name), end="")
         return
-    found = [(each, accelerate_profile.question(each)) for each in accelerate_profile.shipped()]
+    found = [
+        (each, accelerate_profile.summary(each)) for each in accelerate_profile.shipped_profiles()
+    ]
     if as_json:
         print_json([{"name": each, "what": what} for each, what in found])
     else:

@@ -35,16 +35,17 @@ def rerun(
     from functools import partial
 
     need_linux("rerun")
-    from launch.cells.rerun import Options, record_path
+    from launch.cells.rerun import RerunOptions
     from launch.cells.rerun import rerun as repeat
     from launch.commands.run import exit_code
+    from launch.commands.show import record_path
     from launch.display.progress import display_for_stderr
     from launch.predict.run_predictions import predict_run
 
     display = display_for_stderr()
     predicting = None if no_predict else partial(predict_run, display=display)
     try:
-        options = Options(timeout, phase_timeout, predicting, trust_remote_code)
+        options = RerunOptions(timeout, phase_timeout, predicting, trust_remote_code)
         entry, stopped_by = repeat(record_path(record), display, options)
     finally:
         display.close()

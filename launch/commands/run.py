@@ -49,16 +49,16 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from harness.records.store import Entry
-    from launch.cells.runner import Finished
+    from launch.cells.runner import RunResult
     from launch.display.progress import Display
     from launch.engines.engine import Engine
     from launch.planning.plan import Sweep
     from matrices.load import Matrix
 
-# Statuses that say what a configuration does. After a run that left any other: exit code 3.
+# Statuses that are results. A run that leaves any other ends with exit code 3.
 RESULTS = ("ok", "oom", "timeout", "diverged", "invalid")
 ENGINES = ("local", "slurm", "ray")
-# For developers: orders run in this process, as on the node of a cluster.
+# For developers: orders run in this process.
 DEBUG = "debug"
 
 
@@ -90,7 +90,7 @@ def run(
 ) -> None:
     """Run the cells of a matrix that are not measured yet.
 
-    What runs is predicted first, and every record tells how far off the prediction was. Finished
+    What runs is predicted first, and every record tells how far off the prediction was. RunResult
     cells are kept, so the same command goes on where the last one stopped. Ctrl-C lets
     the running cells write down what they have measured; a second one ends them at once. Jobs in
     a cluster's queue go on without this command, and the same command watches them again.
@@ -105,10 +105,9 @@ def run(
     tunebench run my-sweep.yaml --results /shared/sweep --on ray --address 10.0.0.1:6379
     """
     from launch.display.progress import display_for_stderr
-    from launch.planning.left_out import ProblemsFound
+    from launch.planning.invalid_cells import ProblemsFound
     from launch.processes.stop_signals import Stopped
 
-    need_linux("run")
     need_linux("run")
     if no_predict and skip_predicted_oom:
         raise UserError("--skip-predicted-oom needs the predictions that --no-predict leaves out")
@@ -132,11 +131,11 @@ def run(
         predicting = (no_predict, skip_predicted_oom)
         if engine == "local":
             devices = (bool(side_by_side), allow_busy)
-            finished = _here(sweep, display, limits, devices, predicting)
+            finished = _run_here(sweep, display, limits, devices, predicting)
         else:
             given |= {"requeues": requeues, "exclusive": side_by_side is False}
-            with _opened(engine, sweep, display, given, address, resource or []) as there:
-                finished = _there(there, sweep, display, limits, predicting)
+            with _connected(engine, sweep, display, given, address, resource or []) as machines:
+                finished = _run_on_engine(machines, sweep, display, limits, predicting)
     except ProblemsFound as error:
         # Cells share models, data and tasks, so they share problems.
         for problem in {str(each): each for each in error.problems}.values():
@@ -149,7 +148,7 @@ def run(
         raise typer.Exit(128 + stopped.number) from None
     finally:
         display.close()
-    _tell(finished, sweep.results, as_json)
+    _print_outcome(finished, sweep.results, as_json)
     incomplete = len(finished.entries) < len(finished.jobs) and finished.stopped_by is None
     code = exit_code(finished.entries, finished.stopped_by)
     raise typer.Exit(code or (EXIT_INCOMPLETE if incomplete else 0))
@@ -197,49 +196,48 @@ def sweep_of(
     return matrix, sweep, expansion.combinations
 
 
-def _here(
+def _run_here(
     sweep: Sweep,
     display: Display,
     limits: tuple[float | None, float | None],
     devices: tuple[bool, bool],
     predicting: tuple[bool, bool],
-) -> Finished:
+) -> RunResult:
     from functools import partial
 
     from harness.records.store import Store
-    from launch.cells.devices import Slots
+    from launch.cells.devices import DevicePool
     from launch.cells.runner import Runner
-    from launch.cells.start import devices_here
-    from launch.planning.left_out import quickly_checked
+    from launch.planning.invalid_cells import check_quickly
     from launch.planning.plan import plan_jobs
     from launch.predict.run_predictions import predict_run
 
     side_by_side, allow_busy = devices
     no_predict, skip_predicted_oom = predicting
     store = Store(sweep.results)
-    slots = Slots(exclusive=not side_by_side, allow_busy=allow_busy)
+    pool = DevicePool(exclusive=not side_by_side, allow_busy=allow_busy)
     jobs = plan_jobs(
         sweep.cells,
         store.latest(),
         sweep.retry,
         sweep.score_base,
-        cores=lambda cell: slots.cores(devices_here(cell)),
+        cores=lambda cell: pool.cores(cell.devices_per_node),
     )
-    jobs = quickly_checked(jobs, display, sweep)
-    runner = Runner(store, display, limits[0], phase_seconds=limits[1], slots=slots, sweep=sweep)
+    jobs = check_quickly(jobs, display.message, sweep)
+    runner = Runner(store, display, limits[0], phase_seconds=limits[1], devices=pool, sweep=sweep)
     if not no_predict:
         past = [job.entry.record for job in jobs if job.entry is not None]
-        runner.foretell = partial(predict_run, display=display, skip=skip_predicted_oom, past=past)
+        runner.predict = partial(predict_run, display=display, skip=skip_predicted_oom, past=past)
     return runner.run(jobs)
 
 
-def _there(
+def _run_on_engine(
     engine: Engine,
     sweep: Sweep,
     display: Display,
     limits: tuple[float | None, float | None],
     predicting: tuple[bool, bool],
-) -> Finished:
+) -> RunResult:
     from launch.engines.engine import run_on
     from launch.engines.order import Order
 
@@ -256,20 +254,20 @@ def _there(
 
 
 @contextlib.contextmanager
-def _opened(
+def _connected(
     engine: str,
     sweep: Sweep,
     display: Display,
-    asked: Mapping[str, Any],
+    options: Mapping[str, Any],
     address: str | None,
     resources: Sequence[str],
 ) -> Iterator[Engine]:
-    """The engine that is asked for, as long as it is needed. Raises UserError."""
+    """The engine of `--on`, connected for the length of the block. Raises UserError."""
     if engine == "slurm":
         from launch.engines.slurm.engine import slurm_engine
-        from launch.engines.slurm.submit import Resources
+        from launch.engines.slurm.submit import JobResources
 
-        yield slurm_engine(sweep.results, display, Resources(**asked))
+        yield slurm_engine(sweep.results, display, JobResources(**options))
     elif engine == "ray":
         from launch.engines.ray.cluster import parse_resources
         from launch.engines.ray.engine import ray_engine
@@ -282,7 +280,7 @@ def _opened(
         yield DebugEngine()
 
 
-def _tell(finished: Finished, directory: Path, as_json: bool) -> None:
+def _print_outcome(finished: RunResult, directory: Path, as_json: bool) -> None:
     from launch.display.tables import outcome_json, outcome_text
 
     jobs = list(finished.jobs)

@@ -1,4 +1,4 @@
-"""`tunebench show`: one record, readably."""
+"""`tunebench show`: one record, for people."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def show(
 
 
 def record_text(cell: str, results: Path, as_json: bool) -> str:
-    """One record for people, or as it is for machines. Raises UserError when there is none."""
+    """One record as text for people, or as JSON. Raises UserError when there is none."""
     import os
 
     from harness.records.reading import RECORD, records_in
@@ -52,20 +52,24 @@ def record_text(cell: str, results: Path, as_json: bool) -> str:
     return shown(result, bases(result, index(among)))
 
 
+def record_path(named: Path) -> Path:
+    """The record.json that a user names by its path or its directory's. Raises UserError."""
+    path = named / "record.json" if named.is_dir() else named
+    if not path.is_file():
+        raise UserError(f"{named}: no record here; name a record's directory or its record.json")
+    return path
+
+
 def find_record(cell: str, results: Path) -> Path:
-    """The record.json of a path, or of the cell whose id starts like that: its attempt in force.
+    """The record.json of a path, or of the attempt in force of a cell, by the start of its id.
 
     Raises UserError when no cell matches, or several do.
     """
     from reports.records.load import index, load_records
 
     named = Path(cell)
-    if named.is_dir() and (named / "record.json").is_file():
-        return named / "record.json"
-    if named.is_file():
-        return named
     if named.exists() or "/" in cell:
-        raise UserError(f"{cell}: no record here; name a record's directory or its record.json")
+        return record_path(named)
     found = [
         result
         for result in index(load_records(results)).values()

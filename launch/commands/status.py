@@ -1,4 +1,4 @@
-"""`tunebench status`: where the cells of a sweep stand."""
+"""`tunebench status`: the states of the cells of a sweep."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def status(
     tunebench status results/my-sweep --json | jq '.[] | select(.state == "waiting")'
     """
     need_linux("status")
-    from launch.engines.status import look, status_text, statuses
+    from launch.engines.status import read_state, status_text, statuses
     from launch.planning.plan import plan_jobs
     from matrices.expand import expand
 
@@ -54,10 +54,10 @@ def status(
         directory = results or Path("results") / matrix.name
         jobs = plan_jobs(expand(matrix).cells, {}, score_base=matrix.score_base)
         cells = [job.cell for job in jobs]
-    sweep = look(directory)
-    if sweep.note:
-        print_note(sweep.note)
-    found = statuses(sweep, cells)
+    state = read_state(directory)
+    if state.note:
+        print_note(state.note)
+    found = statuses(state, cells)
     if as_json:
         print_json([each.as_json() for each in found])
     else:

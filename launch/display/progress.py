@@ -30,8 +30,7 @@ NO_CURSOR = (None, "", "dumb", "unknown")
 
 
 class Display(Protocol):
-    """Shows the events of a sweep and of a request for predictions, in the order they are
-    reported."""
+    """Shows the events of a sweep and of a request for predictions, in their order."""
 
     def message(self, text: str) -> None: ...
     def busy(self, text: str) -> contextlib.AbstractContextManager[None]: ...

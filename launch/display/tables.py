@@ -70,7 +70,7 @@ def verdict_text(verdict: Verdict) -> str:
     return f"OOM in {verdict.oom.phase.replace('_', ' ')}"
 
 
-def seconds_taken(record: Record) -> float | None:
+def duration_seconds(record: Record) -> float | None:
     """Seconds from start to end; None for a record without an end."""
     from datetime import datetime
 
@@ -90,7 +90,7 @@ def outcome_row(job: Job, entry: Entry | None) -> tuple[str, ...]:
     peak, tokens, taken = (
         record.memory.peak_bytes,
         record.speed.tokens_per_second,
-        seconds_taken(record),
+        duration_seconds(record),
     )
     return (
         record.cell_id[:12],

@@ -1,7 +1,6 @@
-"""One cell as a task on a machine that an engine chose: the same runner as `tunebench run` there.
+"""An order: one cell, run on a machine that an engine chose by the runner of `tunebench run`.
 
-The results directory is shared, so claims, attempts and records are those of every other runner of
-that directory, whatever started it.
+The machines share the results directory, so the runners share claims, attempts and records.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from harness.ranks.launch_command import threads_per_process
 from harness.records.record import Record
 from harness.records.store import Entry, Store
 from launch.cells import start
-from launch.cells.devices import given
+from launch.cells.devices import granted_devices
 from launch.cells.runner import Runner
 from launch.cells.start import Rendezvous
 from launch.display.progress import PlainDisplay
@@ -30,16 +29,16 @@ from matrices.cell import Cell
 
 @dataclass(frozen=True)
 class Order:
-    """One cell to run, as it travels to the machine: strings and numbers only.
+    """One cell to run, as sent to its machine: strings and numbers only.
 
-    `attempts` are the attempts at the cell that were there when it was ordered, by key: one that
-    has come since is a result and not repeated. `timeout` and `phase_timeout` are seconds, `cpus`
-    the processors the engine gives the cell (none: all this process may use).
+    `attempts` are the numbers of the cell's attempts when it was ordered, by key: a later attempt
+    is a result and is not repeated. `timeout` and `phase_timeout` are seconds. `cpus` are the
+    processors that the engine gives the cell (none: all that the process may use).
     """
 
     results: str
     cell: str
-    engine: start.Engine = "local"
+    engine: start.EngineName = "local"
     job: str | None = None
     label: str = ""
     attempts: Mapping[str, int] = field(default_factory=dict)
@@ -53,8 +52,8 @@ class Order:
 
 @dataclass(frozen=True)
 class Report:
-    """What became of an order. `status` is none when there is no record of it: the runner was
-    stopped before the cell began. `stopped_by` is the signal that stopped it."""
+    """The result of an order. `status` is none without a record: the runner was stopped before the
+    cell began. `stopped_by` is the signal that stopped it."""
 
     cell_id: str
     host: str
@@ -69,35 +68,34 @@ class Report:
 
 def run_cell(
     order: Order,
-    stopped: Callable[[Record], Record] | None = None,
+    explain_stop: Callable[[Record], Record] | None = None,
     rendezvous: Rendezvous | None = None,
 ) -> Report:
-    """Run the order's cell on this machine, unless it has been measured since it was ordered.
+    """Run the order's cell on this machine, unless it was measured after it was ordered.
 
-    Takes the place of `tunebench run` for one cell: call it in the main thread of its process, as
-    it listens to SIGTERM while it runs. `stopped` writes into the record of a cell that was
-    stopped why the engine did so, `rendezvous` is where the machines of a cell on several meet.
-    Raises UserError when the results directory cannot be written from here.
+    Call it in the main thread: it handles SIGTERM while it runs. `explain_stop` adds the engine's
+    reason to the record of a cell that was stopped. `rendezvous` is where the machines of a cell on
+    several nodes meet. Raises UserError when this machine cannot write the results directory.
     """
     cell = Cell.model_validate_json(order.cell)
     store = Store(Path(order.results))
-    grant = given(order.cpus, bool(order.exclusive))
+    grant = granted_devices(order.cpus, bool(order.exclusive))
     job = _job(order, cell, store)
     display = PlainDisplay()
     runner = Runner(
         store,
         display,
         limit_seconds=order.timeout,
-        preflight=None,  # models, data and tasks were checked, and fetched, before the order
+        preflight=None,  # the loop checked and fetched models, data and tasks
         phase_seconds=order.phase_timeout,
         engine=order.engine,
         job=order.job,
         grant=grant,
         rendezvous=rendezvous,
-        stopped=stopped,
+        explain_stop=explain_stop,
     )
     if order.predict:
-        runner.foretell = partial(predict_run, display=display, skip=order.skip_predicted_oom)
+        runner.predict = partial(predict_run, display=display, skip=order.skip_predicted_oom)
     try:
         finished = runner.run([job])
     except Stopped as signal:
@@ -108,11 +106,11 @@ def run_cell(
 
 
 def _job(order: Order, cell: Cell, store: Store) -> Job:
-    """The cell's job on this machine and stack. The attempt that was there when the cell was
-    ordered is what the order repeats; a later one is its answer."""
+    """The cell's job on this machine and stack. The order repeats an attempt that it knows of; a
+    later attempt is its result."""
     key = key_of(cell, threads_per_process(cell, order.cpus))
     last = store.latest_of(key)
-    # The engine has gathered as many machines as the cell is for.
+    # The engine has reserved as many nodes as the cell needs.
     machine = dataclasses.replace(this_machine(), nodes=cell.nodes)
     [job] = plan_jobs(
         [cell],
@@ -121,13 +119,13 @@ def _job(order: Order, cell: Cell, store: Store) -> Job:
         machine=machine,
         cores=lambda _: order.cpus,
     )
-    seen = order.attempts.get(key, 0)
-    asked_again = job.action == "keep" and last is not None and last.record.attempt <= seen
+    known = order.attempts.get(key, 0)
+    is_repeated = job.action == "keep" and last is not None and last.record.attempt <= known
     return dataclasses.replace(
         job,
         label=order.label or job.label,
-        action="retry" if asked_again else job.action,
-        seen_attempt=seen,
+        action="retry" if is_repeated else job.action,
+        known_attempt=known,
     )
 
 

@@ -1,7 +1,6 @@
-"""What a results directory shows of a sweep from outside: who runs where, what has been published.
+"""Reads a results directory while runners work: unfinished attempts, locks, new records.
 
-Read from files alone, so that it is the same on any machine that sees the directory, and nothing
-here is in the way of a runner.
+It only reads files. So it works on any machine that sees the directory, and disturbs no runner.
 """
 
 from __future__ import annotations
@@ -26,11 +25,11 @@ FLOCK = struct.Struct("hhqqi4x")
 
 
 @dataclass(frozen=True)
-class Running:
-    """A working directory: one attempt at a cell that has no final record yet.
+class UnfinishedAttempt:
+    """An attempt without a final record, in its working directory.
 
-    `held` is whether some runner, anywhere, has its claim; without one it was left behind, and
-    the next run of its cell publishes it.
+    `held`: some runner has its claim. Otherwise its runner died, and the next run of its cell
+    publishes it.
     """
 
     key: str
@@ -42,12 +41,14 @@ class Running:
 
     @property
     def hosts(self) -> list[str]:
-        """The machines it runs on, the first rank's first."""
+        """Its machines, that of the first rank first."""
         return list(dict.fromkeys([*(r.host for r in self.ranks), *self.record.placement.hosts]))
 
 
-def running(store: Store, wanted: Callable[[str], bool] = lambda key: True) -> list[Running]:
-    """The attempts under way, and those left behind, of the keys that are wanted."""
+def unfinished_attempts(
+    store: Store, wanted: Callable[[str], bool] = lambda key: True
+) -> list[UnfinishedAttempt]:
+    """The unfinished attempts of the wanted keys."""
     found = []
     for key, directory in store.abandoned():
         if not wanted(key):
@@ -58,19 +59,21 @@ def running(store: Store, wanted: Callable[[str], bool] = lambda key: True) -> l
         try:
             progress, ranks = read_progress(directory), state_files.read_states(directory)
         except (OSError, ValueError, UserError):
-            continue  # published, or begun, at this very moment; or what is there is no record
-        found.append(Running(key, directory, is_held(store, key), record, progress, ranks))
+            continue  # begun or published now, or no record
+        found.append(
+            UnfinishedAttempt(key, directory, is_held(store, key), record, progress, ranks)
+        )
     return found
 
 
 def is_held(store: Store, key: str) -> bool:
-    """Whether a runner has the claim on a key, or a worker that outlived its runner its lock."""
+    """Whether a runner has the claim on a key, or a worker whose runner died still has its lock."""
     return _locked(store.claims / f"{key}.lock") or _locked(store.worker_lock(key))
 
 
 def _locked(path: Path) -> bool:
-    """Whether anybody holds the lock of a file. It is asked for and never taken: who needs it at
-    this moment would be told that it is held."""
+    """Whether any process holds the lock of a file. Does not take the lock, because another process
+    may try to take it now."""
     try:
         lock = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
@@ -82,30 +85,30 @@ def _locked(path: Path) -> bool:
 
 
 def _on_this_machine(file: os.stat_result) -> bool:
-    """proc(5): `1: FLOCK  ADVISORY  WRITE 123 08:01:2048 0 EOF`. Of another container it tells
-    nothing."""
+    """By proc(5): `1: FLOCK  ADVISORY  WRITE 123 08:01:2048 0 EOF`. It does not show other
+    containers."""
     major, minor, inode = os.major(file.st_dev), os.minor(file.st_dev), str(file.st_ino)
     try:
         lines = [line.split() for line in LOCKS.read_text().splitlines() if " -> " not in line]
     except OSError:
         return False
     held = {fields[5].rpartition(":")[::2] for fields in lines if fields[1] == "FLOCK"}
-    if major == 0:  # btrfs and overlays number their devices otherwise there than in stat
+    if major == 0:  # btrfs and overlays have other device numbers there than in stat
         return any(inode == number for _, number in held)
     return (f"{major:02x}:{minor:02x}", inode) in held
 
 
 def _on_another(lock: int) -> bool:
-    """NFS turns flock into a lock of the server's (nfs(5)), which F_OFD_GETLK asks about."""
-    asked = FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+    """By F_OFD_GETLK: NFS turns flock into a lock of the server's (nfs(5))."""
+    request = FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
     try:
-        kind, *_ = FLOCK.unpack(fcntl.fcntl(lock, fcntl.F_OFD_GETLK, asked))
+        kind, *_ = FLOCK.unpack(fcntl.fcntl(lock, fcntl.F_OFD_GETLK, request))
     except OSError:
         return False  # a file system without such locks
     return bool(kind != fcntl.F_UNLCK)
 
 
-class Published:
+class PublishedRecords:
     """The records of a results directory, each read once."""
 
     def __init__(self, store: Store) -> None:
@@ -113,7 +116,7 @@ class Published:
         self.seen: set[str] = set()
 
     def new(self) -> list[Entry]:
-        """Those that have come since the last call; at the first, all."""
+        """The records since the last call; at the first call, all."""
         found = [Entry(*each) for each in records_in(self.store.root, self.seen)]
         self.seen |= {entry.directory.name for entry in found}
         return found

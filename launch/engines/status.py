@@ -1,4 +1,4 @@
-"""`tunebench status`: what has become of every cell of a sweep, from files and SLURM's queue."""
+"""`tunebench status`: the state of every cell of a sweep, from files and SLURM's queue."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from harness.records.attempts import in_force_by
 from harness.records.record import RankState
 from harness.records.store import Entry, Store
 from launch.display.schedule import clock, describe
-from launch.display.tables import counted, seconds_taken
-from launch.engines.results_watch import Published, Running, running
+from launch.display.tables import counted, duration_seconds
+from launch.engines.results_watch import PublishedRecords, UnfinishedAttempt, unfinished_attempts
 from launch.engines.slurm import submit
 from launch.engines.slurm.queue import JobState, NoAnswer
-from launch.planning.plan import labels
 from matrices.cell import Cell
+from matrices.language.labels import labels
 from reports.text import DASH, text_table
 
-State = Literal["running", "waiting", "left behind", "not started", "done"]
-ORDER: tuple[State, ...] = ("running", "waiting", "left behind", "not started", "done")
+CellState = Literal["running", "waiting", "left behind", "not started", "done"]
+ORDER: tuple[CellState, ...] = ("running", "waiting", "left behind", "not started", "done")
 
 
 @dataclass(frozen=True)
 class CellStatus:
-    """Where one cell stands. `status` and `record` are of the attempt in force, whatever is under
-    way now; `job` is the engine's name of its job, `waits_for` SLURM's reason."""
+    """The state of one cell. `status` and `record` are of the attempt in force, even while another
+    attempt runs. `job` is the engine's name of its job, `waits_for` SLURM's reason."""
 
     cell_id: str
     label: str
-    state: State
+    state: CellState
     status: str | None = None
     reason: str | None = None
     record: str | None = None
@@ -50,54 +50,55 @@ class CellStatus:
 
 
 @dataclass
-class Sweep:
-    """What is known of a results directory, by cell_id; `note` says what could not be asked."""
+class ResultsState:
+    """The entries, attempts and jobs of a results directory, by cell_id. `note` says why SLURM's
+    queue is missing."""
 
     entries: dict[str, Entry] = field(default_factory=dict)
-    running: dict[str, Running] = field(default_factory=dict)
+    running: dict[str, UnfinishedAttempt] = field(default_factory=dict)
     queued: dict[str, JobState] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
     note: str | None = None
 
 
-def look(results: Path) -> Sweep:
-    """Everything a results directory and SLURM's queue tell now."""
+def read_state(results: Path) -> ResultsState:
+    """Read a results directory and SLURM's queue."""
     store = Store(results)
-    sweep = Sweep()
-    # First what runs: a cell that is published meanwhile is seen twice, and never not at all.
-    for seen in running(store):
-        known = sweep.running.get(seen.record.cell_id)
-        if known is None or (known.held, known.record.attempt) < (seen.held, seen.record.attempt):
-            sweep.running[seen.record.cell_id] = seen
-    sweep.entries = in_force_by(Published(store).new(), lambda entry: entry.record.cell_id)
+    found = ResultsState()
+    # Unfinished attempts first: a cell that is published meanwhile is read twice, and never missed.
+    for one in unfinished_attempts(store):
+        other = found.running.get(one.record.cell_id)
+        if other is None or (other.held, other.record.attempt) < (one.held, one.record.attempt):
+            found.running[one.record.cell_id] = one
+    found.entries = in_force_by(PublishedRecords(store).new(), lambda entry: entry.record.cell_id)
     arrays = submit.known_arrays(store)
     for array in arrays:
-        sweep.names |= dict(zip(array.cells, array.labels, strict=True))
+        found.names |= dict(zip(array.cells, array.labels, strict=True))
     unsettled = {cell for array in arrays for cell in array.cells}
     if unsettled:
         try:
-            found = submit.queued(store, unsettled)
+            queued = submit.queued(store, unsettled)
         except NoAnswer as error:
-            sweep.note = f"SLURM does not tell what waits: {error}"
+            found.note = f"SLURM does not tell what waits: {error}"
         else:
-            sweep.queued = {cell: state for cell, (_, state) in found.items()}
-    return sweep
+            found.queued = {cell: state for cell, (_, state) in queued.items()}
+    return found
 
 
-def statuses(sweep: Sweep, cells: Sequence[Cell] = ()) -> list[CellStatus]:
-    """Of the cells of a matrix in its order; without one, of all that the directory knows."""
+def statuses(known: ResultsState, cells: Sequence[Cell] = ()) -> list[CellStatus]:
+    """The states of the cells of a matrix, in its order; without cells, of all in the directory."""
     named = {cell.cell_id: cell for cell in cells}
     if not named:
-        named = {cell_id: entry.record.cell for cell_id, entry in sweep.entries.items()}
-        named |= {cell_id: seen.record.cell for cell_id, seen in sweep.running.items()}
+        named = {cell_id: entry.record.cell for cell_id, entry in known.entries.items()}
+        named |= {cell_id: seen.record.cell for cell_id, seen in known.running.items()}
     short = labels(list(named.values()))
-    only_queued = [] if cells else [cell for cell in sweep.names if cell not in named]
-    found = [_status(cell_id, short[cell_id], sweep) for cell_id in named]
-    return found + [_status(cell_id, sweep.names[cell_id], sweep) for cell_id in only_queued]
+    only_queued = [] if cells else [cell for cell in known.names if cell not in named]
+    found = [_status(cell_id, short[cell_id], known) for cell_id in named]
+    return found + [_status(cell_id, known.names[cell_id], known) for cell_id in only_queued]
 
 
-def _status(cell_id: str, label: str, sweep: Sweep) -> CellStatus:
-    entry, seen = sweep.entries.get(cell_id), sweep.running.get(cell_id)
+def _status(cell_id: str, label: str, known: ResultsState) -> CellStatus:
+    entry, seen = known.entries.get(cell_id), known.running.get(cell_id)
     found = CellStatus(cell_id, label, "not started")
     if entry is not None:
         placed = entry.record.placement
@@ -107,16 +108,16 @@ def _status(cell_id: str, label: str, sweep: Sweep) -> CellStatus:
             status=entry.record.status,
             reason=entry.record.reason,
             record=str(entry.directory / "record.json"),
-            seconds=seconds_taken(entry.record),
+            seconds=duration_seconds(entry.record),
             hosts=tuple(placed.hosts),
             engine=placed.engine,
             job=placed.job,
         )
-    queued = sweep.queued.get(cell_id)
+    queued = known.queued.get(cell_id)
     if seen is not None and seen.held:
         return _under_way(found, seen, "running")
     if queued is not None:
-        state: State = "waiting" if queued.waiting else "running"
+        state: CellState = "waiting" if queued.waiting else "running"
         hosts = (queued.nodes,) if queued.nodes else ()
         waits = queued.reason or ("" if queued.waiting else "starting")
         return dataclasses.replace(
@@ -127,7 +128,7 @@ def _status(cell_id: str, label: str, sweep: Sweep) -> CellStatus:
     return found
 
 
-def _under_way(found: CellStatus, seen: Running, state: State) -> CellStatus:
+def _under_way(found: CellStatus, seen: UnfinishedAttempt, state: CellState) -> CellStatus:
     placed = seen.record.placement
     return dataclasses.replace(
         found,
@@ -141,7 +142,7 @@ def _under_way(found: CellStatus, seen: Running, state: State) -> CellStatus:
 
 
 def status_text(found: Sequence[CellStatus], results: Path) -> str:
-    """Counts first, then what runs, waits, and how the rest ended."""
+    """Counts, then the running, waiting and other cells."""
     if not found:
         return f"no cells in {results}"
     states = [each.status or "done" if each.state == "done" else each.state for each in found]
@@ -177,7 +178,7 @@ def _doing(each: CellStatus) -> str:
 
 
 def _ranks_apart(ranks: Iterable[RankState]) -> list[str]:
-    """Where the ranks of a cell are, when they are not in one place."""
+    """The phases and steps of the ranks, when they differ."""
     places: dict[tuple[str | None, int | None], list[str]] = {}
     known = list(ranks)
     for rank in known:

@@ -1,4 +1,4 @@
-"""What this machine can run, and why not the rest, for `tunebench doctor`. Imports nothing heavy
+"""What this machine can run, and why not the rest, for `tunebench doctor`. It imports nothing heavy
 and starts nothing."""
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from matrices.rules.machine import Machine
 from matrices.rules.verdicts import refusals
 from reports.text import GIB, text_table
 
-# The settings whose choices a machine can rule out.
+# The settings with choices that depend on the machine.
 CHOICES = (
     "method",
     "model.compute_dtype",
@@ -43,7 +43,7 @@ MARKS = {"ok": "+", "no": "-", "note": "·"}
 
 @dataclass(frozen=True)
 class Finding:
-    """`state`: ok, no (cannot be had here), or note (worth knowing)."""
+    """`state`: ok, no (not available here), or note (worth knowing)."""
 
     topic: Literal["software", "machine", "meters", "models", "network", "engines", "settings"]
     name: str
@@ -55,8 +55,7 @@ class Finding:
 
 
 def findings(devices: int, network: bool = False) -> list[Finding]:
-    """Everything known about this machine, which has so many devices for cells. `network` asks the
-    hub for an answer."""
+    """All findings about this machine, which has so many devices. `network`: also ask the hub."""
     machine = this_machine()
     return [
         *_software(),
@@ -70,7 +69,7 @@ def findings(devices: int, network: bool = False) -> list[Finding]:
 
 
 def findings_text(findings: Sequence[Finding]) -> str:
-    """By topic; `+` can be had here, `-` cannot, `·` is worth knowing."""
+    """By topic; `+` is available here, `-` is not, `·` is worth knowing."""
     rows = [(f"{MARKS[finding.state]} {finding.name}", finding.detail) for finding in findings]
     lines: list[str] = []
     topic = ""
@@ -180,7 +179,7 @@ def _hub() -> Finding:
 
 
 def _engines(devices: int) -> Iterator[Finding]:
-    """Where `tunebench run` can have cells run."""
+    """The engines that `tunebench run` can use."""
     kind = "GPU" if provenance.nvml().gpus else "processor"
     detail = f"cells on up to {devices} {kind}{'s' if devices != 1 else ''}"
     yield Finding("engines", "local", "ok", detail)
@@ -198,7 +197,7 @@ def _engines(devices: int) -> Iterator[Finding]:
 
 
 def settings(machine: Machine) -> Iterator[Finding]:
-    """For each choice a machine can rule out: what runs, and the reasons for the rest."""
+    """For each choice that depends on the machine: what runs, and why the rest does not."""
     for key in CHOICES:
         for value in _choices(key):
             reasons = [refused.reason for refused in refusals(_cell_with(key, value), machine)]
@@ -213,7 +212,7 @@ def _choices(key: str) -> tuple[str, ...]:
 
 
 def _cell_with(key: str, value: str) -> Cell:
-    """A cell with the setting, with defaults otherwise, of a method that the setting is for."""
+    """A cell with this setting and defaults otherwise, of a method that has the setting."""
     section, _, leaf = key.rpartition(".")
     method = value if key == "method" else "qlora" if section == "quantization" else "lora"
     given = {section: {leaf: value}} if section else {}

@@ -22,14 +22,14 @@ from matrices.rules.verdicts import refusals
 
 Action = Literal["run", "retry", "keep", "invalid"]
 
-# A run repeats these by itself; the others are results until --retry names them.
+# A run repeats these. The others are results, unless --retry names them.
 RETRIED: frozenset[Status] = frozenset({"failed", "interrupted", "skipped", "invalid"})
 
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """What is asked for: the cells of a matrix, which of them to repeat, where records go.
-    `locate` tells where in the matrix a setting stands."""
+    """A request: the cells of a matrix, the statuses to repeat, and the results directory. `locate`
+    gives the place of a setting in the matrix."""
 
     cells: Sequence[Cell]
     results: Path
@@ -46,12 +46,11 @@ class Sweep:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One cell of a run and what is to be done about it.
+    """One cell of a run and the action for it.
 
-    `seen_attempt` is the last attempt that was there when the plan was made (0: none), so that a
-    runner can tell what another one added since. `implied` is a base cell that the matrix does not
-    name: it is there for the cells that are judged against it. `told` says that `why` was said
-    already, for all cells that share it.
+    `known_attempt` is the number of the last attempt when the plan was made (0: none): a later one
+    is another runner's. `implied` marks a base cell that the matrix does not name, but other cells
+    are compared with it. `reported` says that the user has read `why`, for all cells that share it.
     """
 
     cell: Cell
@@ -59,13 +58,17 @@ class Job:
     label: str
     action: Action
     why: str
-    seen_attempt: int
+    known_attempt: int
     entry: Entry | None
     implied: bool = False
-    told: bool = False
+    reported: bool = False
+
+    @property
+    def will_run(self) -> bool:
+        return self.action in ("run", "retry")
 
     def as_json(self, prediction: Prediction | None = None) -> dict[str, Any]:
-        """For machines; the prediction, if there is one, in short."""
+        """For machines, with a short form of the prediction."""
         return {
             "cell_id": self.cell.cell_id,
             "key": self.key,
@@ -79,7 +82,7 @@ class Job:
 
 
 def in_short(prediction: Prediction) -> dict[str, Any]:
-    """What a plan tells of a prediction; `tunebench predict --json` has all of it."""
+    """The part of a prediction that a plan shows; `tunebench predict --json` has all of it."""
     memory = prediction.memory
     return {
         "status": prediction.status,
@@ -95,9 +98,9 @@ def in_short(prediction: Prediction) -> dict[str, Any]:
 
 
 def this_machine() -> Machine:
-    """What the rules ask about, of this machine and this environment."""
+    """What the rules need to know of this machine and this environment."""
     stack, hardware = provenance.stack(), provenance.hardware()
-    gpus = provenance.nvml().gpus if provenance.uses_gpu(stack, hardware) else ()
+    gpus = provenance.nvml().gpus if provenance.uses_gpu_here() else ()
     return Machine(
         has_gpu=bool(gpus),
         compute_capability=float("{}.{}".format(*gpus[0].compute_capability)) if gpus else None,
@@ -108,15 +111,15 @@ def this_machine() -> Machine:
 
 def retried_statuses(option: str | None) -> frozenset[Status]:
     """The statuses to run again, given `--retry oom,timeout`. Raises UserError on another word."""
-    asked = [word.strip() for word in (option or "").split(",") if word.strip()]
+    named = [word.strip() for word in (option or "").split(",") if word.strip()]
     known = [status for status in get_args(Status) if status != "predicted"]
-    for word in asked:
+    for word in named:
         if word not in known:
             raise UserError(
                 f"--retry {word}: no such status; there are {', '.join(known)}"
                 + nearest(word, known)
             )
-    return RETRIED | frozenset(status for status in known if status in asked)
+    return RETRIED | frozenset(status for status in known if status in named)
 
 
 def plan_jobs(
@@ -130,10 +133,10 @@ def plan_jobs(
 ) -> list[Job]:
     """A job for every cell on this machine and stack: base cells first, then the matrix's order.
 
-    `present` are the records in force. One counts for its cell when it was made by what the cell
-    would use here now, or as `counts` says, given the threads of each process. `machine` is what
-    the rules are asked about, when it is another one than this; `cores` are those that a cell gets,
-    none means all.
+    `present` are the records in force. A record counts for its cell when `counts` says so, given
+    the threads of each process.  [default: it has the software and hardware of here and now]
+    `machine` is the one that the rules are about.  [default: this one] `cores` gives the cores of a
+    cell; none means all.
     """
     machine = machine or this_machine()
     counts = counts or made_here
@@ -150,23 +153,23 @@ def plan_jobs(
         refused = reasons[cell_id] if cell_id in reasons else _refusal(cell, machine)
         threads = threads_per_process(cell, cores(cell))
         key = key_of(cell, threads)
-        there = measured.get(cell_id, [])
-        found = in_force(e for e in there if counts(e.record, threads))
+        entries = measured.get(cell_id, [])
+        found = in_force(e for e in entries if counts(e.record, threads))
         action, why = decide(found.record if found else None, refused, retry)
-        seen = max((e.record.attempt for e in there if _key(e.record) == key), default=0)
+        known = max((e.record.attempt for e in entries if _key(e.record) == key), default=0)
         implied = cell_id not in reasons
-        jobs.append(Job(cell, key, names[cell_id], action, why, seen, found, implied))
+        jobs.append(Job(cell, key, names[cell_id], action, why, known, found, implied))
     return _with_new_base_scores(jobs)
 
 
 def key_of(cell: Cell, threads: int) -> str:
-    """The key of a cell on this machine and stack, with so many threads in each process."""
+    """The key of a cell on this machine and stack, with `threads` threads in each process."""
     stack, hardware = provenance.stack(), provenance.hardware()
     return record_key(cell.cell_id, provenance.stack_id(cell, stack, hardware, threads))
 
 
 def made_here(record: Record, threads: int) -> bool:
-    """Whether a record holds what its cell would use here now."""
+    """Whether a record's software and hardware are what its cell would use here now."""
     return provenance.same_stack(record, provenance.stack(), provenance.hardware(), threads)
 
 
@@ -187,9 +190,9 @@ def _refusal(cell: Cell, machine: Machine) -> str:
 
 
 def decide(record: Record | None, refused: str, retry: frozenset[Status]) -> tuple[Action, str]:
-    """What to do about a cell, given its last record here and why this machine refuses it."""
+    """The action for a cell, given its last record here and why this machine refuses it."""
     changed = hub.changed_since(record) if record is not None else ""
-    # A result outlives a refusal.
+    # A result counts even if the rules refuse the cell now.
     if record is not None and record.status not in retry and (refused or not changed):
         since = f"{record.status} since {(record.ended or record.started)[:16]}Z"
         return "keep", f"{since}, but {changed}" if changed else since
@@ -202,17 +205,14 @@ def decide(record: Record | None, refused: str, retry: frozenset[Status]) -> tup
 
 
 def _with_new_base_scores(jobs: Sequence[Job]) -> list[Job]:
-    """The jobs, with the kept base models scored again that a cell about to run is judged against
-    and whose log-likelihoods were taken in another dtype. Trained cells are never repeated for
-    their scores: a report compares them with the base scores of their own dtype."""
+    """The jobs, with base models scored again when their log-likelihoods have another dtype and a
+    cell that will run is compared with them. Trained cells are never repeated for their scores: a
+    report compares them with base scores of the same dtype."""
     older = {job.cell.cell_id for job in jobs if _is_older(job)}
     if not older:
         return list(jobs)
     needed = {
-        base.cell_id
-        for job in jobs
-        if job.action in ("run", "retry")
-        for base in base_cells(job.cell).values()
+        base.cell_id for job in jobs if job.will_run for base in base_cells(job.cell).values()
     }
     return [_again(job) if job.cell.cell_id in older & needed else job for job in jobs]
 

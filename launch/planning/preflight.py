@@ -1,4 +1,4 @@
-"""Ask `harness.preflight.preflight`, in a process of its own, what would stop the cells."""
+"""Runs `harness.preflight.preflight` in a process of its own."""
 
 from __future__ import annotations
 
@@ -8,34 +8,36 @@ from collections.abc import Sequence
 from multiprocessing.connection import Connection
 
 from harness.preflight.problems import Problem
-from launch.processes.server import Server, follow_parent
-from launch.processes.workers import FORKS, died, kill_group, memory_kills
+from launch.processes.server import Server, end_with_runner
+from launch.processes.workers import FORK_SERVER_NAME, kill_group, memory_kills, process_died
 from matrices.cell import Cell
 from matrices.errors import UserError
 
+MODULE = "harness.preflight.preflight"
+TITLE = "importing torch, transformers, trl and lm-eval; checking models, data and tasks"
+
 
 def problems(server: Server, module: str, cells: Sequence[Cell]) -> list[Problem]:
-    """What the user has to put right, and before which of these cells can run.
+    """The mistakes of the user's that stop cells, and which cells they stop.
 
-    Waits for the fork server's imports first. Raises UserError when something keeps the run as a
-    whole from starting or the check is killed, and RuntimeError with the process's own traceback
-    when the check itself breaks.
+    Waits for the fork server's imports. Raises UserError when no cell can start or the check is
+    killed, and RuntimeError with the process's traceback when the check itself fails.
     """
     kills = memory_kills()
     receiver, sender = server.context.Pipe(duplex=False)
     try:
         process = server.start(_main, module, list(cells), sender)
     except (EOFError, OSError) as error:
-        raise died(FORKS, None, server, kills) from error
+        raise process_died(FORK_SERVER_NAME, None, server, kills) from error
     sender.close()
     try:
         found, wrong, broken = receiver.recv()
     except EOFError:
         process.join()
         who = "the check of models, data and tasks"
-        raise died(who, process.exitcode, server, kills) from None
+        raise process_died(who, process.exitcode, server, kills) from None
     except BaseException:
-        # Stopped by the user: whatever it is importing or downloading is of no use now.
+        # The user stopped it: its imports and downloads are useless now.
         kill_group(process)
         raise
     process.join()
@@ -47,7 +49,7 @@ def problems(server: Server, module: str, cells: Sequence[Cell]) -> list[Problem
 
 
 def _main(module: str, cells: list[Cell], sender: Connection) -> None:
-    follow_parent()
+    end_with_runner()
     try:
         found = importlib.import_module(module).problems(cells)
     except UserError as error:

@@ -10,7 +10,7 @@ from matrices.catalogue import gpus
 from matrices.catalogue.gpus import Gpu
 from matrices.errors import UserError
 
-# NVML counts what the driver reserves too; more than this apart is another variant or a slice.
+# NVML counts the driver's memory too; a larger difference means another variant or a slice.
 SAME_MEMORY = 0.05
 
 
@@ -24,11 +24,10 @@ def named_gpus(names: Sequence[str], file: Path | None) -> tuple[Gpu, ...]:
 
 def gpu_of_this_machine(file: Path | None = None) -> Gpu | None:
     """The GPU that torch would train on here; None without one, or when the catalogue lacks it."""
-    stack, hardware = provenance.stack(), provenance.hardware()
-    seen = provenance.nvml().gpus
-    if not seen or not provenance.uses_gpu(stack, hardware):
+    installed = provenance.nvml().gpus
+    if not installed or not provenance.uses_gpu_here():
         return None
-    first = seen[0]
+    first = installed[0]
     try:
         known = gpus.gpu(first.name, file)
     except UserError:

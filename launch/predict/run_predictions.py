@@ -1,4 +1,4 @@
-"""Predictions for the cells of a run, and what their records say of them."""
+"""Predictions for the cells of a run, and their fields in the records."""
 
 from __future__ import annotations
 
@@ -20,28 +20,26 @@ from matrices.errors import UserError
 from reports.predictions.step_time import Step, device_name, past_steps, with_expectation
 from reports.text import bytes_text
 
-# The meter that counts what an engine predicts.
+# The meter that measures what a prediction engine predicts.
 COUNTED_BY: dict[Engine, str] = {"fake-cuda": "cuda_allocated", "fake-cpu": "ledger"}
 
 
 @dataclass(frozen=True)
 class RunPredictions:
-    """Predictions by cell id, and the reasons why cells are not started, by cell id."""
+    """Predictions, and the reasons why cells do not start, by cell id."""
 
     predictions: Mapping[str, Prediction] = field(default_factory=dict)
     skipped: Mapping[str, str] = field(default_factory=dict)
 
 
 def options_for_this_machine(gpu: Gpu | None = None) -> PredictionOptions:
-    """Options to predict for this machine: for its GPU, or without one for its CPU, where the
-    ledger counts what a fake CPU holds."""
-    stack, hardware = provenance.stack(), provenance.hardware()
-    has_gpu = provenance.uses_gpu(stack, hardware)
+    """Options to predict for this machine: for its GPU or, without one, for its CPU, where the
+    ledger measures what a fake CPU holds."""
     gpu = gpu or gpu_of_this_machine()
     return PredictionOptions(
         gpu=gpu,
         judge=(gpu,) if gpu else (),
-        engine=None if has_gpu or gpu else "fake-cpu",
+        engine=None if provenance.uses_gpu_here() or gpu else "fake-cpu",
     )
 
 
@@ -52,8 +50,8 @@ def predict_run(
     options: PredictionOptions | None = None,
     past: Sequence[Record] = (),
 ) -> RunPredictions:
-    """Predict the trained cells among these. The records `past` calibrate the time of a step. With
-    `skip`, name the cells that would run out of memory on this machine."""
+    """Predict the trained cells. The records `past` calibrate the time of a step. With `skip`, also
+    give the cells that would run out of memory on this machine."""
     trained = [cell for cell in cells if cell.method != "base"]
     if not trained:
         return RunPredictions()
@@ -118,7 +116,8 @@ def out_of_memory(prediction: Prediction, available_bytes: int | None = None) ->
 
 
 def with_prediction(record: Record, prediction: Prediction | None) -> Record:
-    """The record with its prediction and the error, or with the reason why there is none."""
+    """The record with its prediction and the prediction's error, or with the reason why it has
+    none."""
     if record.cell.method == "base":
         return record
     if prediction is None:

@@ -1,4 +1,4 @@
-"""The fork server: imports the heavy stack once, and every worker is forked from it.
+"""The fork server: it imports the stack once, and all workers are forked from it.
 
 Importing torch, transformers, trl and lm-eval takes 10 to 15 s; a fork from a server that has them
 takes 0.05 s.
@@ -30,17 +30,17 @@ FORK_SERVER = "launch.processes.fork_server"
 
 @dataclass
 class Server:
-    """The process that workers are forked from, and what it has written: libraries greet and warn
-    when they are imported, which is of interest only if it fails."""
+    """The process that workers are forked from, and its output: what libraries print when they are
+    imported, shown only if it fails."""
 
     context: ForkServerContext
     output: IO[bytes]
-    keeper: Connection | None = None
+    group_killer: Connection | None = None
 
     def start(self, target: Callable[..., None], *arguments: Any) -> ForkServerProcess:
-        """Fork a process. It is killed when this one is gone, even if something has frozen it.
+        """Fork a process. It is killed when this process ends, even if it is frozen.
 
-        Waits for the server's imports, the first time and when it was killed meanwhile. Raises
+        Waits for the server's imports the first time, and after the server was killed. Raises
         EOFError or OSError when the server dies.
         """
         with _inherited(self.output.fileno()):
@@ -51,37 +51,35 @@ class Server:
         return process
 
     def keep(self, pid: int | None) -> None:
-        """Have a process group killed when this process is gone, even one that is frozen.
-
-        A worker sees to that itself (`follow_parent`), unless something has stopped it.
-        """
+        """Have a process group killed when this process ends. A worker does that itself
+        (`end_with_runner`), unless it is frozen."""
         for _ in range(2):
-            if self.keeper is None:
-                receiver, self.keeper = self.context.Pipe(duplex=False)
-                keeper = self.context.Process(target=_keep, args=(receiver,), daemon=True)
-                keeper.start()
+            if self.group_killer is None:
+                receiver, self.group_killer = self.context.Pipe(duplex=False)
+                killer = self.context.Process(target=_kill_groups, args=(receiver,), daemon=True)
+                killer.start()
                 receiver.close()
-                # At exit the keeper is waited for, and it waits for this.
-                util.Finalize(self, self.keeper.close, exitpriority=10)
+                # Python waits at exit for the group_killer, which waits for this.
+                util.Finalize(self, self.group_killer.close, exitpriority=10)
             try:
-                self.keeper.send(pid)
+                self.group_killer.send(pid)
             except OSError:
-                self.keeper = None  # somebody killed it
+                self.group_killer = None  # somebody killed it
             else:
                 return
 
-    def said(self) -> str:
-        """The end of what the server and the processes without a log of their own have written."""
+    def last_output(self) -> str:
+        """The end of the output of the server and of processes without a log of their own."""
         self.output.seek(0)
         return self.output.read()[-4000:].decode(errors="replace").strip()
 
 
 def start_server(preload: list[str]) -> Server:
-    """Start the process that all workers are forked from, with modules imported.
+    """Start the fork server with the `preload` modules imported.
 
-    Returns at once; the first process started waits for the imports.
+    Returns at once; the first process that is started waits for the imports.
     """
-    # Explicit, so that a forked worker and the recorded command compute with equally many threads.
+    # Set here so that a forked worker and the recorded command compute with as many threads.
     os.environ.setdefault("OMP_NUM_THREADS", str(provenance.cpu_threads()))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([FORK_SERVER, *preload])
@@ -93,7 +91,7 @@ def start_server(preload: list[str]) -> Server:
 
 @contextlib.contextmanager
 def _written_to(output: int) -> Iterator[None]:
-    """What a process started in the block writes goes to `output`, a descriptor."""
+    """A process that is started in the block writes to `output`, a descriptor."""
     own = os.dup(1), os.dup(2)
     try:
         os.dup2(output, 1)
@@ -107,15 +105,15 @@ def _written_to(output: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _inherited(output: int) -> Iterator[None]:
-    """What a server started in the block inherits: an output, the name of its runner, a safe path,
-    and stop signals blocked until it ignores them itself. One that comes to the runner meanwhile is
+    """A server that is started in the block inherits an output, its runner's pid, a safe import
+    path, and blocked stop signals, until it ignores them itself. A signal for the runner is
     delivered at the end of the block."""
     # A `harness.py` of the user's must not be imported.
     variables = {"PYTHONSAFEPATH": "1", RUNNER: str(os.getpid())}
     before = {name: os.environ.get(name) for name in variables}
     with _written_to(output):
-        # Before the signals are blocked, as starting it unblocks them. What ranks leave to it, it
-        # complains of at the end.
+        # Started before the signals are blocked, because its start unblocks them. Its warnings at
+        # the end go to `output` too.
         resource_tracker.ensure_running()
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, GROUP_SIGNALS)
         os.environ.update(variables)
@@ -129,11 +127,11 @@ def _inherited(output: int) -> Iterator[None]:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
-def follow_parent() -> None:
-    """Make this process the leader of its own group, and the group die with the runner.
+def end_with_runner() -> None:
+    """Make this process the leader of its own group, and end the group with the runner.
 
-    The kernel's way, of `harness.system.parent_death`, would end this process alone, by the death
-    of the fork server, and leave behind what it has started.
+    `harness.system.parent_death` would end this process alone, when the fork server dies, and leave
+    its children behind.
     """
     os.setsid()
     parent = multiprocessing.parent_process()
@@ -147,8 +145,8 @@ def follow_parent() -> None:
     threading.Thread(target=die_with, args=(parent.sentinel,), daemon=True).start()
 
 
-def _keep(receiver: Connection) -> None:
-    """Kill the groups whose leaders' pids were sent, once the sender is gone."""
+def _kill_groups(receiver: Connection) -> None:
+    """Receive the pids of group leaders, and kill their groups when the sender has ended."""
     os.setsid()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # multiprocessing ends it with the runner
     kept: dict[int, int] = {}
@@ -157,7 +155,7 @@ def _keep(receiver: Connection) -> None:
             pid = receiver.recv()
         except (EOFError, OSError):
             break
-        # A pid may be given to another process, what it opened stays with the first.
+        # The kernel may reuse a pid; a pidfd stays with the first process.
         for ended in [pid for pid, opened in kept.items() if connection.wait([opened], 0)]:
             os.close(kept.pop(ended))
         with contextlib.suppress(ProcessLookupError):

@@ -1,6 +1,6 @@
 """Signals that stop a run: Ctrl-C, SIGTERM, a lost terminal.
 
-Imports little: the command line sets its first handlers with it.
+Imports little, because the command line sets its first handlers with it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ STOP_SIGNALS = tuple(s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM"
 
 
 class Stopped(BaseException):
-    """A signal arrived while there was nothing to finish first."""
+    """A signal came while nothing had to be finished first."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -23,7 +23,7 @@ class Stopped(BaseException):
 
 
 class Signals:
-    """The stop signals received. While `raising`, one ends the run where it stands."""
+    """The stop signals received. While `raising`, a signal raises Stopped at once."""
 
     def __init__(self, received: Sequence[int] = (), raising: bool = True) -> None:
         self.received = list(received)
@@ -37,7 +37,7 @@ class Signals:
 
 @contextlib.contextmanager
 def stop_signals(numbers: Sequence[int] = STOP_SIGNALS, raising: bool = True) -> Iterator[Signals]:
-    """Catch Ctrl-C, SIGTERM and a lost terminal, or other signals, for the length of the block."""
+    """Catch Ctrl-C, SIGTERM and a lost terminal, or other signals, in the block."""
     signals = Signals(raising=raising)
     before = {number: signal.signal(number, signals.handle) for number in numbers}
     try:
@@ -48,7 +48,7 @@ def stop_signals(numbers: Sequence[int] = STOP_SIGNALS, raising: bool = True) ->
 
 
 def stopping_text(cells: int) -> str:
-    """What a run says on the first signal; `cells` are being measured at that moment."""
+    """The message of a run on the first signal, while it measures so many cells."""
     asked = "1 cell is asked to write its record"
     if cells != 1:
         asked = f"{cells} cells are asked to write their records"

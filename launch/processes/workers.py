@@ -1,7 +1,6 @@
-"""The worker processes of one cell: one, or one for each rank. Started here, watched in
-`launch.cells.watch`.
+"""The worker processes of one cell: one, or one for each rank. `launch.cells.watch` watches them.
 
-Runner and worker share files and an exit code, nothing else.
+Runner and worker share only files and an exit code.
 """
 
 from __future__ import annotations
@@ -23,15 +22,15 @@ from harness.ranks import state_files
 from harness.ranks.launch_command import runs_accelerate
 from harness.ranks.launch_environment import RankPosition
 from harness.system import child_process, parent_death
-from launch.processes.server import Server, follow_parent
+from launch.processes.server import Server, end_with_runner
 from matrices.errors import UserError
 
-# A worker told to stop writes its record in this time, or is killed.
+# A worker writes its record within this time after SIGTERM, or is killed.
 GRACE_SECONDS = 15.0
 
 # multiprocessing's exit code of a process whose fork server died before it.
-LOST = 255
-FORKS = "the process that imports the stack"
+LOST_EXIT_CODE = 255
+FORK_SERVER_NAME = "the process that imports the stack"
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class Ranks:
 
 
 class Process(Protocol):
-    """A process to watch: multiprocessing's, or one that was launched by an argv."""
+    """A process to watch: multiprocessing's, or one started by an argv."""
 
     @property
     def pid(self) -> int | None: ...
@@ -79,20 +78,20 @@ def start_ranks(
     try:
         return [server.start(_rank_main, *given, place) for place in ranks.places]
     except (EOFError, OSError) as error:
-        raise died(FORKS, None, server, kills) from error
+        raise process_died(FORK_SERVER_NAME, None, server, kills) from error
 
 
-def died(who: str, code: int | None, server: Server, kills: int) -> UserError:
-    """One line for a process that left no answer: what killed it, or the last that it said. `kills`
-    are the memory_kills from before."""
+def process_died(who: str, code: int | None, server: Server, kills: int) -> UserError:
+    """The error of a process that ended without an answer: what killed it, or its last output.
+    `kills` are the memory_kills before its start."""
     if memory_kills() > kills:
         return UserError(
             f"the kernel killed {who}: the machine's memory ran out; free some memory and run the "
             "same command again"
         )
-    how = child_process.describe_exit(code) if code not in (None, LOST) else "died"
-    said = server.said().splitlines()
-    last = f" ({said[-1].strip()})" if said else ""
+    how = child_process.describe_exit(code) if code not in (None, LOST_EXIT_CODE) else "died"
+    lines = server.last_output().splitlines()
+    last = f" ({lines[-1].strip()})" if lines else ""
     return UserError(
         f"{who} {how}{last}; run the same command again, and 'tunebench doctor' if it dies again"
     )
@@ -101,7 +100,7 @@ def died(who: str, code: int | None, server: Server, kills: int) -> UserError:
 def _rank_main(
     module: str, working: str, worker_lock: str, ranks: Ranks, place: RankPosition
 ) -> None:
-    follow_parent()
+    end_with_runner()
     directory = Path(working)
     path = state_files.log_path(directory, place.rank)
     log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -109,7 +108,7 @@ def _rank_main(
     os.dup2(log, 2)
     os.close(log)
     os.environ.update(ranks.environment)
-    # Held until this process is gone: a runner that dies gives up its claim a moment earlier.
+    # Held until this process has ended; a dying runner releases its claim earlier.
     lock = FileLock(worker_lock, timeout=GRACE_SECONDS, thread_local=False)
     with lock if place.rank == 0 else contextlib.nullcontext():
         if ranks.launch_arguments:
@@ -126,7 +125,7 @@ def free_port(wanted: int = 0, address: str = "") -> int:
     """A TCP port that nothing listens on, or the wanted one. Raises UserError when that one is in
     use."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        # As torch's own server does: a port whose last connections are dying is free.
+        # As torch's own server does: a port with closing connections only is free.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((address, wanted))
@@ -139,20 +138,20 @@ def free_port(wanted: int = 0, address: str = "") -> int:
         return int(probe.getsockname()[1])
 
 
-class Launched:
-    """Workers started by a command, as by hand, leader of its own session. Linux only."""
+class CommandProcess:
+    """Workers that a command starts; it is the leader of its own session. Linux only."""
 
     def __init__(
         self, argv: list[str], log: Path, hold: int, environment: Mapping[str, str] | None = None
     ) -> None:
-        """`hold` is a descriptor that the command keeps open for as long as it lives."""
+        """`hold` is a descriptor that the command keeps open until it ends."""
         with log.open("ab") as file:
             # `python -m`, also accelerate's, would look in the current directory first.
             ours = {"PYTHONSAFEPATH": "1", parent_death.VARIABLE: "1"}
             self.popen = child_process.start(
                 argv, file, file, {**ours, **(environment or {})}, [hold]
             )
-        # accelerate itself only waits for its workers, and dies of a signal without passing it on.
+        # accelerate does not pass a signal on to its workers.
         self.by_accelerate = runs_accelerate(argv)
         self.pid: int | None = self.popen.pid
         self.sentinel = os.pidfd_open(self.popen.pid)
@@ -166,8 +165,8 @@ class Launched:
         os.close(self.sentinel)
 
 
-def family(process: Process) -> list[psutil.Process]:
-    """The process and whatever descends from it, as far as it is still there."""
+def process_tree(process: Process) -> list[psutil.Process]:
+    """The process and its descendants that still exist."""
     try:
         first = psutil.Process(process.pid)
         return [first, *first.children(recursive=True)]
@@ -175,33 +174,33 @@ def family(process: Process) -> list[psutil.Process]:
         return []
 
 
-def ask_to_end(process: Process) -> None:
-    """SIGTERM to the worker, which is the process itself or what `accelerate launch` started."""
+def terminate_worker(process: Process) -> None:
+    """Send SIGTERM to the worker: the process itself, or the children of `accelerate launch`."""
     try:
         first = psutil.Process(process.pid)
-        behind = isinstance(process, Launched) and process.by_accelerate
-        for worker in (first.children() if behind else []) or [first]:
+        has_workers = isinstance(process, CommandProcess) and process.by_accelerate
+        for worker in (first.children() if has_workers else []) or [first]:
             worker.terminate()
     except psutil.NoSuchProcess:
         return
 
 
 def kill_group(process: Process) -> None:
-    """SIGKILL to the process, its group, and the sessions that its descendants have opened."""
+    """Kill the process, its group, and the sessions of its descendants."""
     if process.pid is None:
         return
     # torchrun puts each rank into a session of its own.
-    members = family(process)
+    members = process_tree(process)
     for pid in dict.fromkeys([process.pid, *(each.pid for each in members if _leads(each.pid))]):
         child_process.kill_group(pid)
-    # One that was forked a moment ago is still in the group of this process.
+    # A new fork is still in the group of this process.
     for each in members:
         with contextlib.suppress(psutil.NoSuchProcess):
             each.kill()
 
 
-def kill_strays(pids: Iterable[int], working: Path) -> None:
-    """SIGKILL to what works on a directory though the command that started it has ended."""
+def kill_leftovers(pids: Iterable[int], working: Path) -> None:
+    """Kill the processes that still work on a directory after their command has ended."""
     for pid in pids:
         try:
             ours = any(str(working) in part for part in psutil.Process(pid).cmdline())
@@ -219,7 +218,8 @@ def _leads(pid: int) -> bool:
 
 
 def memory_kills() -> int:
-    """Processes the kernel has killed for want of memory: machine-wide, and in our cgroup."""
+    """How many processes the kernel has killed because memory ran out, on the machine and in this
+    cgroup."""
     sources = [Path("/proc/vmstat")]
     try:
         groups = Path("/proc/self/cgroup").read_text().splitlines()

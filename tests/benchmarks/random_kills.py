@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from harness.records.store import Store  # noqa: E402
-from launch.engines.status import look, statuses  # noqa: E402
+from launch.engines.status import read_state, statuses  # noqa: E402
 from matrices.errors import UserError  # noqa: E402
 
 HERE = ROOT / "tests/integration"
@@ -193,7 +193,7 @@ def marked(mark: str) -> list[psutil.Process]:
 def unreadable(place: Path) -> str:
     results = place / "results/kills"
     try:
-        statuses(look(results))
+        statuses(read_state(results))
         Store(results).latest()
     except (UserError, OSError) as error:
         return f"cannot be looked at: {error}"

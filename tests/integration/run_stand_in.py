@@ -9,15 +9,17 @@ from functools import partial
 from pathlib import Path
 
 from harness.records.store import Store
-from launch.cells.devices import Grant, Slots
+from launch.cells.devices import DevicePool, Grant
 from launch.cells.other_machines import follow
-from launch.cells.runner import Finished, ProblemsFound, Runner
-from launch.cells.start import Rendezvous, devices_here
+from launch.cells.runner import Runner, RunResult
+from launch.cells.start import Rendezvous
 from launch.commands.run import exit_code
 from launch.display.progress import Display, display_for_stderr
-from launch.engines import order, remote_plan
+from launch.engines import order
 from launch.engines.debug import DebugEngine
 from launch.engines.engine import run_on
+from launch.planning import preflight
+from launch.planning.invalid_cells import ProblemsFound
 from launch.planning.plan import Sweep, plan_jobs
 from launch.predict.run_predictions import RunPredictions
 from launch.processes.stop_signals import Stopped
@@ -28,7 +30,7 @@ from matrices.rules.machine import Machine
 TWO_DEVICES = Machine(has_gpu=False, devices=2, nodes=2)
 
 
-def foretell(seed: int, cells: Sequence[Cell]) -> RunPredictions:
+def predict(seed: int, cells: Sequence[Cell]) -> RunPredictions:
     """Predictions that name one cell to be skipped."""
     return RunPredictions(
         skipped={cell.cell_id: "predicted OOM" for cell in cells if cell.seed == seed}
@@ -77,7 +79,7 @@ def main() -> int:
     meeting = Rendezvous("127.0.0.1", 29511, asked.meet) if asked.meet else None
     if asked.follow and meeting is not None:
         [job] = plan_jobs(cells, {}, score_base=False, machine=TWO_DEVICES)
-        return follow(store, job.key, meeting, 1, Grant(("cpu:1",), {}, False, 1), worker)
+        return follow(store, job.cell, meeting.job, 1, Grant(("cpu:1",), {}, False, 1), worker)
     display = display_for_stderr()
     runner = Runner(
         store,
@@ -87,22 +89,22 @@ def main() -> int:
         worker,
         phase_seconds=asked.phase_limit,
         grant=Grant(("cpu:0",), {}, exclusive=False) if asked.granted else None,
-        slots=Slots(not asked.side_by_side, devices=("cpu:0", "cpu:1")),
+        devices=DevicePool(not asked.side_by_side, devices=("cpu:0", "cpu:1")),
         rendezvous=meeting,
     )
     if asked.predicted_oom is not None:
-        runner.foretell = partial(foretell, asked.predicted_oom)
+        runner.predict = partial(predict, asked.predicted_oom)
     try:
         if asked.ordered:
             finished = ordered(cells, asked.results, worker, display)
             return told(finished)
-        slots = runner.slots or Slots()
+        pool = runner.devices or DevicePool()
         jobs = plan_jobs(
             cells,
             store.latest(),
             score_base=False,
             machine=TWO_DEVICES,
-            cores=lambda cell: None if asked.granted else slots.cores(devices_here(cell)),
+            cores=lambda cell: None if asked.granted else pool.cores(cell.devices_per_node),
         )
         finished = runner.run(jobs)
     except ProblemsFound as found:
@@ -118,15 +120,15 @@ def main() -> int:
     return told(finished)
 
 
-def ordered(cells: Sequence[Cell], results: Path, worker: str, display: Display) -> Finished:
+def ordered(cells: Sequence[Cell], results: Path, worker: str, display: Display) -> RunResult:
     """The cells as an engine runs them, each as on a node."""
     order.Runner = partial(Runner, worker=worker)  # type: ignore[assignment,misc]
-    remote_plan.PREFLIGHT = worker
+    preflight.MODULE = worker
     sweep = Sweep(cells, results, score_base=False)
     return run_on(DebugEngine(), sweep, order.Order(str(results), "", predict=False), display)
 
 
-def told(finished: Finished) -> int:
+def told(finished: RunResult) -> int:
     for entry in finished.entries.values():
         print(entry.record.cell.seed, entry.record.status, entry.directory.name)
     return exit_code(finished.entries, finished.stopped_by)

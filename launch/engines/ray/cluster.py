@@ -1,4 +1,4 @@
-"""A Ray cluster as it is found: its nodes, what they have, and what a cell asks of them."""
+"""A Ray cluster: its nodes, their resources, and the resources that a cell requests."""
 
 from __future__ import annotations
 
@@ -12,45 +12,44 @@ from typing import Any
 
 from harness.records import provenance
 from harness.records.store import Store, disk_errors
-from launch.cells.start import devices_here
-from launch.engines.ray.task import Seen, look_around
+from launch.engines.ray.task import NodeSoftware, inspect_node
 from launch.processes.stop_signals import stop_signals
 from matrices.cell import Cell
 from matrices.errors import UserError
 
 CONNECT_SECONDS = 5.0
-LOOK_SECONDS = 120.0
-# Orders and reports are all that passes through Ray; the least it accepts is 75 MiB.
+INSPECT_SECONDS = 120.0
+# Only orders and reports pass through Ray, which accepts no less than 75 MiB.
 OBJECT_STORE_BYTES = 100 * 2**20
 START_ONE = "start a cluster with `ray start --head`, or one for this run with --address local"
 
 
 @dataclass(frozen=True)
-class Node:
-    """A living node, and how much it has of each of Ray's resources."""
+class RayNode:
+    """A live node, and its amount of each of Ray's resources."""
 
     node_id: str
     host: str
     resources: Mapping[str, float]
 
-    def told(self) -> str:
-        own = {name: self.resources[name] for name in self.resources if _is_told(name)}
-        return f"{self.host} with {_amounts(own) or 'nothing'}"
+    def __str__(self) -> str:
+        shown = {name: n for name, n in self.resources.items() if _is_shown(name)}
+        return f"{self.host} with {_amounts(shown) or 'nothing'}"
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What one cell asks of one node: Ray's resources by name. `device` is the one that counts
-    devices."""
+class TaskRequest:
+    """What one cell requests of one node: Ray's resources by name. `device` is the resource that
+    counts devices."""
 
     resources: Mapping[str, float]
     device: str
 
-    def fits(self, node: Node) -> bool:
+    def fits(self, node: RayNode) -> bool:
         return all(node.resources.get(name, 0) >= n for name, n in self.resources.items())
 
     def options(self) -> dict[str, Any]:
-        """Ray's own options of a task, with nothing asked for that is not named."""
+        """Ray's options of a task, with zero CPUs and GPUs unless they are named."""
         rest = dict(self.resources)
         options = {
             "num_cpus": rest.pop("CPU", 0),
@@ -63,11 +62,11 @@ class Asked:
 
 @contextlib.contextmanager
 def connected(address: str | None) -> Iterator[None]:
-    """A connection to a cluster, or to one of this run's own (`local`).
+    """Connect to a cluster, or start one for this run (`local`).
 
-    Raises UserError, in seconds, where there is none to be had.
+    Raises UserError within seconds when it cannot connect.
     """
-    # Read when ray is imported.
+    # Ray reads this when it is imported.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray
@@ -75,7 +74,7 @@ def connected(address: str | None) -> Iterator[None]:
         raise UserError(
             "--on ray needs the package ray: pip install 'tunebench[ray]' here and on the nodes"
         ) from error
-    # A dead node's last words reach every driver's standard output, which is for results.
+    # Ray prints a dead node's output to standard output, which is for results.
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         try:
             own = address == "local"
@@ -87,12 +86,12 @@ def connected(address: str | None) -> Iterator[None]:
                 configure_logging=False,
             )
         except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-            said = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise UserError(f"no connection to Ray: {said}", where="--address") from error
+            line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise UserError(f"no connection to Ray: {line}", where="--address") from error
         try:
             yield
         finally:
-            # Stopped in here it would leave a cluster of its own behind.
+            # A signal must not stop the shutdown, which ends a cluster of this run.
             with stop_signals() as signals:
                 signals.raising = False
                 ray.shutdown()
@@ -101,7 +100,7 @@ def connected(address: str | None) -> Iterator[None]:
 def _reachable(address: str | None) -> str:
     """HOST:PORT of a head node that answers. Raises UserError.
 
-    ray.init retries one that does not for many minutes, deaf to Ctrl-C.
+    If none answers, ray.init would retry for many minutes and ignore Ctrl-C.
     """
     from ray._private import services
 
@@ -126,19 +125,19 @@ def _reachable(address: str | None) -> str:
         raise UserError(f"nothing answers at {found} ({error}): {START_ONE}") from error
 
 
-def living_nodes() -> list[Node]:
-    """The nodes that are alive, by host name."""
+def living_nodes() -> list[RayNode]:
+    """The live nodes, by host name."""
     import ray
 
     found = [
-        Node(each["NodeID"], each["NodeManagerHostname"], dict(each["Resources"]))
+        RayNode(each["NodeID"], each["NodeManagerHostname"], dict(each["Resources"]))
         for each in ray.nodes()
         if each["Alive"]
     ]
     return sorted(found, key=lambda node: (node.host, node.node_id))
 
 
-def has_gpus(nodes: Sequence[Node]) -> bool:
+def has_gpus(nodes: Sequence[RayNode]) -> bool:
     return any(node.resources.get("GPU", 0) >= 1 for node in nodes)
 
 
@@ -159,11 +158,13 @@ def parse_resources(options: Sequence[str]) -> dict[str, float]:
     return amounts
 
 
-def asked(cell: Cell, nodes: Sequence[Node], per_device: Mapping[str, float]) -> Asked:
-    """What a cell asks for: `per_device`, or a GPU for each device. On a cluster without GPUs all
-    the processors of a node, as a cell has them on one machine.
+def task_request(
+    cell: Cell, nodes: Sequence[RayNode], per_device: Mapping[str, float]
+) -> TaskRequest:
+    """The request of a cell: `per_device`, or a GPU for each device. On a cluster without GPUs it
+    is all processors of a node, as in a local run.
 
-    Raises UserError when no node could ever grant it, or the cell needs several machines.
+    Raises UserError when it fits on no node, or the cell needs several machines.
     """
     if cell.nodes > 1:
         raise UserError(
@@ -171,17 +172,16 @@ def asked(cell: Cell, nodes: Sequence[Node], per_device: Mapping[str, float]) ->
             "or set nodes to 1",
             key="nodes",
         )
-    count = devices_here(cell)
+    count = cell.devices_per_node
     if per_device:
         amounts = {name: amount * count for name, amount in per_device.items()}
         device = next((name for name in amounts if name not in ("CPU", "memory")), "CPU")
-        wanted = Asked(amounts, device)
+        wanted = TaskRequest(amounts, device)
     elif has_gpus(nodes):
-        # The processors that a GPU's share of its node comes with are for Ray to count, not needed.
-        wanted = Asked({"GPU": count, "CPU": 1}, "GPU")
+        wanted = TaskRequest({"GPU": count, "CPU": 1}, "GPU")
     else:
         enough = [n.resources["CPU"] for n in nodes if n.resources.get("CPU", 0) >= count]
-        wanted = Asked({"CPU": min(enough, default=count)}, "CPU")
+        wanted = TaskRequest({"CPU": min(enough, default=count)}, "CPU")
     for name, amount in wanted.resources.items():
         if amount > 1 and amount != int(amount):
             raise UserError(
@@ -193,17 +193,17 @@ def asked(cell: Cell, nodes: Sequence[Node], per_device: Mapping[str, float]) ->
         largest = max(nodes, key=lambda node: _size(node, wanted))
         raise UserError(
             f"no node of the cluster could ever hold a cell on {count} devices: it asks for "
-            f"{_amounts(wanted.resources)}, and the largest is {largest.told()}",
+            f"{_amounts(wanted.resources)}, and the largest is {largest}",
             key="devices",
         )
     return wanted
 
 
-def _size(node: Node, wanted: Asked) -> tuple[float, float]:
+def _size(node: RayNode, wanted: TaskRequest) -> tuple[float, float]:
     return node.resources.get(wanted.device, 0), node.resources.get("CPU", 0)
 
 
-def _is_told(name: str) -> bool:
+def _is_shown(name: str) -> bool:
     return not name.startswith("node:") and name not in ("memory", "object_store_memory")
 
 
@@ -211,7 +211,7 @@ def _amounts(resources: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {amount:g}" for name, amount in sorted(resources.items()))
 
 
-def check_nodes(nodes: Sequence[Node], store: Store) -> None:
+def check_nodes(nodes: Sequence[RayNode], store: Store) -> None:
     """Raise UserError unless every node sees the results directory and has this software."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -222,46 +222,46 @@ def check_nodes(nodes: Sequence[Node], store: Store) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(token)
     try:
-        task = ray.remote(num_cpus=0, max_retries=0)(look_around)
-        looking = [
+        task = ray.remote(num_cpus=0, max_retries=0)(inspect_node)
+        inspections = [
             task.options(
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node.node_id, soft=False)
             ).remote(str(path))
             for node in nodes
         ]
-        for node, reference in zip(nodes, looking, strict=True):
-            _check(node, _seen(node, reference), token, store)
+        for node, reference in zip(nodes, inspections, strict=True):
+            _check(node, _software(node, reference), token, store)
     finally:
         path.unlink()
 
 
-def _seen(node: Node, reference: Any) -> Seen:
+def _software(node: RayNode, reference: Any) -> NodeSoftware:
     import ray
 
     try:
-        seen: Seen = ray.get(reference, timeout=LOOK_SECONDS)
+        found: NodeSoftware = ray.get(reference, timeout=INSPECT_SECONDS)
     except (ray.exceptions.RayError, ImportError) as error:
-        said = str(error).strip().splitlines() or [type(error).__name__]
+        lines = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
-            f"node {node.host} cannot run tunebench: {said[-1]} (install it there as it is here)"
+            f"node {node.host} cannot run tunebench: {lines[-1]} (install it there as it is here)"
         ) from error
-    return seen
+    return found
 
 
-def _check(node: Node, seen: Seen, token: str, store: Store) -> None:
-    if seen.token != token:
+def _check(node: RayNode, found: NodeSoftware, token: str, store: Store) -> None:
+    if found.token != token:
         raise UserError(
             f"node {node.host} does not see the results directory {store.root}: name one that all "
             "nodes share with --results"
         )
     here = provenance.stack()
     names = provenance.MEASURED_PACKAGES
-    other = [name for name in names if seen.packages.get(name) != here.packages.get(name)]
-    if seen.python.split(".")[:2] != here.python.split(".")[:2]:
-        raise UserError(f"node {node.host} runs python {seen.python}, and this is {here.python}")
+    other = [name for name in names if found.packages.get(name) != here.packages.get(name)]
+    if found.python.split(".")[:2] != here.python.split(".")[:2]:
+        raise UserError(f"node {node.host} runs python {found.python}, and this is {here.python}")
     if other:
         name = other[0]
         raise UserError(
-            f"node {node.host} has {name} {seen.packages.get(name, 'not installed')} and this "
+            f"node {node.host} has {name} {found.packages.get(name, 'not installed')} and this "
             f"machine {here.packages.get(name, 'not installed')}: install the same versions"
         )

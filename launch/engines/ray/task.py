@@ -1,8 +1,8 @@
-"""What runs on the nodes of a Ray cluster: one cell at a time, in a process beside Ray's worker.
+"""The Ray task: it runs one cell at a time, in a child process of Ray's worker.
 
-Ray's worker is full of threads, handles signals in its own way and has a main module of its own, so
-nothing is forked from it. The process beside it lives as long as the worker does, and the stack is
-imported once for all of their cells. They speak in lines of JSON.
+Ray's worker has threads, signal handlers and a main module of its own, so it cannot fork workers.
+The child process lives as long as the worker, and imports the stack once for all cells. The two
+exchange lines of JSON.
 """
 
 from __future__ import annotations
@@ -29,17 +29,16 @@ from matrices.cell import Cell
 from matrices.errors import UserError
 
 POLL_SECONDS = 0.2
-# The line that has the cell of the question before it stopped, as Ctrl-C does in `tunebench run`.
+# This line stops the running cell, as Ctrl-C does in `tunebench run`.
 STOP = {"stop": True}
 
 
 @dataclasses.dataclass(frozen=True)
 class RayOrder:
-    """An order as it is sent to a Ray worker.
+    """An order as sent to a Ray worker.
 
-    `variables` are set in the environment of the cell, or taken away where none. `amount` is how
-    much the order is given of the resource that counts devices, and `whole` how much of it a node
-    has, by the node's id.
+    `variables` are set in the environment of the cell, or removed where none. `amount` is the
+    order's amount of the resource that counts devices, and `whole` a node's, by the node's id.
     """
 
     order: Order
@@ -49,7 +48,7 @@ class RayOrder:
 
 
 class ProcessDied(Exception):
-    """The process beside Ray's worker is gone; whatever it was measuring can be repeated."""
+    """The child process of Ray's worker has ended; its cell can start again."""
 
 
 class CellProcess:
@@ -66,22 +65,22 @@ class CellProcess:
         )
 
     def ask(self, question: Mapping[str, Any], cancelled: Signals) -> dict[str, Any]:
-        """The answer to a question. Once `cancelled`, the process is told to stop, and the answer
-        says what became of the cell. Raises ProcessDied."""
+        """The answer to a question. After `cancelled` received a signal, the process stops its cell
+        and answers with the report. Raises ProcessDied."""
         assert self.popen.stdout is not None
         self._send(question)
-        received, told = b"", False
+        received, stopping = b"", False
         while not received.endswith(b"\n"):
-            if cancelled.received and not told:
+            if cancelled.received and not stopping:
                 self._send(STOP)
-                told = True
-            # A signal does not end a system call, so none may take long.
+                stopping = True
+            # Short, because a signal does not end a system call.
             if not select.select([self.popen.stdout], [], [], POLL_SECONDS)[0]:
                 continue
-            some = self.popen.stdout.read(65536)
-            if not some:
+            chunk = self.popen.stdout.read(65536)
+            if not chunk:
                 raise self._died()
-            received += some
+            received += chunk
         plain: dict[str, Any] = json.loads(received)
         return plain
 
@@ -93,7 +92,7 @@ class CellProcess:
             raise self._died() from error
 
     def close(self) -> None:
-        """It ends when its input does."""
+        """The process ends when its input ends."""
         assert self.popen.stdin is not None
         self.popen.stdin.close()
 
@@ -105,8 +104,8 @@ _processes: list[CellProcess] = []
 
 
 def run_order(sent: RayOrder) -> dict[str, Any]:
-    """The Ray task: `report`, or the `error` of a user, or what is `broken`. Ray's cancel asks the
-    cell to stop, and its report tells what became of it. Raises ProcessDied."""
+    """The Ray task: gives `report`, or the user's `error`, or the traceback of what is `broken`.
+    Ray's cancel stops the cell, which still gives its report. Raises ProcessDied."""
     import ray
 
     context = ray.get_runtime_context()
@@ -121,8 +120,8 @@ def run_order(sent: RayOrder) -> dict[str, Any]:
         "order": dataclasses.asdict(order),
         "variables": {**sent.variables, **devices},
     }
-    # Ray cancels a task by a KeyboardInterrupt at any place of its main thread, which is Python's
-    # handler of SIGINT. Before this block nothing has been ordered; in it the handler is another.
+    # Ray cancels a task with SIGINT, by default a KeyboardInterrupt anywhere. In this block the
+    # signal is only noted; before it nothing was ordered.
     with stop_signals((signal.SIGINT,), raising=False) as cancelled:
         if not _processes:
             _processes.append(CellProcess())
@@ -137,17 +136,16 @@ def run_order(sent: RayOrder) -> dict[str, Any]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Seen:
-    """A node as a task on it sees it. `token` is what the file that was asked for holds."""
+class NodeSoftware:
+    """The software of a node. `token` is the content of the file that it was to read."""
 
-    host: str
     token: str | None
     python: str
     packages: Mapping[str, str]
 
 
-def look_around(path: str) -> Seen:
-    """The Ray task that says whether a node sees a file, and which software it has."""
+def inspect_node(path: str) -> NodeSoftware:
+    """The Ray task that reads a file and the versions of a node's software."""
     stack = provenance.stack()
     try:
         token = Path(path).read_text()
@@ -158,14 +156,14 @@ def look_around(path: str) -> Seen:
         for name in provenance.MEASURED_PACKAGES
         if name in stack.packages
     }
-    return Seen(socket.gethostname(), token, stack.python, packages)
+    return NodeSoftware(token, stack.python, packages)
 
 
 def main() -> None:
-    """Take orders from standard input until it ends, and answer each on standard output."""
-    # Ray starts what belongs to it with Ctrl-C blocked.
+    """Read orders from standard input until it ends, and write an answer to standard output."""
+    # Ray starts its processes with Ctrl-C blocked.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-    # What libraries print is for the log.
+    # Libraries print to the log.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     questions: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
@@ -187,7 +185,7 @@ def _listen(questions: queue.SimpleQueue[dict[str, Any] | None]) -> None:
             os.kill(os.getpid(), signal.SIGINT)
         else:
             questions.put(question)
-    # Ray's worker is gone: a cell that is being measured writes down what it has.
+    # Ray's worker has ended: stop the cell, which writes its record.
     questions.put(None)
     os.kill(os.getpid(), signal.SIGTERM)
 

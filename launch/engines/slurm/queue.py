@@ -1,7 +1,7 @@
-"""What a SLURM cluster says of itself: partitions, nodes, limits, and where jobs stand.
+"""Reads a SLURM cluster: partitions, nodes, limits and the states of jobs.
 
-Everything is asked of SLURM's own commands, in the forms their manual pages document, in one call
-for all jobs. Accounting (`sacct`) is used where there is some and needed nowhere.
+It uses SLURM's commands as their manual pages document them, with one call for all jobs. Accounting
+(`sacct`) is optional.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from harness.system.parent_death import preexec_end_with_parent
+from harness.system import child_process
 from launch.engines.engine import NoAnswer as NoAnswer
 from matrices.errors import UserError, nearest
 
-# slurm.conf's default: without an answer from `scontrol show config` an array has at most so many.
+# slurm.conf's default, for when `scontrol show config` does not answer.
 MAX_ARRAY_SIZE = 1001
-# man squeue, JOB STATE CODES: a job in any other state has come to its end.
+# man squeue, JOB STATE CODES: a job in any other state has ended.
 UNFINISHED = frozenset(
     {
         "CONFIGURING",
@@ -46,7 +46,7 @@ _SHORT_TIME = re.compile(r"\d+(:\d+){0,2}")
 
 
 @dataclass(frozen=True)
-class Node:
+class SlurmNode:
     """One node of a partition. `gpus` counts those of all types."""
 
     name: str
@@ -61,7 +61,7 @@ class Partition:
     name: str
     default: bool
     up: bool
-    nodes: tuple[Node, ...]
+    nodes: tuple[SlurmNode, ...]
     default_minutes: int | None
     most_minutes: int | None
 
@@ -72,8 +72,8 @@ class Partition:
 
 @dataclass(frozen=True)
 class JobState:
-    """One task of an array as the queue tells it. `reason` is why it waits, empty when it does
-    not."""
+    """The state of one task of an array in the queue. `reason` says why it waits; empty when it
+    does not wait."""
 
     job: str
     state: str
@@ -101,29 +101,24 @@ def require_slurm() -> None:
         )
 
 
-def ask(*argv: str) -> str:
-    """Standard output of one of SLURM's commands. Raises NoAnswer when it fails."""
+def run_command(*argv: str) -> str:
+    """The standard output of one of SLURM's commands. Raises NoAnswer when it fails."""
     try:
-        done = subprocess.run(  # noqa: S603 - a fixed command, no shell
-            argv,
-            capture_output=True,
-            text=True,
-            timeout=ANSWER_SECONDS,
-            check=False,
-            preexec_fn=preexec_end_with_parent(),
-        )
+        done = child_process.run(argv, ANSWER_SECONDS)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise NoAnswer(f"{argv[0]}: {error}") from error
     if done.returncode:
-        said = (done.stderr or done.stdout).strip().splitlines()
-        raise NoAnswer(f"{argv[0]}: {said[-1] if said else f'exit code {done.returncode}'}")
+        lines = (done.stderr or done.stdout).strip().splitlines()
+        raise NoAnswer(f"{argv[0]}: {lines[-1] if lines else f'exit code {done.returncode}'}")
     return done.stdout
 
 
 def partitions() -> list[Partition]:
     """Every partition this user sees. Raises UserError when SLURM does not answer."""
     try:
-        lines = ask("sinfo", "--noheader", "--Node", "-o", "%P|%N|%c|%G|%a|%L|%l").splitlines()
+        lines = run_command(
+            "sinfo", "--noheader", "--Node", "-o", "%P|%N|%c|%G|%a|%L|%l"
+        ).splitlines()
     except NoAnswer as error:
         raise UserError(f"SLURM does not answer: {error}") from error
     found: dict[str, list[list[str]]] = {}
@@ -135,7 +130,7 @@ def partitions() -> list[Partition]:
 
 def _partition(name: str, rows: Sequence[Sequence[str]]) -> Partition:
     _, _, _, _, available, default, most = rows[0]
-    nodes = tuple(Node(row[1], int(row[2].rstrip("+")), gpus_of(row[3])) for row in rows)
+    nodes = tuple(SlurmNode(row[1], int(row[2].rstrip("+")), gpus_of(row[3])) for row in rows)
     return Partition(
         name=name.rstrip("*"),
         default=name.endswith("*"),
@@ -147,7 +142,7 @@ def _partition(name: str, rows: Sequence[Sequence[str]]) -> Partition:
 
 
 def partition(name: str | None) -> Partition:
-    """The named partition, or the default one. Raises UserError, naming those there are."""
+    """The named partition, or the default one. Raises UserError, with the names of all."""
     found = {each.name: each for each in partitions()}
     there_are = f"there are {', '.join(found)}" if found else "there are none"
     if name is None:
@@ -202,18 +197,20 @@ def minutes(text: str) -> int:
 
 
 def max_array_size() -> int:
-    """How many tasks one array may have, by slurm.conf."""
+    """The largest number of tasks in one array, by slurm.conf."""
     try:
-        found = re.search(r"^MaxArraySize\s*=\s*(\d+)", ask("scontrol", "show", "config"), re.M)
+        found = re.search(
+            r"^MaxArraySize\s*=\s*(\d+)", run_command("scontrol", "show", "config"), re.M
+        )
     except NoAnswer:
         found = None
     return int(found[1]) if found else MAX_ARRAY_SIZE
 
 
 def queue(names: Iterable[str]) -> dict[tuple[str, int], JobState]:
-    """Where the tasks of these arrays (job names) stand, by name and index in the array.
+    """The states of the tasks of these arrays (job names), by name and index in the array.
 
-    One call. It also tells of jobs that ended lately (slurm.conf, MinJobAge: 300 s by default).
+    One call. The queue also lists jobs that ended lately (slurm.conf, MinJobAge: 300 s by default).
     Raises NoAnswer when squeue fails.
     """
     wanted = sorted(set(names) - {""})
@@ -222,7 +219,7 @@ def queue(names: Iterable[str]) -> dict[tuple[str, int], JobState]:
     columns = "%j|%K|%i|%T|%r|%N"
     argv = ["squeue", "--noheader", "--array", "--states=all"]
     found: dict[tuple[str, int], JobState] = {}
-    for line in ask(*argv, "--name", ",".join(wanted), "-o", columns).splitlines():
+    for line in run_command(*argv, "--name", ",".join(wanted), "-o", columns).splitlines():
         name, index, job, state, reason, nodes = line.strip().split("|")
         waits = "" if reason == "None" or state not in WAITING else reason
         found[name, int(index) if index.isdigit() else 0] = JobState(job, state, waits, nodes)
@@ -230,25 +227,25 @@ def queue(names: Iterable[str]) -> dict[tuple[str, int], JobState]:
 
 
 def ended_states(jobs: Sequence[str]) -> Mapping[str, JobState]:
-    """What accounting knows of jobs that the queue has forgotten; empty without accounting."""
+    """The states of jobs that the queue does not list any more, by accounting; empty without it."""
     if not jobs or not shutil.which("sacct"):
         return {}
     argv = ["sacct", "--noheader", "--parsable2", "--allocations"]
     try:
-        lines = ask(*argv, "-o", "JobID,State,NodeList", "-j", ",".join(jobs)).splitlines()
+        lines = run_command(*argv, "-o", "JobID,State,NodeList", "-j", ",".join(jobs)).splitlines()
     except NoAnswer:
         return {}
     rows = (line.split("|") for line in lines if line.count("|") == 2)
-    # `CANCELLED by 0`: the user is of no interest here.
+    # `CANCELLED by 0`: only the state matters.
     return {job: JobState(job, state.split()[0], nodes=nodes) for job, state, nodes in rows}
 
 
 def node_address(node: str) -> str:
-    """Where a node is reached: SLURM's own NodeAddr, since its name need not resolve.
+    """The address of a node: SLURM's NodeAddr, because its name may not resolve.
 
     Raises NoAnswer.
     """
-    found = re.search(r"\bNodeAddr=(\S+)", ask("scontrol", "show", "node", node))
+    found = re.search(r"\bNodeAddr=(\S+)", run_command("scontrol", "show", "node", node))
     if found is None:
         raise NoAnswer(f"scontrol: no address of node {node}")
     return found[1]
@@ -256,4 +253,4 @@ def node_address(node: str) -> str:
 
 def first_node(nodes: str) -> str:
     """The first name of a node list (`n[1-3,7]`), as scontrol expands it. Raises NoAnswer."""
-    return ask("scontrol", "show", "hostnames", nodes).split()[0]
+    return run_command("scontrol", "show", "hostnames", nodes).split()[0]

@@ -3,8 +3,8 @@
     <results>/.slurm/<name>/array.json   the cells of an array; written once, before sbatch
     <results>/.slurm/<name>/             submitit's script and pickles, logs of the tasks
 
-An array is told in the queue by its job name, which is that of its directory, so what was submitted
-is found again whatever became of the process that submitted it.
+The job name of an array in the queue is the name of its directory. So a later command finds what
+was submitted, even after the process that submitted it has died.
 """
 
 from __future__ import annotations
@@ -30,15 +30,14 @@ from launch.planning.plan import Job
 from matrices.cell import Cell
 from matrices.errors import UserError
 
-# submitit's own count is of no use here: only the task knows which signal was a time-out.
+# submitit must not count time-outs: only the task knows which signal was one.
 ANY_NUMBER = 1_000_000
 
 
 @dataclass(frozen=True)
-class Resources:
-    """What is asked of SLURM, as sbatch's options of the same names; the rest follows from the
-    cells. `time` is in SLURM's notation. `requeues`: how often a cell that reaches the time limit
-    starts anew before that is its result."""
+class JobResources:
+    """Options of sbatch, by its own names; the others follow from the cells. `time` is in SLURM's
+    notation. `requeues`: how often a cell that reaches the time limit starts again."""
 
     partition: str | None = None
     time: str | None = None
@@ -54,59 +53,59 @@ class Resources:
 
 @dataclass(frozen=True)
 class Array:
-    """A submitted job array: the cell_id of each of its tasks, in order, and their short names."""
+    """A submitted job array: the cell_ids of its tasks, in order, and their labels."""
 
     name: str
     cells: tuple[str, ...]
     labels: tuple[str, ...]
 
 
-def on_gpu(on: Partition) -> bool:
-    """Whether cells of this partition compute on GPUs: a CPU-only build of torch cannot."""
-    return on.has_gpus and not provenance.stack().packages.get("torch", "").endswith("+cpu")
+def on_gpu(partition: Partition) -> bool:
+    """Whether cells of this partition compute on GPUs. A CPU-only build of torch cannot."""
+    return partition.has_gpus and not provenance.stack().packages.get("torch", "").endswith("+cpu")
 
 
-def check_fits(jobs: Sequence[Job], on: Partition, asked: Resources) -> None:
-    """Raises UserError for the first cell that no node of the partition could ever hold."""
-    limit(on, asked)
+def check_fits(jobs: Sequence[Job], partition: Partition, resources: JobResources) -> None:
+    """Raises UserError for the first cell that does not fit on the partition's nodes."""
+    limit(partition, resources)
     for job in jobs:
         cell = job.cell
-        if cell.nodes > len(on.nodes):
+        if cell.nodes > len(partition.nodes):
             raise UserError(
-                f"{job.label} runs on {cell.nodes} nodes and partition {on.name} has "
-                f"{len(on.nodes)}",
+                f"{job.label} runs on {cell.nodes} nodes and partition {partition.name} has "
+                f"{len(partition.nodes)}",
                 key="nodes",
             )
-        each = cell.devices // cell.nodes
-        what, most = ("GPUs", max(node.gpus for node in on.nodes))
-        if not on.has_gpus:
-            what, most = "CPUs", max(node.cpus for node in on.nodes)
-        if each > most:
+        needed = cell.devices_per_node
+        what, most = ("GPUs", max(node.gpus for node in partition.nodes))
+        if not partition.has_gpus:
+            what, most = "CPUs", max(node.cpus for node in partition.nodes)
+        if needed > most:
             raise UserError(
-                f"{job.label} needs {each} {what} on a node and the largest of partition "
-                f"{on.name} has {most}",
+                f"{job.label} needs {needed} {what} on a node and the largest of partition "
+                f"{partition.name} has {most}",
                 key="devices",
             )
 
 
-def limit(on: Partition, asked: Resources) -> int:
-    """The time limit of a task in minutes, 0 for none. Raises UserError when it is no time, or
-    more than the partition allows."""
-    most = on.most_minutes or 0
-    if asked.time is None:
-        return on.default_minutes or most
-    wanted = queue.minutes(asked.time)
+def limit(partition: Partition, resources: JobResources) -> int:
+    """The time limit of a task in minutes, 0 for none. Raises UserError when `time` is not in
+    SLURM's notation or exceeds the partition's limit."""
+    most = partition.most_minutes or 0
+    if resources.time is None:
+        return partition.default_minutes or most
+    wanted = queue.minutes(resources.time)
     if most and (wanted == 0 or wanted > most):
         raise UserError(
-            f"{asked.time} is longer than partition {on.name} allows: {most} minutes",
+            f"{resources.time} is longer than partition {partition.name} allows: {most} minutes",
             where="--time",
         )
     return wanted
 
 
 def queued(store: Store, cells: Iterable[str]) -> dict[str, tuple[Array, JobState]]:
-    """Where each of these cells stands in the queue, by cell_id, if it is there and its job has
-    not ended. Raises NoAnswer."""
+    """The arrays and states of those of these cells whose jobs are in the queue and have not ended,
+    by cell_id. Raises NoAnswer."""
     wanted = set(cells)
     arrays = [array for array in known_arrays(store) if wanted & set(array.cells)]
     states = queue.queue(array.name for array in arrays)
@@ -119,7 +118,7 @@ def queued(store: Store, cells: Iterable[str]) -> dict[str, tuple[Array, JobStat
 
 
 def known_arrays(store: Store) -> list[Array]:
-    """Every array that was ever submitted for a results directory, the oldest first."""
+    """All arrays that were submitted for a results directory."""
     found = []
     for path in sorted((store.root / ".slurm").glob("*/array.json")):
         plain = json.loads(path.read_text())
@@ -128,10 +127,10 @@ def known_arrays(store: Store) -> list[Array]:
 
 
 def submit(
-    store: Store, orders: Mapping[str, Order], on: Partition, asked: Resources
+    store: Store, orders: Mapping[str, Order], partition: Partition, resources: JobResources
 ) -> dict[str, Array]:
-    """Submit one array for every kind of request (devices and nodes) among the cells, by cell_id;
-    gives the arrays by SLURM's id. Raises UserError when sbatch refuses."""
+    """Submit an array for each number of devices and nodes among the cells; gives the arrays by
+    SLURM's id. Raises UserError when sbatch refuses."""
     kinds: dict[tuple[int, int], list[Order]] = {}
     for order in orders.values():
         cell = Cell.model_validate_json(order.cell)
@@ -140,42 +139,42 @@ def submit(
     arrays: dict[str, Array] = {}
     for group in kinds.values():
         cell = Cell.model_validate_json(group[0].cell)
-        parameters = sbatch_parameters(cell, on, asked)
+        parameters = sbatch_parameters(cell, partition, resources)
         for begin in range(0, len(group), most):
-            arrays |= _submit(store, group[begin : begin + most], parameters, asked.requeues)
+            arrays |= _submit(store, group[begin : begin + most], parameters, resources.requeues)
     return arrays
 
 
-def sbatch_parameters(cell: Cell, on: Partition, asked: Resources) -> dict[str, Any]:
-    """submitit's parameters for tasks like this cell; one that is none is left out of sbatch."""
-    time = limit(on, asked)
-    each = cell.devices // cell.nodes
-    cpus, gres = asked.cpus_per_task, None
-    if on.has_gpus or asked.gres:
-        gres = f"{asked.gres or 'gpu'}:{each}"
+def sbatch_parameters(cell: Cell, partition: Partition, resources: JobResources) -> dict[str, Any]:
+    """submitit's parameters for tasks like this cell; sbatch does not get those that are none."""
+    time = limit(partition, resources)
+    each = cell.devices_per_node
+    cpus, gres = resources.cpus_per_task, None
+    if partition.has_gpus or resources.gres:
+        gres = f"{resources.gres or 'gpu'}:{each}"
     elif cpus is None:
-        # As a local run does: all of the machine for the cell.
-        cpus = min(node.cpus for node in on.nodes if node.cpus >= each)
+        # As in a local run, the cell gets the whole machine.
+        cpus = min(node.cpus for node in partition.nodes if node.cpus >= each)
     notice = min(NOTICE_SECONDS, time * 30) if time else NOTICE_SECONDS
     return {
-        "partition": on.name,
+        "partition": partition.name,
         "time": time,
         "nodes": cell.nodes,
         "ntasks_per_node": 1,
         "cpus_per_task": cpus,
-        # From 22.05 on srun does not take over what sbatch was asked for (SLURM's release notes).
+        # From 22.05 on srun does not inherit this from sbatch (SLURM's release notes).
         "srun_args": [f"--cpus-per-task={cpus}"] if cpus else None,
         "gres": gres,
-        "mem": asked.mem,
-        "account": asked.account,
-        "qos": asked.qos,
-        "constraint": asked.constraint,
-        "exclusive": asked.exclusive or None,
+        "mem": resources.mem,
+        "account": resources.account,
+        "qos": resources.qos,
+        "constraint": resources.constraint,
+        "exclusive": resources.exclusive or None,
         "signal_delay_s": notice,
         "wckey": None,
-        # A `harness.py` in the directory of the submission must not be imported.
+        # Python must not import a `harness.py` of the submission's directory.
         "setup": ["export PYTHONSAFEPATH=1"],
-        # Also where the site's default is not to: a node that fails gives its cells back.
+        # Whatever the site's default: the cells of a failed node go back to the queue.
         "additional_parameters": {"requeue": True},
     }
 
@@ -205,21 +204,20 @@ def _submit(
         )
     except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
         lines = [line.strip() for line in str(error).splitlines() if "error:" in line]
-        said = "; ".join(lines) or str(error).strip().splitlines()[-1]
-        raise UserError(f"sbatch refused: {said.replace('sbatch: error: ', '')}") from error
+        text = "; ".join(lines) or str(error).strip().splitlines()[-1]
+        raise UserError(f"sbatch refused: {text.replace('sbatch: error: ', '')}") from error
     return {tasks[0].job_id.split("_")[0]: array}
 
 
-def submitting(store: Store) -> FileLock:
-    """Held while looking what is in the queue and adding to it, so that two do not submit the same
-    cells."""
+def submission_lock(store: Store) -> FileLock:
+    """Held while a run reads the queue and submits: two runs never submit the same cells."""
     with disk_errors(store.root):
         (store.root / ".slurm").mkdir(parents=True, exist_ok=True)
     return FileLock(store.root / ".slurm" / "submitting.lock")
 
 
 def logs(store: Store, array: Array, index: int) -> list[Path]:
-    """The log files of a task, its errors first. submitit names them by the job's id."""
+    """The logs of standard error of a task. submitit names them by the job's id."""
     found = sorted((store.root / ".slurm" / array.name).glob(f"*_{index}_0_log.err"))
     if not found and len(array.cells) == 1:
         found = sorted((store.root / ".slurm" / array.name).glob("*_0_log.err"))

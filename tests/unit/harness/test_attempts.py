@@ -16,8 +16,8 @@ from harness.records.attempts import in_force, in_force_by
 from harness.records.provenance import new_record
 from harness.records.record import Record, Status
 from harness.records.store import Entry, Store
-from launch.engines.results_watch import Published
-from launch.engines.status import look
+from launch.engines.results_watch import PublishedRecords
+from launch.engines.status import read_state
 from launch.planning.plan import plan_jobs
 from matrices.cell import Cell
 from matrices.rules.machine import Machine
@@ -38,7 +38,7 @@ class Made(NamedTuple):
 
 
 def entries(made: list[Made], root: Path = Path("results")) -> list[Entry]:
-    """Published attempts, those on one stack numbered in this order."""
+    """PublishedRecords attempts, those on one stack numbered in this order."""
     counts = {stack: itertools.count(1) for stack in {each.stack for each in made}}
     return [entry(each, next(counts[each.stack]), root) for each in made]
 
@@ -134,10 +134,10 @@ def test_runner_plan_status_and_report_agree(made: list[Made]) -> None:
 
         latest = store.latest()
         assert all(store.latest_of(key) == found for key, found in latest.items())
-        published = {each.directory.name: each for each in Published(store).new()}
+        published = {each.directory.name: each for each in PublishedRecords(store).new()}
         assert len(published) == len(known)
         assert planned(latest) == planned(published) == expected.directory
-        assert look(store.root).entries[CELL.cell_id].directory == expected.directory
+        assert read_state(store.root).entries[CELL.cell_id].directory == expected.directory
         [shown] = index(load_records(store.root)).values()
         assert shown.directory == expected.directory
 

@@ -30,7 +30,7 @@ def shipped(kind: str) -> dict[str, Any]:
     return copy.deepcopy(accelerate_profile.content(bare))
 
 
-@pytest.mark.parametrize("kind", accelerate_profile.shipped())
+@pytest.mark.parametrize("kind", accelerate_profile.shipped_profiles())
 def test_the_shipped_ones_have_none(kind: str) -> None:
     profile_check.check(cell(kind, shipped(kind)))
 

@@ -9,18 +9,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
-from told import Told
+from recording_display import RecordingDisplay
 
 from harness.records.provenance import new_record
 from harness.records.record import Placement, Record, read_record
 from harness.records.store import Store, record_key
-from launch.cells.runner import Finished
+from launch.cells.runner import RunResult
 from launch.engines import engine as loop
 from launch.engines import remote_plan
 from launch.engines.debug import DebugEngine, MachineDied
-from launch.engines.engine import RESTARTS, Driver, State, run_on
+from launch.engines.engine import RESTARTS, EngineLoop, OrderState, run_on
 from launch.engines.order import Order, Report
-from launch.engines.results_watch import Published
+from launch.engines.results_watch import PublishedRecords
 from launch.planning.plan import Sweep, plan_jobs
 from launch.processes.stop_signals import Signals
 from matrices.cell import Cell
@@ -31,7 +31,7 @@ Run = Callable[[Order], Report]
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("POLL_SECONDS", "FILES_SECONDS", "SETTLE_SECONDS", "ASK_AGAIN_SECONDS"):
+    for name in ("POLL_SECONDS", "FILES_SECONDS", "SETTLE_SECONDS", "CANCEL_AGAIN_SECONDS"):
         monkeypatch.setattr(loop, name, 0.0)
     # Models, data and tasks are preflight's, which has tests of its own.
     monkeypatch.setattr(remote_plan, "check", lambda jobs, new, display, sweep: list(jobs))
@@ -75,27 +75,27 @@ def seed_of(order: Order) -> int:
 
 
 def ran(
-    results: Path, run: Run | DebugEngine, count: int = 3, told: Told | None = None
-) -> Finished:
+    results: Path, run: Run | DebugEngine, count: int = 3, display: RecordingDisplay | None = None
+) -> RunResult:
     engine = run if isinstance(run, DebugEngine) else DebugEngine(run)
     sweep = Sweep(cells(count), results, score_base=False)
-    return run_on(engine, sweep, Order(str(results), ""), told or Told())
+    return run_on(engine, sweep, Order(str(results), ""), display or RecordingDisplay())
 
 
-def statuses(finished: Finished) -> list[str]:
+def statuses(finished: RunResult) -> list[str]:
     return [entry.record.status for entry in finished.entries.values()]
 
 
 def test_every_cell_is_ordered_once_and_what_is_measured_is_kept(tmp_path: Path) -> None:
     orders: list[Order] = []
-    told = Told()
+    display = RecordingDisplay()
 
     def run(order: Order) -> Report:
         orders.append(order)
         return publish(order)
 
-    first = ran(tmp_path, run, 2, told)
-    assert (statuses(first), told.finished, told.messages) == (["ok", "ok"], ["ok", "ok"], [])
+    first = ran(tmp_path, run, 2, display)
+    assert (statuses(first), display.finished, display.messages) == (["ok", "ok"], ["ok", "ok"], [])
     assert [seed_of(order) for order in orders] == [0, 1]
     again = ran(tmp_path, run, 3)
     assert statuses(again) == ["ok"] * 3
@@ -107,7 +107,7 @@ def test_a_cell_starts_again_when_its_machine_dies_and_its_order_knows_what_was_
     tmp_path: Path,
 ) -> None:
     tries: list[Order] = []
-    told = Told()
+    display = RecordingDisplay()
 
     def run(order: Order) -> Report:
         tries.append(order)
@@ -115,9 +115,9 @@ def test_a_cell_starts_again_when_its_machine_dies_and_its_order_knows_what_was_
             raise MachineDied("its node died")
         return publish(order)
 
-    finished = ran(tmp_path, run, 1, told)
+    finished = ran(tmp_path, run, 1, display)
     assert (statuses(finished), len(tries)) == (["ok"], RESTARTS + 1)
-    assert [text.split(": ")[1] for text in told.messages] == [
+    assert [text.split(": ")[1] for text in display.messages] == [
         "its node died; it starts again"
     ] * RESTARTS
 
@@ -125,7 +125,7 @@ def test_a_cell_starts_again_when_its_machine_dies_and_its_order_knows_what_was_
 def test_a_cell_whose_machine_dies_too_often_is_given_up_and_what_it_left_is_kept(
     tmp_path: Path,
 ) -> None:
-    told = Told()
+    display = RecordingDisplay()
     tries = []
 
     def run(order: Order) -> Report:
@@ -134,19 +134,19 @@ def test_a_cell_whose_machine_dies_too_often_is_given_up_and_what_it_left_is_kep
             begin(order)
         raise MachineDied("its node died")
 
-    finished = ran(tmp_path, run, 1, told)
+    finished = ran(tmp_path, run, 1, display)
     [entry] = finished.entries.values()
     assert entry.record.status == "interrupted"
     assert entry.record.reason == "the runner died; debug: its node died"
-    assert told.messages[-1].endswith("its node died; the same command runs it again")
+    assert display.messages[-1].endswith("its node died; the same command runs it again")
     assert list((tmp_path / ".running").iterdir()) == []
 
 
 def test_an_order_that_leaves_nothing_is_said_and_not_waited_for(tmp_path: Path) -> None:
-    told = Told()
-    finished = ran(tmp_path, lambda order: Report("", "here", directory="gone"), 1, told)
+    display = RecordingDisplay()
+    finished = ran(tmp_path, lambda order: Report("", "here", directory="gone"), 1, display)
     assert finished.entries == {}
-    assert "it left no finished record; the same command runs it again" in told.messages[-1]
+    assert "it left no finished record; the same command runs it again" in display.messages[-1]
 
 
 def test_a_machine_that_cannot_write_stops_the_others_and_is_the_users_error(
@@ -169,16 +169,16 @@ def test_a_machine_that_cannot_write_stops_the_others_and_is_the_users_error(
 def test_the_first_signal_keeps_the_record_of_what_runs_and_begins_no_other(
     tmp_path: Path,
 ) -> None:
-    told = Told()
+    display = RecordingDisplay()
 
     def run(order: Order) -> Report:
         os.kill(os.getpid(), signal.SIGTERM)
         return publish(order, "interrupted")
 
-    finished = ran(tmp_path, run, 3, told)
+    finished = ran(tmp_path, run, 3, display)
     assert finished.stopped_by == signal.SIGTERM
     assert statuses(finished) == ["interrupted"]
-    assert sum(text.startswith("stopping: ") for text in told.messages) == 1
+    assert sum(text.startswith("stopping: ") for text in display.messages) == 1
 
 
 def test_a_signal_that_only_the_order_has_seen_stops_the_run(tmp_path: Path) -> None:
@@ -201,10 +201,10 @@ class Deaf(DebugEngine):
         self.during_cancel: Callable[[], None] = lambda: None
         self.held = contextlib.ExitStack()
 
-    def poll(self) -> Mapping[str, State]:
+    def poll(self) -> Mapping[str, OrderState]:
         for cell, order in self.orders.items():
             if self.states[cell].phase == "waiting":
-                self.states[cell] = State("running", "7")
+                self.states[cell] = OrderState("running", "7")
                 self.held.enter_context(claimed(begin(order, "7")))
         return self.states
 
@@ -215,26 +215,28 @@ class Deaf(DebugEngine):
             self.held.close()
             for cell in cells:
                 publish(self.orders[cell], "interrupted", "7")
-                self.states[cell] = State("ended", "7")
+                self.states[cell] = OrderState("ended", "7")
         return ""
 
 
-def driver(engine: DebugEngine, results: Path, count: int) -> Driver:
+def driver(engine: DebugEngine, results: Path, count: int) -> EngineLoop:
     store = Store(results)
     store.prepare()
-    found = Driver(engine, store, Told(), Order(str(results), ""), Published(store))
+    found = EngineLoop(
+        engine, store, RecordingDisplay(), Order(str(results), ""), PublishedRecords(store)
+    )
     found.submit(plan_jobs(cells(count), {}, score_base=False))
     return found
 
 
-def messages(found: Driver) -> list[str]:
-    assert isinstance(found.display, Told)
+def messages(found: EngineLoop) -> list[str]:
+    assert isinstance(found.display, RecordingDisplay)
     return found.display.messages
 
 
 def test_cells_that_go_on_are_asked_again_until_they_have_stopped(tmp_path: Path) -> None:
     found = driver(Deaf(asked=3), tmp_path, 2)
-    found.look()
+    found.step()
     found.follow(Signals(received=[signal.SIGINT], raising=False))
     assert [entry.record.status for entry in found.entries.values()] == ["interrupted"] * 2
     asked = "stopping: 2 cells are asked to write their records; a second Ctrl-C leaves at once"
@@ -271,12 +273,12 @@ def test_a_cancelled_order_is_waited_for_while_its_process_goes_on(tmp_path: Pat
     found = driver(engine, tmp_path, 1)
     [cell] = found.waiting
     with engine.held:
-        found.look()
-        engine.states[cell] = State("cancelled", "7")
-        found.look()
-        found.look()
+        found.step()
+        engine.states[cell] = OrderState("cancelled", "7")
+        found.step()
+        found.step()
         assert cell in found.waiting
-    found.look()
+    found.step()
     assert found.waiting == {}
 
 
@@ -285,6 +287,6 @@ def test_the_record_of_another_runner_answers_an_order_that_waits(tmp_path: Path
     found = driver(engine, tmp_path, 1)
     publish(engine.orders[next(iter(found.waiting))])
     engine.poll_seconds = 1e9
-    found.look()
+    found.step()
     assert found.waiting == {}
     assert [entry.record.status for entry in found.entries.values()] == ["ok"]

@@ -117,7 +117,7 @@ def test_records_of_another_stack_are_not_this_ones() -> None:
     # One made before a cell's own use was its identity has another id, and counts.
     older = record.model_copy(update={"stack_id": "f" * 64, "attempt": 4})
     [job] = plan_jobs([cell], present(Entry(Path("x"), older)), score_base=False)
-    assert (job.action, job.seen_attempt) == ("keep", 0)
+    assert (job.action, job.known_attempt) == ("keep", 0)
     [cored] = plan_jobs([cell], present(Entry(Path("x"), older)), cores=lambda _: 1000)[-1:]
     assert cored.key != job.key
 
@@ -126,7 +126,7 @@ def test_what_is_there_is_kept_with_its_place() -> None:
     cell = lora()
     found = entry(cell, "ok", attempt=2)
     [job] = plan_jobs([cell], present(found), score_base=False)
-    assert (job.action, job.entry, job.seen_attempt) == ("keep", found, 2)
+    assert (job.action, job.entry, job.known_attempt) == ("keep", found, 2)
     assert job.key == f"{cell.cell_id[:12]}-{found.record.stack_id[:8]}"
 
 

@@ -12,7 +12,7 @@ import pytest
 from harness.records.provenance import new_record
 from harness.records.record import Record, Speed, read_record
 from launch.cells.finish import finish_abandoned, finish_record
-from launch.cells.watch import Outcome
+from launch.cells.watch import CellExit
 from launch.processes import workers
 from matrices.cell import Cell
 
@@ -35,25 +35,25 @@ ENDED: dict[str, Any] = {"ended": "2026-01-01T00:00:00.000+00:00", "reason": Non
 @pytest.mark.parametrize(("status", "code"), [("ok", 0), ("oom", 1), ("diverged", 1)])
 def test_a_finished_record_is_left_as_it_is(tmp_path: Path, status: str, code: int) -> None:
     place = working(tmp_path, status=status, **ENDED)
-    for outcome in (Outcome(code), Outcome(code, "timeout", 5.0), Outcome(code, "stopped")):
+    for outcome in (CellExit(code), CellExit(code, "timeout", 5.0), CellExit(code, "stopped")):
         assert finish_record(place, outcome) == read_record(place / "record.json")
 
 
 @pytest.mark.parametrize(
     ("outcome", "status", "reason"),
     [
-        (Outcome(1, "timeout", 90.0), "timeout", "over its limit of 90 s"),
-        (Outcome(-SIGKILL, "timeout", 0.5), "timeout", "over its limit of 0.5 s"),
-        (Outcome(1, "stopped", stop_signal=2), "interrupted", "the runner was stopped by SIGINT"),
-        (Outcome(-SIGKILL, "stopped", stop_signal=15, memory_kills=1), "interrupted", "SIGTERM"),
-        (Outcome(-SIGKILL), "failed", "killed by signal 9 (SIGKILL)"),
-        (Outcome(-11, memory_kills=1), "failed", "killed by signal 11 (SIGSEGV)"),
-        (Outcome(-SIGKILL, memory_kills=1), "oom", "the machine's memory ran out"),
-        (Outcome(1), "failed", "exit code 1 and no finished record: KeyError: 'x'"),
-        (Outcome(0), "failed", "exit code 0 and no finished record"),
+        (CellExit(1, "timeout", 90.0), "timeout", "over its limit of 90 s"),
+        (CellExit(-SIGKILL, "timeout", 0.5), "timeout", "over its limit of 0.5 s"),
+        (CellExit(1, "stopped", stop_signal=2), "interrupted", "the runner was stopped by SIGINT"),
+        (CellExit(-SIGKILL, "stopped", stop_signal=15, memory_kills=1), "interrupted", "SIGTERM"),
+        (CellExit(-SIGKILL), "failed", "killed by signal 9 (SIGKILL)"),
+        (CellExit(-11, memory_kills=1), "failed", "killed by signal 11 (SIGSEGV)"),
+        (CellExit(-SIGKILL, memory_kills=1), "oom", "the machine's memory ran out"),
+        (CellExit(1), "failed", "exit code 1 and no finished record: KeyError: 'x'"),
+        (CellExit(0), "failed", "exit code 0 and no finished record"),
     ],
 )
-def test_a_worker_that_died(tmp_path: Path, outcome: Outcome, status: str, reason: str) -> None:
+def test_a_worker_that_died(tmp_path: Path, outcome: CellExit, status: str, reason: str) -> None:
     record = finish_record(working(tmp_path, "Traceback\nKeyError: 'x'\n\n"), outcome)
     assert record.status == status
     assert reason in (record.reason or "")
@@ -67,12 +67,12 @@ def test_a_worker_told_to_stop_at_its_limit_is_a_timeout_not_an_interruption(
     tmp_path: Path,
 ) -> None:
     place = working(tmp_path, status="interrupted", **ENDED)
-    assert finish_record(place, Outcome(1, "timeout", 7.0)).status == "timeout"
+    assert finish_record(place, CellExit(1, "timeout", 7.0)).status == "timeout"
 
 
 def test_a_crash_after_the_last_record_is_not_ok(tmp_path: Path) -> None:
     place = working(tmp_path, status="ok", **ENDED)
-    assert finish_record(place, Outcome(-11)).status == "failed"
+    assert finish_record(place, CellExit(-11)).status == "failed"
 
 
 def test_an_abandoned_record_ended_when_its_files_were_last_touched(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def written(of: Cell, directory: Path, gpu: bool = False) -> dict[str, Any]:
 
 
 def test_there_is_a_profile_for_every_kind_with_ranks() -> None:
-    assert accelerate_profile.shipped() == sorted(DISTRIBUTED)
+    assert accelerate_profile.shipped_profiles() == sorted(DISTRIBUTED)
 
 
 @pytest.mark.parametrize("kind", DISTRIBUTED)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from launch.engines.ray.cluster import Node, asked, has_gpus, parse_resources
+from launch.engines.ray.cluster import RayNode, has_gpus, parse_resources, task_request
 from matrices.cell import Cell
 from matrices.errors import UserError
 
-SMALL = Node("a", "small", {"CPU": 4.0, "memory": 8e9, "node:10.0.0.1": 1.0})
-LARGE = Node("b", "large", {"CPU": 16.0, "memory": 6e10})
-GPUS = Node("c", "gpus", {"CPU": 32.0, "GPU": 4.0, "object_store_memory": 1e9})
+SMALL = RayNode("a", "small", {"CPU": 4.0, "memory": 8e9, "node:10.0.0.1": 1.0})
+LARGE = RayNode("b", "large", {"CPU": 16.0, "memory": 6e10})
+GPUS = RayNode("c", "gpus", {"CPU": 32.0, "GPU": 4.0, "object_store_memory": 1e9})
 
 
 def spread(devices: int, nodes: int = 1) -> Cell:
@@ -18,7 +18,7 @@ def spread(devices: int, nodes: int = 1) -> Cell:
 
 
 def test_a_gpu_for_each_device() -> None:
-    wanted = asked(spread(2), [SMALL, GPUS], {})
+    wanted = task_request(spread(2), [SMALL, GPUS], {})
     assert wanted.options() == {"num_cpus": 1, "num_gpus": 2}
     assert wanted.device == "GPU"
     assert [wanted.fits(node) for node in (SMALL, LARGE, GPUS)] == [False, False, True]
@@ -29,13 +29,13 @@ def test_without_gpus_all_processors_of_the_smallest_node_that_has_enough(
     devices: int, cpus: int
 ) -> None:
     assert not has_gpus([SMALL, LARGE])
-    wanted = asked(spread(devices), [SMALL, LARGE], {})
+    wanted = task_request(spread(devices), [SMALL, LARGE], {})
     assert wanted.options() == {"num_cpus": cpus, "num_gpus": 0}
 
 
 def test_named_resources_take_the_place_of_gpus() -> None:
-    node = Node("d", "tpus", {"CPU": 8.0, "accelerator": 4.0, "memory": 64e9})
-    wanted = asked(spread(2), [node], {"accelerator": 1, "CPU": 2, "memory": 1e9})
+    node = RayNode("d", "tpus", {"CPU": 8.0, "accelerator": 4.0, "memory": 64e9})
+    wanted = task_request(spread(2), [node], {"accelerator": 1, "CPU": 2, "memory": 1e9})
     assert wanted.device == "accelerator"
     assert wanted.options() == {
         "num_cpus": 4,
@@ -56,10 +56,10 @@ def test_named_resources_take_the_place_of_gpus() -> None:
     ],
 )
 def test_what_can_never_be_granted(
-    cell: Cell, nodes: list[Node], resources: dict[str, float], told: str
+    cell: Cell, nodes: list[RayNode], resources: dict[str, float], told: str
 ) -> None:
     with pytest.raises(UserError) as refused:
-        asked(cell, nodes, resources)
+        task_request(cell, nodes, resources)
     assert told in str(refused.value)
     assert "\n" not in str(refused.value)
 

@@ -11,7 +11,7 @@ from harness.meters.gpu_processes import Occupant
 from harness.records import provenance
 from harness.records.provenance import Nvml, NvmlGpu
 from launch.cells import devices
-from launch.cells.devices import Grant, Guard, Slots, given, local_devices
+from launch.cells.devices import DevicePool, ForeignProcesses, Grant, granted_devices, local_devices
 from matrices.errors import UserError
 
 GPUS = ("GPU-aaaa", "GPU-bbbb", "GPU-cccc")
@@ -32,22 +32,22 @@ def user(uuid: str, pid: int = 77) -> Occupant:
     return Occupant(uuid, "NVIDIA A100", pid, "python", 3 * 2**30)
 
 
-def side_by_side(directory: Path, **options: bool) -> Slots:
-    return Slots(exclusive=False, devices=GPUS, directory=directory, **options)
+def side_by_side(directory: Path, **options: bool) -> DevicePool:
+    return DevicePool(exclusive=False, devices=GPUS, directory=directory, **options)
 
 
 def test_one_cell_on_a_machine_of_several_gpus_sees_one(
     tmp_path: Path, busy: list[Occupant]
 ) -> None:
-    machine = Slots(devices=GPUS, directory=tmp_path)
-    lease = machine.ask(1)
+    machine = DevicePool(devices=GPUS, directory=tmp_path)
+    lease = machine.acquire(1)
     assert lease is not None
     assert lease.grant == Grant(("GPU-aaaa",), {"CUDA_VISIBLE_DEVICES": "GPU-aaaa"}, True, None)
     # And has the machine to itself.
-    assert Slots(devices=GPUS, directory=tmp_path).ask(1) is None
-    assert side_by_side(tmp_path).ask(1) is None
+    assert DevicePool(devices=GPUS, directory=tmp_path).acquire(1) is None
+    assert side_by_side(tmp_path).acquire(1) is None
     lease.release()
-    both = Slots(devices=GPUS, directory=tmp_path).ask(3)
+    both = DevicePool(devices=GPUS, directory=tmp_path).acquire(3)
     assert both is not None
     assert both.grant.environment == {}, "nothing is hidden, so nothing is set"
 
@@ -56,22 +56,22 @@ def test_side_by_side_cells_have_disjoint_devices_and_share_out_the_cores(
     tmp_path: Path, busy: list[Occupant], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "12")
-    first, second = side_by_side(tmp_path).ask(2), side_by_side(tmp_path).ask(1)
+    first, second = side_by_side(tmp_path).acquire(2), side_by_side(tmp_path).acquire(1)
     assert first is not None
     assert second is not None
     assert set(first.grant.devices).isdisjoint(second.grant.devices)
     assert first.grant.environment == {"CUDA_VISIBLE_DEVICES": "GPU-aaaa,GPU-bbbb"}
     assert (first.grant.cores, second.grant.cores) == (8, 4)
-    assert side_by_side(tmp_path).ask(1) is None
+    assert side_by_side(tmp_path).acquire(1) is None
     second.release()
-    assert side_by_side(tmp_path).ask(1) is not None
+    assert side_by_side(tmp_path).acquire(1) is not None
 
 
 def test_processors_are_devices_where_there_is_no_gpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    lease = Slots(exclusive=False, devices=CPUS, directory=tmp_path).ask(1)
+    lease = DevicePool(exclusive=False, devices=CPUS, directory=tmp_path).acquire(1)
     assert lease is not None
     assert lease.grant == Grant(("cpu:0",), {}, False, 1)
     monkeypatch.setattr(provenance, "uses_gpu", lambda stack, hardware: False)
@@ -83,36 +83,36 @@ def test_who_waits_for_many_devices_is_not_overtaken_for_ever(
     tmp_path: Path, busy: list[Occupant]
 ) -> None:
     small, large = side_by_side(tmp_path), side_by_side(tmp_path)
-    running = small.ask(1)
+    running = small.acquire(1)
     assert running is not None
-    assert large.ask(3) is None
-    assert small.ask(1) is None, "two are free, but somebody was waiting first"
+    assert large.acquire(3) is None
+    assert small.acquire(1) is None, "two are free, but somebody was waiting first"
     running.release()
-    assert large.ask(3) is not None
+    assert large.acquire(3) is not None
     large.close()
 
 
 def test_more_devices_than_there_are(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="needs 3 devices and this machine has 2"):
-        Slots(devices=CPUS, directory=tmp_path).ask(3)
+        DevicePool(devices=CPUS, directory=tmp_path).acquire(3)
 
 
 def test_a_gpu_in_use_is_passed_over_or_refused_in_one_line(
     tmp_path: Path, busy: list[Occupant]
 ) -> None:
     busy.append(user("GPU-aaaa"))
-    lease = side_by_side(tmp_path).ask(2)
+    lease = side_by_side(tmp_path).acquire(2)
     assert lease is not None
     assert lease.grant.devices == ("GPU-bbbb", "GPU-cccc")
     lease.release()
     with pytest.raises(UserError) as refused:
-        side_by_side(tmp_path).ask(3)
+        side_by_side(tmp_path).acquire(3)
     assert str(refused.value) == (
         "GPU-aaaa (NVIDIA A100) is in use: pid 77 (python) holds 3.00 GiB; wait for it, or run "
         "with --allow-busy"
     )
     # Nothing is held after a refusal.
-    allowed = side_by_side(tmp_path, allow_busy=True).ask(3)
+    allowed = side_by_side(tmp_path, allow_busy=True).acquire(3)
     assert allowed is not None
     assert len(allowed.grant.devices) == 3
 
@@ -120,7 +120,7 @@ def test_a_gpu_in_use_is_passed_over_or_refused_in_one_line(
 def test_an_intruder_is_noted_and_the_cells_own_processes_are_not(
     busy: list[Occupant],
 ) -> None:
-    guard = Guard(["GPU-aaaa"])
+    guard = ForeignProcesses(["GPU-aaaa"])
     busy += [user("GPU-aaaa", 5), user("GPU-bbbb", 6), user("GPU-aaaa", 10**9 + 1)]
     guard.look(lambda: {5})
     assert guard.found == {}, "its own, another GPU's, and one of another pid namespace"
@@ -137,10 +137,10 @@ def test_an_intruder_is_noted_and_the_cells_own_processes_are_not(
 def test_what_an_engine_gave_is_read_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(provenance, "uses_gpu", lambda stack, hardware: False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
-    assert given(cores=3).environment == {"CUDA_VISIBLE_DEVICES": "1"}
+    assert granted_devices(cores=3).environment == {"CUDA_VISIBLE_DEVICES": "1"}
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    assert given(cores=3).environment == {}
-    assert given(cores=3).cores == 3
+    assert granted_devices(cores=3).environment == {}
+    assert granted_devices(cores=3).cores == 3
 
 
 class FakeNvml:

@@ -16,8 +16,8 @@ from harness.records.store import Entry, Store
 from launch.engines import remote_plan
 from launch.engines.order import Order
 from launch.engines.slurm import queue, submit, task
-from launch.engines.slurm.queue import JobState, NoAnswer, Node, Partition
-from launch.engines.slurm.submit import Resources
+from launch.engines.slurm.queue import JobState, NoAnswer, Partition, SlurmNode
+from launch.engines.slurm.submit import JobResources
 from launch.planning.plan import Job, plan_jobs
 from matrices.cell import Cell
 from matrices.errors import UserError
@@ -29,8 +29,8 @@ cpu*|n2|4+|(null)|up|10:00|1:00:00
 gpu|g1|64|gpu:a100:4(S:0-1),gpu:h100:1|up|n/a|infinite
 old|o1|8|gpu:2|down|1-00:00:00|2-00:00:00
 """
-CPU = Partition("cpu", True, True, (Node("n1", 2, 0), Node("n2", 4, 0)), 10, 60)
-GPU = Partition("gpu", False, True, (Node("g1", 64, 5),), None, None)
+CPU = Partition("cpu", True, True, (SlurmNode("n1", 2, 0), SlurmNode("n2", 4, 0)), 10, 60)
+GPU = Partition("gpu", False, True, (SlurmNode("g1", 64, 5),), None, None)
 
 
 @pytest.fixture
@@ -146,29 +146,34 @@ def cell_on(devices: int, nodes: int = 1) -> Cell:
 
 
 def test_devices_become_gres_and_nodes() -> None:
-    asked = submit.sbatch_parameters(cell_on(8, 2), GPU, Resources(gres="gpu:a100", time="1:30:00"))
+    asked = submit.sbatch_parameters(
+        cell_on(8, 2), GPU, JobResources(gres="gpu:a100", time="1:30:00")
+    )
     assert (asked["nodes"], asked["ntasks_per_node"], asked["gres"]) == (2, 1, "gpu:a100:4")
     assert (asked["time"], asked["cpus_per_task"], asked["partition"]) == (90, None, "gpu")
     assert asked["additional_parameters"] == {"requeue": True}
-    default = submit.sbatch_parameters(cell_on(1), GPU, Resources())
+    default = submit.sbatch_parameters(cell_on(1), GPU, JobResources())
     assert (default["gres"], default["time"]) == ("gpu:1", 0)
 
 
 def test_without_gpus_a_cell_gets_a_nodes_processors() -> None:
-    asked = submit.sbatch_parameters(cell_on(1), CPU, Resources())
+    asked = submit.sbatch_parameters(cell_on(1), CPU, JobResources())
     assert (asked["gres"], asked["cpus_per_task"], asked["time"]) == (None, 2, 10)
     assert asked["srun_args"] == ["--cpus-per-task=2"]
-    larger = submit.sbatch_parameters(cell_on(3), CPU, Resources())
+    larger = submit.sbatch_parameters(cell_on(3), CPU, JobResources())
     assert larger["cpus_per_task"] == 4, "of the nodes that have enough"
     assert (
-        submit.sbatch_parameters(cell_on(1), CPU, Resources(cpus_per_task=1))["cpus_per_task"] == 1
+        submit.sbatch_parameters(cell_on(1), CPU, JobResources(cpus_per_task=1))["cpus_per_task"]
+        == 1
     )
 
 
 def test_notice_of_the_limit_leaves_most_of_a_short_one() -> None:
-    short = submit.sbatch_parameters(cell_on(1), CPU, Resources(time="1"))
+    short = submit.sbatch_parameters(cell_on(1), CPU, JobResources(time="1"))
     assert (short["time"], short["signal_delay_s"]) == (1, 30)
-    assert submit.sbatch_parameters(cell_on(1), CPU, Resources(time="60"))["signal_delay_s"] == 90
+    assert (
+        submit.sbatch_parameters(cell_on(1), CPU, JobResources(time="60"))["signal_delay_s"] == 90
+    )
 
 
 def record_of(seed: int, status: str = "ok", **changes: object) -> Record:
@@ -260,12 +265,12 @@ def test_a_notice_is_a_time_out_only_near_the_limit_and_the_last_one_a_result(
     monkeypatch.setenv("SLURM_JOB_ID", "12")
     told: list[int] = []
     monkeypatch.setattr(task.os, "kill", lambda pid, number: told.append(number))
-    notice = task.Notice(requeues)
+    notice = task.EndNotice(requeues)
     notice.handle(12, None)
     notice.handle(12, None)
     assert told == [15], "the runner is told once"
     assert notice.goes_on is goes_on
-    assert notice.stopped(record_of(0, "interrupted")).status == status
+    assert notice.explain(record_of(0, "interrupted")).status == status
 
 
 def test_an_order_survives_the_journey_to_the_node() -> None:

@@ -16,7 +16,7 @@ from harness.records.record import Placement, RankState, Record, read_record
 from harness.records.store import Store, record_key
 from launch.cli import app
 from launch.engines.results_watch import is_held
-from launch.engines.status import look, status_text, statuses
+from launch.engines.status import read_state, status_text, statuses
 from matrices.cell import Cell
 
 
@@ -79,7 +79,7 @@ def test_every_state_is_told(store: Store) -> None:
         RankState(rank=1, host="n8", phase="train", step=2),
     )
     try:
-        found = statuses(look(store.root), [cell(seed) for seed in range(5)])
+        found = statuses(read_state(store.root), [cell(seed) for seed in range(5)])
     finally:
         os.close(held)
     assert [each.state for each in found] == [
@@ -104,7 +104,7 @@ def test_every_state_is_told(store: Store) -> None:
 def test_the_attempt_in_force_is_told(store: Store) -> None:
     publish(store, 0, "ok")
     publish(store, 0, "interrupted", "2026-01-02T00:00:00.000+00:00")
-    [found] = statuses(look(store.root))
+    [found] = statuses(read_state(store.root))
     assert (found.status, found.seconds) == ("ok", 9.0)
 
 
@@ -116,7 +116,7 @@ def test_a_directory_that_is_not_there_yet_has_cells_of_its_matrix(tmp_path: Pat
     assert ran.exit_code == 0, ran.output
     assert [each["state"] for each in json.loads(ran.output)] == ["not started"]
     assert not (tmp_path / "no").exists()
-    assert statuses(look(tmp_path / "no")) == []
+    assert statuses(read_state(tmp_path / "no")) == []
 
 
 def test_what_is_begun_or_published_at_that_moment_is_passed_over(store: Store) -> None:
@@ -127,7 +127,7 @@ def test_what_is_begun_or_published_at_that_moment_is_passed_over(store: Store) 
     (torn / "progress.json").write_text("")
     gone = store.running / f"{begun.name.split('.')[0]}.9-gone"
     gone.symlink_to(store.root / "published meanwhile")
-    found = {each.state for each in statuses(look(store.root))}
+    found = {each.state for each in statuses(read_state(store.root))}
     assert found == {"done", "left behind"}
 
 

@@ -17,8 +17,8 @@ from harness.records.provenance import new_record
 from harness.records.record import Failure, Placement, RankState, Record, Speed
 from launch.cells import stalled_ranks, watch
 from launch.cells.finish import contamination, finish_record
-from launch.cells.stalled_ranks import Standing, describe
-from launch.cells.watch import Failed, Limits, Outcome, Watched, limits_for
+from launch.cells.stalled_ranks import RankProgress, positions_text
+from launch.cells.watch import CellExit, Limits, RankFailure, RankProcesses, limits_for
 from launch.processes.workers import Ranks
 from matrices.cell import Cell
 
@@ -55,36 +55,39 @@ def test_only_cells_on_several_devices_have_a_limit_that_nobody_asked_for() -> N
 
 
 @pytest.mark.parametrize(
-    ("standings", "text"),
+    ("positions", "text"),
     [
         (
-            [Standing(0, "train", 2, waits_in="all_reduce"), Standing(1, "train", 2, frozen=True)],
+            [
+                RankProgress(0, "train", 2, waits_in="all_reduce"),
+                RankProgress(1, "train", 2, frozen=True),
+            ],
             "rank 1 stopped in train of step 3 (process frozen); "
             "rank 0 waited in all_reduce in train of step 3",
         ),
         (
-            [Standing(r, "train", 4, part="backward") for r in (0, 2)]
-            + [Standing(1, "train", 3, part="optimizer step")],
+            [RankProgress(r, "train", 4, part="backward") for r in (0, 2)]
+            + [RankProgress(1, "train", 3, part="optimizer step")],
             "rank 1 lagged behind in optimizer step of step 4; "
             "ranks 0, 2 waited in backward of step 5",
         ),
         (
-            [Standing(0, "load", None), Standing(1, "load", None, silent_seconds=42.4)],
+            [RankProgress(0, "load", None), RankProgress(1, "load", None, silent_seconds=42.4)],
             "rank 1 stopped in load (no sign of life for 42 s); rank 0 waited in load",
         ),
         (
-            [Standing(r, "memory_steps", None, waits_in="barrier") for r in range(10)],
+            [RankProgress(r, "memory_steps", None, waits_in="barrier") for r in range(10)],
             "ranks 0, 1, 2, 3, 4, 5, 6, 7 and 2 more stood in barrier in memory steps",
         ),
         (
-            [Standing(0, "train", 0), Standing(1, "load", None)],
+            [RankProgress(0, "train", 0), RankProgress(1, "load", None)],
             "rank 1 lagged behind in load; rank 0 waited in train of step 1",
         ),
         ([], ""),
     ],
 )
-def test_where_ranks_stand_in_words(standings: list[Standing], text: str) -> None:
-    assert describe(standings) == text
+def test_where_ranks_stand_in_words(positions: list[RankProgress], text: str) -> None:
+    assert positions_text(positions) == text
 
 
 def test_a_stack_tells_the_collective_and_the_part_of_the_step(tmp_path: Path) -> None:
@@ -140,7 +143,9 @@ def test_who_lost_the_connection_is_not_to_blame_however_quick(
 ) -> None:
     begun(tmp_path, status="failed", ended="2026-01-01T00:00:00.000+00:00")
     write(tmp_path, failing(0, consequence), failing(1, "index out of range"))
-    outcome = Outcome(1, exit_codes={0: 1, 1: 1}, failed=(Failed(0, 10.0), Failed(1, 11.0)))
+    outcome = CellExit(
+        1, exit_codes={0: 1, 1: 1}, failed=(RankFailure(0, 10.0), RankFailure(1, 11.0))
+    )
     record = finish_record(tmp_path, outcome)
     assert (record.status, record.reason) == ("failed", "rank 1: train: index out of range")
     assert record.failure is not None
@@ -150,14 +155,16 @@ def test_who_lost_the_connection_is_not_to_blame_however_quick(
 def test_of_two_failures_the_first_counts(tmp_path: Path) -> None:
     begun(tmp_path)
     write(tmp_path, failing(0, "b"), failing(1, "a", status="oom"))
-    outcome = Outcome(1, exit_codes={0: 1, 1: 1}, failed=(Failed(0, 12.0), Failed(1, 11.5)))
+    outcome = CellExit(
+        1, exit_codes={0: 1, 1: 1}, failed=(RankFailure(0, 12.0), RankFailure(1, 11.5))
+    )
     assert finish_record(tmp_path, outcome).status == "oom"
 
 
 def test_an_abort_after_all_is_done_is_not_hidden(tmp_path: Path) -> None:
     begun(tmp_path, status="ok", ended="2026-01-01T00:00:00.000+00:00")
     write(tmp_path, *(RankState(rank=rank, status="ok", phase="gather") for rank in range(2)))
-    outcome = Outcome(0, exit_codes={0: 0, 1: -6}, failed=(Failed(1, 1.0, -6),))
+    outcome = CellExit(0, exit_codes={0: 0, 1: -6}, failed=(RankFailure(1, 1.0, -6),))
     record = finish_record(tmp_path, outcome)
     assert record.status == "failed"
     assert record.reason == "rank 1 was killed by signal 6 (SIGABRT) after it had finished"
@@ -166,8 +173,8 @@ def test_an_abort_after_all_is_done_is_not_hidden(tmp_path: Path) -> None:
 def test_a_rank_that_the_kernel_killed_for_memory_is_an_oom(tmp_path: Path) -> None:
     begun(tmp_path)
     write(tmp_path, RankState(rank=0, phase="train"), RankState(rank=1, phase="load"))
-    failed = (Failed(1, 1.0, -9),)
-    outcome = Outcome(-15, memory_kills=1, exit_codes={0: -15, 1: -9}, failed=failed)
+    failed = (RankFailure(1, 1.0, -9),)
+    outcome = CellExit(-15, memory_kills=1, exit_codes={0: -15, 1: -9}, failed=failed)
     record = finish_record(tmp_path, outcome)
     assert (record.status, record.phase) == ("oom", "load")
     assert record.reason == "the kernel killed rank 1: the machine's memory ran out"
@@ -175,10 +182,15 @@ def test_a_rank_that_the_kernel_killed_for_memory_is_an_oom(tmp_path: Path) -> N
 
 def test_a_timeout_stays_one_though_ranks_then_lose_each_other(tmp_path: Path) -> None:
     begun(tmp_path, status="failed", ended="2026-01-01T00:00:00.000+00:00")
-    stood = {1: RankState(rank=1, phase="train", step=3)}
+    last_states = {1: RankState(rank=1, phase="train", step=3)}
     write(tmp_path, failing(0, "Connection closed by peer"), RankState(rank=1, step=9))
-    outcome = Outcome(
-        1, "timeout", 90.0, exit_codes={0: 1, 1: -9}, standing="rank 1 lagged", stood=stood
+    outcome = CellExit(
+        1,
+        "timeout",
+        90.0,
+        exit_codes={0: 1, 1: -9},
+        positions="rank 1 lagged",
+        last_states=last_states,
     )
     record = finish_record(tmp_path, outcome)
     assert (record.status, record.reason) == ("timeout", "over its limit of 90 s: rank 1 lagged")
@@ -186,7 +198,7 @@ def test_a_timeout_stays_one_though_ranks_then_lose_each_other(tmp_path: Path) -
     assert record.ranks[1].step == 3, "as it stood, not where it went before it was killed"
 
 
-def polled(watched: Watched) -> Outcome:
+def polled(watched: RankProcesses) -> CellExit:
     until = time.monotonic() + 20
     while time.monotonic() < until:
         if (outcome := watched.poll([])) is not None:
@@ -206,11 +218,11 @@ def test_a_rank_on_another_machine_that_falls_silent_is_lost(
         process.exitcode = -9
 
     monkeypatch.setattr(watch, "kill_group", kill)
-    monkeypatch.setattr(watch, "ask_to_end", lambda process: None)
+    monkeypatch.setattr(watch, "terminate_worker", lambda process: None)
     write(tmp_path, RankState(rank=0), RankState(rank=1, host="node2", beat=1.0, phase="train"))
     begun(tmp_path)
     place = RankPosition(0, 1, 0, 2, "10.0.0.1", 1)
-    outcome = polled(Watched([here], tmp_path, Limits(), Ranks((place,))))
+    outcome = polled(RankProcesses([here], tmp_path, Limits(), Ranks((place,))))
     record = finish_record(tmp_path, outcome)
     assert record.status == "failed"
     assert (record.reason or "").startswith("rank 1 on node2 has shown no sign of life for ")
@@ -228,9 +240,9 @@ def test_killed_processes_have_to_give_the_gpu_back_first(
 
     monkeypatch.setattr(watch, "occupants", occupants)
     monkeypatch.setattr(watch, "kill_group", lambda process: None)
-    monkeypatch.setattr(Watched, "pids", lambda self: {4321})
+    monkeypatch.setattr(RankProcesses, "pids", lambda self: {4321})
     write(tmp_path, *(RankState(rank=rank, device="GPU-a") for rank in range(2)))
-    watched = Watched([Gone(-9), Gone(-9)], tmp_path, Limits(), Ranks(TWO))
+    watched = RankProcesses([Gone(-9), Gone(-9)], tmp_path, Limits(), Ranks(TWO))
     watched.kill()
     assert watched.poll([]) is None
     assert asked == [["GPU-a"]]

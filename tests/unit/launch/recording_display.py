@@ -10,7 +10,7 @@ from harness.records.record import Record
 from launch.planning.plan import Job
 
 
-class Told:
+class RecordingDisplay:
     def __init__(self) -> None:
         self.messages: list[str] = []
         self.started: list[str] = []

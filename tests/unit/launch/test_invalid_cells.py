@@ -1,4 +1,4 @@
-"""Cells with a problem: refused one by one, and all of them together."""
+"""Cells with a problem: marked as invalid one by one, and all of them together."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from harness.preflight.problems import Findings, Problem, group_cells
-from launch.planning.left_out import ProblemsFound, leave_out, refused
+from launch.planning.invalid_cells import ProblemsFound, leave_out, mark_invalid
 from launch.planning.plan import Job, Sweep, plan_jobs
 from matrices.cell import Adapter, Cell, Data, Evaluate, Model, Train
 from matrices.errors import UserError
@@ -15,11 +15,6 @@ from matrices.rules.machine import Machine
 
 CPU = Machine(has_gpu=False, devices=2)
 WRONG = UserError("no such data", key="data.source")
-
-
-class Lines(list[str]):
-    def message(self, text: str) -> None:
-        self.append(text)
 
 
 def lora(rank: int = 8, model: str = "a", tasks: tuple[str, ...] = ("t",)) -> Cell:
@@ -43,10 +38,10 @@ def actions(jobs: list[Job]) -> list[tuple[str, str]]:
 
 def test_only_the_cells_that_have_a_problem_are_refused_and_it_is_said_once() -> None:
     cells = [lora(4), lora(8), lora(16)]
-    said = Lines()
+    messages: list[str] = []
     sweep = Sweep(cells, Path(), locate=lambda key: f"m.yaml:{len(key)}")
     problem = Problem(WRONG, (cells[0].cell_id, cells[2].cell_id))
-    jobs = leave_out(planned(*cells), [problem], said, sweep)
+    jobs = leave_out(planned(*cells), [problem], messages.append, sweep)
     assert actions(jobs) == [
         ("base", "run"),
         ("lora", "invalid"),
@@ -54,25 +49,25 @@ def test_only_the_cells_that_have_a_problem_are_refused_and_it_is_said_once() ->
         ("lora", "invalid"),
     ]
     assert jobs[1].why == "data.source: no such data"
-    assert said == ["2 of 3 cells left out as invalid: m.yaml:11: data.source: no such data"]
+    assert messages == ["2 of 3 cells left out as invalid: m.yaml:11: data.source: no such data"]
 
 
 def test_the_command_stops_when_no_cell_is_left_though_its_base_could_be_scored() -> None:
     cell = lora()
     with pytest.raises(ProblemsFound) as found:
-        leave_out(planned(cell), [Problem(WRONG, (cell.cell_id,))], Lines())
+        leave_out(planned(cell), [Problem(WRONG, (cell.cell_id,))], print)
     assert [str(error) for error in found.value.problems] == ["data.source: no such data"]
 
 
 def test_a_base_that_the_matrix_names_is_a_cell_of_its_own() -> None:
     cell, base = lora(), Cell(method="base", model=Model(name="a"), evaluate=lora().evaluate)
-    jobs = leave_out(planned(base, cell), [Problem(WRONG, (cell.cell_id,))], Lines())
+    jobs = leave_out(planned(base, cell), [Problem(WRONG, (cell.cell_id,))], print)
     assert actions(jobs) == [("base", "run"), ("lora", "invalid")]
 
 
 def test_a_base_goes_with_the_last_cell_that_is_judged_against_it() -> None:
     cells = [lora(model="a"), lora(model="b")]
-    jobs = refused(planned(*cells), [Problem(WRONG, (cells[0].cell_id,))])
+    jobs = mark_invalid(planned(*cells), [Problem(WRONG, (cells[0].cell_id,))])
     assert [(job.cell.model.name, job.cell.method) for job in jobs] == [
         ("b", "base"),
         ("a", "lora"),

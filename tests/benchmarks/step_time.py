@@ -34,7 +34,8 @@ def bare(model: Path, steps: int) -> float:
         "max_samples": 200,
     }
     script = ROOT / "tests/integration/bare_trl.py"
-    command = [sys.executable, str(script), str(model), "lora", str(steps), json.dumps(options)]
+    methods = json.dumps({"lora": options})
+    command = [sys.executable, str(script), str(model), str(steps), methods]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     return statistics.median(json.loads(done.stdout.splitlines()[-1])["seconds"][WARMUP:])
 

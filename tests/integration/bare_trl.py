@@ -1,11 +1,13 @@
 """A fine-tuning script as a TRL user writes it: nothing of the harness but the texts.
 
-`python bare_trl.py MODEL METHOD STEPS` prints one JSON object: losses and step seconds.
+`python bare_trl.py MODEL STEPS METHODS` trains for each method with its options, a JSON object, in
+a process of its own, and prints one JSON object for each: losses and step seconds.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 import time
@@ -48,7 +50,7 @@ class Trainer(SFTTrainer):
         return loss
 
 
-def main(path: str, method: str, steps: int, options: dict[str, Any]) -> None:
+def train(path: str, method: str, steps: int, options: dict[str, Any]) -> None:
     keywords: dict[str, Any] = {"dtype": torch.bfloat16, "device_map": {"": "cpu"}}
     if method == "qlora":
         keywords["quantization_config"] = BitsAndBytesConfig(
@@ -101,8 +103,20 @@ def main(path: str, method: str, steps: int, options: dict[str, Any]) -> None:
         )
         trainer.losses = []
         trainer.train()
-    print(json.dumps({"losses": trainer.losses, "seconds": recorder.seconds}))
+    told = {"method": method, "losses": trainer.losses, "seconds": recorder.seconds}
+    print(json.dumps(told), flush=True)
+
+
+def main(path: str, steps: int, methods: dict[str, dict[str, Any]]) -> None:
+    """The imports take longer than the training: each method is a fork."""
+    for method, options in methods.items():
+        pid = os.fork()
+        if pid == 0:
+            train(path, method, steps, options)
+            os._exit(0)
+        if os.waitpid(pid, 0)[1]:
+            sys.exit(f"{method} failed")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), json.loads(sys.argv[4]))
+    main(sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3]))

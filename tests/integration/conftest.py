@@ -118,20 +118,28 @@ class Ran(NamedTuple):
 Command = Callable[..., Ran]
 
 
+def shared(factory: pytest.TempPathFactory, name: str) -> Path:
+    """A directory of all of pytest's workers. A whole cache cannot be shared: the runs of two
+    workers would take turns at its devices."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return factory.mktemp(name)
+    made = factory.getbasetemp().parent / name
+    made.mkdir(exist_ok=True)
+    return made
+
+
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
+    """One of this worker's. The index of lm-eval's tasks, which takes 8 s, is made once for all."""
+    own = tmp_path_factory.mktemp("cache")
+    (own / "task-index").symlink_to(shared(tmp_path_factory, "task-index"))
+    return own
 
 
 @pytest.fixture(scope="session")
 def extensions(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What DeepSpeed compiles, once for all of pytest's workers. A whole cache cannot be shared:
-    the runs of two workers would take turns at its devices."""
-    if "PYTEST_XDIST_WORKER" not in os.environ:
-        return tmp_path_factory.mktemp("extensions")
-    shared = tmp_path_factory.getbasetemp().parent / "extensions"
-    shared.mkdir(exist_ok=True)
-    return shared
+    """What DeepSpeed compiles, once for all of pytest's workers."""
+    return shared(tmp_path_factory, "extensions")
 
 
 @pytest.fixture(scope="session")

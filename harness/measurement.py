@@ -14,8 +14,10 @@ from harness.meters.memory.shards import ParameterSize
 from harness.meters.steps import Diverged
 from harness.ranks.progress_file import Progress
 from harness.ranks.state_files import Reporter, record_path
+from harness.records.part import Status
 from harness.records.provenance import now
-from harness.records.record import Failure, Record, Status
+from harness.records.ranks import Failure
+from harness.records.record import Record
 from harness.system.files import write_atomically
 from harness.system.interrupts import Interrupted
 from matrices.errors import first_line

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset
 
-from harness.records.record import Preparation
+from harness.records.speed import Preparation
 from matrices.errors import UserError
 
 BATCH_ROWS = 10_000

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from harness.evaluation.score_precision import SOFTMAX_DTYPE
-from harness.records.record import Generation, Metric, Recipe, TaskScore
+from harness.records.quality import Generation, Metric, Recipe, TaskScore
 from matrices.cell import Evaluate
 from matrices.errors import UserError, nearest
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from harness.records.record import Steps
+from harness.records.speed import Steps
 
 
 def labelled_losses(losses: Sequence[float], loss_tokens: Sequence[int]) -> list[float | None]:

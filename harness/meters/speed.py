@@ -8,7 +8,8 @@ from typing import Any
 from harness import device
 from harness.meters import losses
 from harness.meters.rates import TokenCount, quartiles, tflops_per_second, total
-from harness.records.record import Record, Steps, Tokens
+from harness.records.record import Record
+from harness.records.speed import Steps, Tokens
 from matrices.cell import Train
 
 NO_PEAK_RATE = "no published peak rate is known for this device"

@@ -24,7 +24,8 @@ from harness.meters.energy import Energy, EnergyMeter
 from harness.meters.foreign_cpu import ForeignCpuMeter
 from harness.meters.memory import ledger, shards
 from harness.meters.rates import TokenCount
-from harness.records.record import Communication, PhaseMemory
+from harness.records.memory import PhaseMemory
+from harness.records.ranks import Communication
 from harness.train import Observer, StepFacts, inner_optimizer
 from harness.verify.checkpointing import Recomputation
 

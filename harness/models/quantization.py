@@ -17,7 +17,7 @@ from torch import nn
 from harness import device
 from harness.models.lora_layers import base_modules
 from harness.models.mismatch import VerificationError, require_equal
-from harness.records.record import MOSTLY_IN_4BIT
+from harness.records.verified import MOSTLY_IN_4BIT
 from matrices.cell import Quantization
 
 

@@ -16,7 +16,8 @@ from harness.models.mismatch import VerificationError
 from harness.ranks import deepspeed_build
 from harness.ranks.launch_environment import RankPosition, torchrun_variables
 from harness.ranks.state_files import record_path
-from harness.records.record import Record, read_record
+from harness.records.reading import read_record
+from harness.records.record import Record
 from harness.system.child_process import fork
 from harness.train import TrainingSchedule, sft_config
 from matrices.accelerate_profiles import mixed_precision

@@ -17,8 +17,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from harness.records.part import Status
+from harness.records.ranks import Failure, RankState
 from harness.records.reading import RECORD
-from harness.records.record import Failure, RankState, Status
 from harness.system.files import TEMPORARY_PREFIX
 from matrices.files.text import visible
 

@@ -10,7 +10,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from harness.records.record import LiveTensor, Part
+from harness.records.memory import LiveTensor
+from harness.records.part import Part
 from matrices.catalogue.gpus import Gpu
 from matrices.cell import Cell
 

@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 import psutil
 
 from harness.records import hub
-from harness.records.record import Hardware, Provenance, Record, Stack
+from harness.records.record import Record
+from harness.records.stack import Hardware, Provenance, Stack
 from matrices.cell import Cell, base_cells
 
 # Versions that can change a figure: they make the stack's identity, with python and the hardware.

@@ -13,7 +13,7 @@ from harness.models import lora_layers
 from harness.models.lora_layers import ADAPTER, BaseModule
 from harness.models.mismatch import VerificationError, require_equal
 from harness.models.model import alpha, target_modules
-from harness.records.record import PassedThrough, VerifiedAdapter
+from harness.records.verified import PassedThrough, VerifiedAdapter
 from harness.verify import arguments
 from matrices.cell import Adapter
 

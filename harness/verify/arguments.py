@@ -15,7 +15,7 @@ from transformers import get_scheduler
 from harness import device
 from harness.models.mismatch import VerificationError
 from harness.models.model import load_tokenizer
-from harness.records.record import PassedThrough
+from harness.records.verified import PassedThrough
 from harness.train import TrainingSchedule, sft_config
 from matrices.cell import Cell
 from matrices.errors import UserError, first_line, nearest

@@ -13,7 +13,7 @@ from harness import device
 from harness.models import lora_layers, quantization
 from harness.models.mismatch import VerificationError, require_equal
 from harness.models.quantization import full_numel
-from harness.records.record import Verified
+from harness.records.verified import Verified
 from harness.verify import adapter
 from matrices.cell import Cell
 

@@ -9,7 +9,8 @@ from multiprocessing import connection
 from pathlib import Path
 
 from harness.ranks import state_files
-from harness.records.record import RankState, read_record
+from harness.records.ranks import RankState
+from harness.records.reading import read_record
 from harness.records.store import Store
 from harness.system.files import write_atomically
 from launch.cells import stalled_ranks, start

@@ -18,7 +18,8 @@ from harness.ranks.launch_command import (
 )
 from harness.ranks.launch_environment import RankPosition
 from harness.records import provenance
-from harness.records.record import Placement, Record
+from harness.records.ranks import Placement
+from harness.records.record import Record
 from harness.system.files import write_atomically
 from launch.cells.devices import Grant
 from launch.processes.workers import Ranks, free_port

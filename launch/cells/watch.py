@@ -18,7 +18,7 @@ from typing import Literal
 from harness.meters.gpu_processes import occupants
 from harness.ranks import state_files
 from harness.ranks.progress_file import Progress, read_progress
-from harness.records.record import RankState
+from harness.records.ranks import RankState
 from launch.cells import stalled_ranks
 from launch.processes.workers import (
     GRACE_SECONDS,

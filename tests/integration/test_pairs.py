@@ -15,7 +15,8 @@ from covering_array import Array, Row, covering_array
 from tiny_families import FAMILIES, FUSED, make_family
 
 from harness.models import packaged
-from harness.records.record import Record, read_record
+from harness.records.reading import read_record
+from harness.records.record import Record
 from matrices.cell import SECTIONS, TOP_LEVEL, Cell, flatten
 from matrices.expand import UNUSED, collapse, expand
 from matrices.language.settings import DEFAULTS

@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from harness.records.record import TRAINING_PHASES, Phase
+from harness.records.part import TRAINING_PHASES, Phase
 
 BLOCK_BYTES = 512
 

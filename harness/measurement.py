@@ -1,4 +1,4 @@
-"""The record of one cell while it is being made: every phase written down as it ends."""
+"""The record of one cell while the cell runs; it is written at the start of every phase."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from harness.system.files import write_atomically
 from harness.system.interrupts import Interrupted
 from matrices.errors import first_line
 
-# How often progress is worth a file, seconds.
+# Seconds between two writes of the progress file.
 PROGRESS_SECONDS = 0.5
-# Of the time of training, what may go into writing down its steps.
+# The share of the training time that writing its steps may take.
 SAVING_SHARE = 0.02
 
 
 class Measurement:
-    """One cell, or one rank of it, on its way to a record in `output_dir`."""
+    """One running cell, or one of its ranks, whose record is in `output_dir`."""
 
     def __init__(
         self, record: Record, output_dir: Path, rank: int = 0, world_size: int = 1
@@ -44,7 +44,7 @@ class Measurement:
         record.reason = "still running"
 
     def enter(self, phase: str, message: str = "") -> None:
-        """A new phase begins: what is known so far is on disk before it does."""
+        """Begin a new phase; the record so far is written first."""
         self.record.phase = phase
         self.save()
         self.reporter.progress(phase=phase, step=None)
@@ -87,7 +87,7 @@ class Measurement:
         return 0 if status == "ok" else 1
 
     def fail(self, error: BaseException) -> int:
-        """Finish with what went wrong; everything measured until then stays."""
+        """Finish with an error; everything measured before it is kept."""
         status = status_of(error)
         message = first_line(error)
         self.record.failure = Failure(

@@ -42,11 +42,11 @@ def default_index() -> dict[str, Entry]:
     return index
 
 
-def manager(directories: list[str], own: bool) -> TaskManager:
-    """An lm-eval task manager of these directories, and of lm-eval's own tasks if `own`: what is in
-    a directory overrides what comes before, as in lm-eval."""
+def manager(directories: list[str], include_defaults: bool) -> TaskManager:
+    """An lm-eval task manager of these directories, and of lm-eval's own tasks if
+    `include_defaults`. As in lm-eval, later directories override earlier ones."""
     found = TaskManager(include_path=directories, include_defaults=False)
-    if own:
+    if include_defaults:
         nearer = dict(found.task_index)
         found.task_index.clear()
         found.task_index.update(default_index() | nearer)

@@ -1,6 +1,6 @@
-"""What a cell is doing now, `progress.json`: written by its first rank, shown by whoever watches.
+"""The progress of a cell, `progress.json`: its first rank writes it, displays read it.
 
-Where each rank stands, and that it is alive, is another file, which goes into the record:
+The state and heartbeat of each rank are in other files, which go into the record:
 `harness.ranks.state_files`.
 """
 

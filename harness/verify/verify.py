@@ -1,4 +1,4 @@
-"""Look at the loaded objects and refuse to measure something else than what the cell says."""
+"""Check that the loaded objects are what the cell asks for."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ from harness.records.verified import Verified
 from harness.verify import adapter
 from matrices.cell import Cell
 
-# transformers' optim name -> (package and class that runs, its attributes that tell the variants
-# apart).
+# transformers' optim name -> (package and class that runs, the attributes of this variant).
 OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
     "adamw_torch": ("torch.AdamW", {"fused": None}),
     "adamw_torch_fused": ("torch.AdamW", {"fused": True}),
@@ -35,7 +34,7 @@ OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-# accelerate puts it in the place of torch's where the optimizer is offloaded.
+# accelerate replaces torch's Adam by it where the optimizer is offloaded.
 HOST_ADAM = "deepspeed.DeepSpeedCPUAdam"
 
 

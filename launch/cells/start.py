@@ -56,7 +56,7 @@ def first_record(
     """The record an attempt starts with; its command is called in the record's directory."""
     threads = threads or threads_per_process(cell, grant.cores if grant is not None else None)
     gpu = provenance.uses_gpu_here()
-    called = command(cell, gpu, threads, meeting=_meeting_place(meeting))
+    called = command(cell, gpu, threads, rendezvous=_meeting_place(meeting))
     record = provenance.new_record(cell, called, attempt, threads)
     if grant is not None:
         record.provenance.environment |= _environment(threads, grant)

@@ -55,8 +55,8 @@ class Measurement:
         write_atomically(record_path(self.output_dir, self.rank), self.record.to_json())
 
     def save_steps(self, fill: Callable[[], None]) -> None:
-        """Have `fill` put the steps so far into the record, and write it: a killed worker leaves
-        them. A long record takes long to write; no more than a share of the time goes into it."""
+        """Let `fill` put the steps so far into the record, and write it, so that a killed worker
+        leaves them. Writing a long record takes at most SAVING_SHARE of the time."""
         began = time.monotonic()
         if began < self._steps_after:
             return
@@ -69,8 +69,8 @@ class Measurement:
         self.reporter.progress(step=number)
 
     def progress(self, **figures: Any) -> bool:
-        """Tell the runner: `step`, `steps`, `loss`, `tokens_per_second`, `message`. At most twice a
-        second; returns whether it was time. Of several ranks, the first one tells."""
+        """Write the progress file: `step`, `steps`, `loss`, `tokens_per_second`, `message`. The
+        first rank writes it, at most twice a second; returns whether it did."""
         if self.rank or time.monotonic() - self._progress_at < PROGRESS_SECONDS:
             return False
         self._progress_at = time.monotonic()

@@ -39,7 +39,7 @@ class TrainingRows(NamedTuple):
 def read_rows(data: Data) -> TrainingRows:
     """The training rows.
 
-    Raises UserError when the data or a column is not there, or a value cannot be trained on: with
+    Raises UserError when the data or a column is missing, or a value cannot be trained on: with
     file, row, column and value.
     """
     if data.source == PACKAGED:

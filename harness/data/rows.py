@@ -15,7 +15,7 @@ from typing import Any
 from matrices.files.data_format import ALPACA_INPUT, RowLayout
 
 # The two prompts of Stanford Alpaca (github.com/tatsu-lab/stanford_alpaca, train.py). The
-# completion follows at once, as there.
+# completion follows without a space, as in that code.
 ALPACA_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further "
     "context. Write a response that appropriately completes the request.\n\n"
@@ -53,7 +53,7 @@ class BadValue(Exception):
 def standard_row(row: Mapping[str, Any], layout: RowLayout) -> dict[str, Any]:
     """The row under TRL's names: `text`, `prompt` and `completion`, or `messages`.
 
-    `tools` (a JSON list) and `chat_template_kwargs` are there only where the row has some. Raises
+    `tools` (a JSON list) and `chat_template_kwargs` are present only where the row has some. Raises
     BadValue.
     """
     if layout.conversational:

@@ -35,7 +35,7 @@ def task_manager(evaluate: Evaluate) -> Any:
     """An lm-eval index that knows the recipe's tasks.
 
     lm-eval's own thousands of tasks are left out when the shipped tasks and the user's cover the
-    recipe. Raises UserError for a directory that is not there.
+    recipe. Raises UserError for a missing directory.
     """
     from harness.evaluation.task_index import manager
 

@@ -79,8 +79,8 @@ def directory_of(model: Model) -> Path | None:
 
 
 def read(directory: Path, complete: bool = True) -> Checkpoint:
-    """What the directory holds. With `complete` false, weights may be absent (an unfinished
-    download), but those that are there must be whole. Raises UserError."""
+    """What the directory holds. With `complete` false, weights may be missing (an unfinished
+    download), but no file may be truncated. Raises UserError."""
     try:
         files = [path for path in sorted(directory.iterdir()) if path.is_file()]
         state = tuple((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files)

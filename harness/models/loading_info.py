@@ -138,7 +138,7 @@ def _other_shapes_in_4bit(model: Any) -> list[tuple[str, Any, Any]]:
 
 def load_adapter(base: Any, directory: Path) -> Any:
     """`base` with the adapter saved in `directory`. Raises PEFT's warning as an error when weights
-    of the adapter are missing there: PEFT would leave fresh ones."""
+    of the adapter are missing: PEFT would keep initial ones."""
     from peft import PeftModel
 
     with warnings.catch_warnings():

@@ -217,7 +217,7 @@ def prepare_rows(rows: Dataset, tokenizer: Any, arguments: dict[str, Any]) -> Da
 
 
 def is_about_rows(error: Exception) -> bool:
-    """Whether `prepare_rows` raised it while it went through the rows, not while it was set up."""
+    """Whether `prepare_rows` raised an error for a row, not for its arguments."""
     frames = traceback.extract_tb(error.__traceback__)
     return any(frame.name == "_prepare_dataset" for frame in frames)
 
@@ -225,8 +225,8 @@ def is_about_rows(error: Exception) -> bool:
 def first_failure(
     rows: Dataset, tokenizer: Any, arguments: dict[str, Any]
 ) -> tuple[int, Exception]:
-    """The place, from 0, of the first row that `prepare_rows` does not take, and what it raises:
-    found by halving, since datasets does not tell. The rows as a whole fail."""
+    """The index of the first row that `prepare_rows` refuses, and the error. It bisects, since
+    datasets does not name the row. The rows as a whole must fail."""
     good, bad = 0, len(rows)
     said: Exception | None = None
     while said is None or bad - good > 1:

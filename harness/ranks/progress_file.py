@@ -36,7 +36,7 @@ class Progress:
 
 
 def read_progress(working: Path) -> Progress:
-    """The last that was written; the default before there is one. Keys of a later tunebench are
+    """The last written progress; the default when there is none. Keys of a later tunebench are
     ignored."""
     try:
         plain: dict[str, Any] = json.loads((working / PROGRESS).read_text())

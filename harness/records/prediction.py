@@ -1,7 +1,7 @@
-"""The prediction: what simulating one cell found out. Light (no torch), like the record.
+"""The prediction: the result of simulating one cell. Light (no torch), like the record.
 
-Bytes are `int` bytes on one device unless a name says host; seconds are `float` s. Everything in
-here is predicted: nothing was measured, on a GPU or elsewhere.
+Bytes are `int` bytes on one device unless a name says host; seconds are `float` s. Every
+figure is predicted, none is measured.
 """
 
 from __future__ import annotations

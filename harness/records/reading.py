@@ -32,7 +32,7 @@ def set_aside(error: UserError) -> None:
 
 
 def read_valid(path: Path) -> Record | None:
-    """The record in a file; none when there is no such file, or when it is set aside."""
+    """The record in a file; None when the file is missing or set aside."""
     try:
         return read_record(path)
     except UserError as error:
@@ -55,7 +55,7 @@ def records_in(root: Path, known: Container[str] = ()) -> Iterator[tuple[Path, R
 
 def record_files(root: Path) -> Iterator[Path]:
     """Every `record.json` at any depth, sorted; directories that start with a dot are skipped, and
-    so is what lies within the directory of a record: a cell repeated there by hand."""
+    so are directories within that of a record: a cell repeated by hand."""
     seen: set[str] = set()
 
     def walk(directory: Path) -> Iterator[Path]:
@@ -76,7 +76,7 @@ def record_files(root: Path) -> Iterator[Path]:
 
 
 def _names(directory: Path) -> list[str]:
-    """Names in a directory that do not start with a dot, sorted; none when it is not there."""
+    """Names in a directory that do not start with a dot, sorted; none of a missing directory."""
     try:
         return sorted(name for name in os.listdir(directory) if not name.startswith("."))
     except (FileNotFoundError, NotADirectoryError):

@@ -110,7 +110,7 @@ class Store:
         return self.root / (key if attempt == 1 else f"{key}.{attempt}")
 
     def next_attempt(self, key: str) -> int:
-        """The first attempt number whose directory is not there."""
+        """The first attempt number without a directory."""
         attempt = 1
         while self.published_directory(key, attempt).exists():
             attempt += 1

@@ -39,7 +39,8 @@ HOST_ADAM = "deepspeed.DeepSpeedCPUAdam"
 
 
 def verify_model(model: Any, cell: Cell) -> Verified:
-    """Check quantization, adapters, dtypes, attention and what is trainable; return what is there.
+    """Check quantization, adapters, dtypes, attention and trainable parameters; return what was
+    found.
 
     For a model that is loaded and has computed nothing yet: bitsandbytes casts the biases of 4-bit
     layers at their first forward. Raises VerificationError at the first mismatch.

@@ -1,5 +1,5 @@
-"""The one seam to CUDA and NVML. Everything here works on a CPU machine too, where the counters
-that do not exist are `None`; nobody else in the harness asks which device it is.
+"""The only access to CUDA and NVML. Everything here also works on a CPU machine, where a counter
+that does not exist is `None`; no other file of the harness checks for a GPU library.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from harness.system import fork_safety  # noqa: F401 - every child that is forked with torch in it is put right
+from harness.system import fork_safety  # noqa: F401 - resets torch in every forked child
 
 NO_CUDA = "torch sees no CUDA device on this machine"
 NO_NVML = "no NVIDIA driver answers NVML on this machine"
@@ -22,8 +22,8 @@ DTYPES: dict[str, torch.dtype] = {
     "fp32": torch.float32,
     "uint8": torch.uint8,
 }
-# In messages of plain RuntimeErrors: torch's CPU and CUDA allocators, the driver itself (paged
-# optimizers ask it), and cuBLAS when nothing is left for its workspace.
+# In messages of RuntimeErrors: torch's CPU and CUDA allocators, the driver (called by paged
+# optimizers), and cuBLAS without memory for its workspace.
 OUT_OF_MEMORY_MESSAGES = (
     "DefaultCPUAllocator",
     "not enough memory",
@@ -58,22 +58,22 @@ def has_cuda() -> bool:
 
 def limit_visible_gpus(count: int) -> None:
     """Hide all but the first `count` of the GPUs that this process may see. Call it before CUDA
-    is used: a Trainer spreads batches over every GPU it sees, without being asked."""
+    is used: a Trainer uses every visible GPU by default."""
     setting = os.environ.get("CUDA_VISIBLE_DEVICES")
     seen = [str(number) for number in range(count)] if setting is None else setting.split(",")
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(seen[:count])
 
 
 def set_threads_from_environment() -> None:
-    """Compute with OMP_NUM_THREADS threads: torch read it when it was imported, perhaps in the
-    server that this process was forked from, and ranks share out the processors."""
+    """Compute with OMP_NUM_THREADS threads. torch read it when it was imported, perhaps in the
+    server that this process was forked from, and each rank has its own value."""
     wanted = os.environ.get("OMP_NUM_THREADS", "")
     if wanted.isdigit() and int(wanted) > 0 and int(wanted) != torch.get_num_threads():
         torch.set_num_threads(int(wanted))
 
 
 def synchronize() -> None:
-    """Wait for queued kernels, so that a clock read next is true."""
+    """Wait for queued kernels, so that the next clock reading is right."""
     if has_cuda():
         torch.cuda.synchronize()
 
@@ -113,8 +113,8 @@ def reset_host_peak() -> None:
         # proc(5): writing 5 resets the peak resident set size to the current one.
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
-        # Not Linux, or not allowed: the mark then covers the process's whole life, which
-        # host_peak_is_resettable() tells.
+        # Not Linux, or not permitted: the peak then covers the life of the process; see
+        # host_peak_is_resettable().
         return
 
 
@@ -138,7 +138,7 @@ def _nvml_handle() -> Any:
 
 
 def process_bytes() -> int | None:
-    """What NVML says this process holds on the training device, bytes."""
+    """Bytes that this process uses on the training device, as NVML reports them."""
     handle = _nvml_handle()
     if handle is None:
         return None
@@ -147,7 +147,7 @@ def process_bytes() -> int | None:
     try:
         running = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
     except pynvml.NVMLError:
-        # Not every driver model tells (WSL, virtual GPUs).
+        # Some driver models do not report it (WSL, virtual GPUs).
         return None
     for process in running:
         if process.pid == os.getpid() and process.usedGpuMemory is not None:
@@ -156,7 +156,7 @@ def process_bytes() -> int | None:
 
 
 def device_bytes() -> int | None:
-    """What NVML says is in use on the training device by everybody, bytes."""
+    """Bytes in use on the training device by all processes, as NVML reports them."""
     handle = _nvml_handle()
     if handle is None:
         return None
@@ -169,7 +169,7 @@ def device_bytes() -> int | None:
 
 
 def energy_joules() -> float | None:
-    """NVML's total energy counter of the training device; only differences mean anything."""
+    """NVML's energy counter of the training device, joules; only differences are meaningful."""
     handle = _nvml_handle()
     if handle is None:
         return None
@@ -190,7 +190,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def requested_bytes(error: BaseException) -> int | None:
-    """Bytes an out-of-memory message says were asked for, or None when it does not say."""
+    """The requested bytes in an out-of-memory message; None when it has none."""
     text = str(error)
     found = re.search(r"[Tt]ried to allocate (\d+) bytes", text)
     if found:
@@ -203,6 +203,6 @@ def requested_bytes(error: BaseException) -> int | None:
 
 
 def allocator_settings() -> dict[str, str]:
-    """Environment that changes how much the allocator holds for the same tensors."""
+    """Environment variables that change how much the allocator reserves for the same tensors."""
     names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "MALLOC_ARENA_MAX")
     return {name: os.environ[name] for name in names if name in os.environ}

@@ -1,4 +1,4 @@
-"""The record of one cell while it is being made: every phase written down as it ends."""
+"""The record of one cell while the cell runs; it is written at the start of every phase."""
 
 from __future__ import annotations
 
@@ -14,20 +14,22 @@ from harness.meters.memory.shards import ParameterSize
 from harness.meters.steps import Diverged
 from harness.ranks.progress_file import Progress
 from harness.ranks.state_files import Reporter, record_path
+from harness.records.part import Status
 from harness.records.provenance import now
-from harness.records.record import Failure, Record, Status
+from harness.records.ranks import Failure
+from harness.records.record import Record
 from harness.system.files import write_atomically
 from harness.system.interrupts import Interrupted
 from matrices.errors import first_line
 
-# How often progress is worth a file, seconds.
+# Seconds between two writes of the progress file.
 PROGRESS_SECONDS = 0.5
-# Of the time of training, what may go into writing down its steps.
+# The share of the training time that writing its steps may take.
 SAVING_SHARE = 0.02
 
 
 class Measurement:
-    """One cell, or one rank of it, on its way to a record in `output_dir`."""
+    """One running cell, or one of its ranks, whose record is in `output_dir`."""
 
     def __init__(
         self, record: Record, output_dir: Path, rank: int = 0, world_size: int = 1
@@ -42,7 +44,7 @@ class Measurement:
         record.reason = "still running"
 
     def enter(self, phase: str, message: str = "") -> None:
-        """A new phase begins: what is known so far is on disk before it does."""
+        """Begin a new phase; the record so far is written first."""
         self.record.phase = phase
         self.save()
         self.reporter.progress(phase=phase, step=None)
@@ -53,8 +55,8 @@ class Measurement:
         write_atomically(record_path(self.output_dir, self.rank), self.record.to_json())
 
     def save_steps(self, fill: Callable[[], None]) -> None:
-        """Have `fill` put the steps so far into the record, and write it: a killed worker leaves
-        them. A long record takes long to write; no more than a share of the time goes into it."""
+        """Let `fill` put the steps so far into the record, and write it, so that a killed worker
+        leaves them. Writing a long record takes at most SAVING_SHARE of the time."""
         began = time.monotonic()
         if began < self._steps_after:
             return
@@ -67,8 +69,8 @@ class Measurement:
         self.reporter.progress(step=number)
 
     def progress(self, **figures: Any) -> bool:
-        """Tell the runner: `step`, `steps`, `loss`, `tokens_per_second`, `message`. At most twice a
-        second; returns whether it was time. Of several ranks, the first one tells."""
+        """Write the progress file: `step`, `steps`, `loss`, `tokens_per_second`, `message`. The
+        first rank writes it, at most twice a second; returns whether it did."""
         if self.rank or time.monotonic() - self._progress_at < PROGRESS_SECONDS:
             return False
         self._progress_at = time.monotonic()
@@ -85,7 +87,7 @@ class Measurement:
         return 0 if status == "ok" else 1
 
     def fail(self, error: BaseException) -> int:
-        """Finish with what went wrong; everything measured until then stays."""
+        """Finish with an error; everything measured before it is kept."""
         status = status_of(error)
         message = first_line(error)
         self.record.failure = Failure(

@@ -18,7 +18,9 @@ from harness.meters.memory import shards
 from harness.meters.steps import TOP_TENSORS, CounterSteps, MemorySteps, StepClock, read_phase
 from harness.models import loading_info, model
 from harness.ranks import process_group
-from harness.records.record import TRAINING_PHASES, LiveTensor, Phase, PhaseMemory, Record
+from harness.records.memory import LiveTensor, PhaseMemory
+from harness.records.part import TRAINING_PHASES, Phase
+from harness.records.record import Record
 from harness.system.files import TEMPORARY_PREFIX
 from harness.train import (
     ObservedTrainer,

@@ -23,7 +23,7 @@ from harness import device
 from harness.data import preparation
 from harness.data.dataset import loss_arguments
 from harness.models.lora_layers import base_model
-from harness.records.record import Preparation
+from harness.records.speed import Preparation
 from matrices.cell import Cell, Train
 from matrices.rules.parallelism import reentrant
 

@@ -38,8 +38,8 @@ from harness.meters.steps import read_phase
 from harness.models import loading_info, model
 from harness.ranks import gather_records, launch_command, process_group
 from harness.records import provenance
-from harness.records.reading import CELL, RECORD
-from harness.records.record import Record, read_record
+from harness.records.reading import CELL, RECORD, read_record
+from harness.records.record import Record
 from harness.system import child_process, interrupts
 from harness.system.interrupts import Interrupted
 from harness.verify import identity

@@ -29,7 +29,7 @@ Rows = Iterator[tuple[int, dict[str, Any]]]
 
 
 class TrainingRows(NamedTuple):
-    """Rows under TRL's column names, how they were read, and the hub commit they are of, if any."""
+    """Rows under TRL's column names, their layout, and their hub commit, if any."""
 
     rows: Dataset
     layout: RowLayout
@@ -39,7 +39,7 @@ class TrainingRows(NamedTuple):
 def read_rows(data: Data) -> TrainingRows:
     """The training rows.
 
-    Raises UserError when the data or a column is not there, or a value cannot be trained on: with
+    Raises UserError when the data or a column is missing, or a value cannot be trained on: with
     file, row, column and value.
     """
     if data.source == PACKAGED:
@@ -72,8 +72,8 @@ def _check_path(path: Path) -> Path:
 
 
 def _read_json(path: Path, data: Data) -> TrainingRows:
-    """Rows of JSON are taken from the file itself. datasets would turn texts that look like dates
-    into times, read texts beside lists as JSON, and give each struct the keys of all others."""
+    """Read rows of JSON without datasets, which would turn texts that look like dates into times,
+    read texts beside lists as JSON, and give each struct the keys of all others."""
     limit = min(FIRST_ROWS, data.max_samples or FIRST_ROWS)
     first = list(islice(local_files.json_rows(path), limit))
     layout = local_files.infer_layout(data, first)
@@ -96,11 +96,11 @@ def _load_local(path: Path, data: Data) -> Dataset:
         )
     except Exception as error:
         if reader == "csv":
-            # It tells the row.
+            # This names the row.
             local_files.check_csv(data)
-        # The readers raise anything from JSONDecodeError to ArrowInvalid; the cause says it best.
+        # The readers raise many types, JSONDecodeError to ArrowInvalid; the cause is the clearest.
         said = str(error.__cause__ or error).strip().splitlines()
-        # Of a file without rows they say this, or raise a StopIteration without a word.
+        # For a file without rows they raise this, or a StopIteration without a message.
         if not said or "corresponds to no data" in said[0]:
             raise UserError(f"{path} has no rows", key="data.source") from error
         raise UserError(
@@ -113,7 +113,7 @@ def _load_hub(data: Data) -> Dataset:
     try:
         rows = load_dataset(data.source, data.config, split=data.split, revision=data.revision)
     except Exception as error:
-        # From a name that does not exist to no network; datasets' own first line tells which.
+        # An unknown name, no network...: the first line of datasets' message says which.
         raise UserError(
             f"{data.source!r} is neither {PACKAGED!r} nor a local file, and the hub does not give "
             f"it: {first_line(error)}",
@@ -133,8 +133,8 @@ def _load_hub(data: Data) -> Dataset:
 
 
 def commit(rows: Dataset) -> str | None:
-    """The hub commit that rows were read from: the directory datasets keeps them in has its name;
-    none for other rows."""
+    """The hub commit that rows were read from, which is the name of their directory in datasets'
+    cache; None for other rows."""
     names = [Path(file["filename"]).parent.name for file in rows.cache_files]
     return names[0] if names and hub.COMMIT.fullmatch(names[0]) else None
 
@@ -144,7 +144,7 @@ def _data_directory() -> Path:
 
 
 def _standardize(table: Dataset, layout: RowLayout, source: str) -> Dataset:
-    """The table under TRL's names, as it is stored where that is right already."""
+    """The table under TRL's column names; its values are unchanged where they are right already."""
     renamed = dict(zip(layout.columns, _standard_columns(layout), strict=False))
     plain = table.select_columns(list(renamed)).rename_columns(
         {old: new for old, new in renamed.items() if old != new}
@@ -177,7 +177,7 @@ def _is_all_text(table: Dataset) -> bool:
 
 
 def _drop_null_tool_keys(row: dict[str, Any]) -> dict[str, Any]:
-    """A table stores each tool with the keys of all tools; those that are null are not its own."""
+    """Remove null keys of tools: a table stores each tool with the keys of all tools."""
     return {**row, "tools": _without_nulls(row["tools"])} if "tools" in row else row
 
 
@@ -230,7 +230,7 @@ def _encode(rows: Callable[[], Rows], layout: RowLayout, source: str) -> Iterato
 
 
 def _features(layout: RowLayout) -> Any:
-    # Newer than the datasets of some stacks that are predicted, which read no rows.
+    # Some stacks that are predicted have an older datasets without these; they read no rows.
     from datasets import Features, Json, List, Value
 
     held = List(Json()) if layout.conversational else Value("string")
@@ -243,7 +243,7 @@ def _features(layout: RowLayout) -> Any:
 
 
 def loss_arguments(data: Data, columns: Sequence[str]) -> dict[str, bool]:
-    """TRL's two switches for where the loss is: never left to its own guess.
+    """TRL's two arguments that choose the tokens with a loss, both always given.
 
     Raises UserError when completion-only loss is asked of plain text.
     """
@@ -260,8 +260,8 @@ def loss_arguments(data: Data, columns: Sequence[str]) -> dict[str, bool]:
 
 
 def provenance(data: Data, training: TrainingRows) -> dict[str, str]:
-    """Which rows were trained on: their number, the sha256 of their content in order, the columns
-    they were read from, and as what."""
+    """Provenance of the training rows: their number, the sha256 of their content in order, the
+    columns they were read from, and their format."""
     digest = hashlib.sha256()
     for row in training.rows:
         digest.update(repr(sorted(row.items())).encode())

@@ -1,6 +1,6 @@
-"""Local data files: rows of JSON, and what is wrong with a file, row by row.
+"""Local data files: rows of JSON, and errors of a file with their rows.
 
-Light on purpose (no torch, no datasets), so that a plan can look at the first rows.
+Light (no torch, no datasets), so that a plan can check the first rows.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from matrices.errors import UserError, first_line
 from matrices.files.data_format import RowLayout, layout_of
 
 READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-# Rows from which the columns of a JSON file are told, and those a plan looks at.
+# How many rows give the columns of a JSON file; a plan checks as many.
 FIRST_ROWS = 1000
 # Cells of a CSV that pandas takes for missing values (its documented na_values).
 MISSING_VALUES = frozenset(
@@ -36,8 +36,7 @@ UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
 
 def check_first_rows(data: Data) -> None:
-    """What the first rows of a local file show to be wrong; the rest waits for preflight, as data
-    that is no local file does.
+    """Check the first rows of a local file. Preflight checks the other rows, and all other data.
 
     Raises UserError with the row, counted from 1 (the line of a JSONL file), the column and the
     value.
@@ -55,7 +54,7 @@ def check_first_rows(data: Data) -> None:
 
 
 def infer_layout(data: Data, rows: Sequence[tuple[int, dict[str, Any]]]) -> RowLayout:
-    """The layout that the first rows of a file show. Raises UserError."""
+    """The layout of a file, from its first rows. Raises UserError."""
     if not rows:
         raise UserError(f"{data.source} has no rows", key="data.source")
     columns = list(dict.fromkeys(column for _, row in rows for column in row))
@@ -68,7 +67,7 @@ def infer_layout(data: Data, rows: Sequence[tuple[int, dict[str, Any]]]) -> RowL
 def standardize_row(
     source: str, number: int, row: dict[str, Any], layout: RowLayout
 ) -> dict[str, Any]:
-    """`data_rows.standard_row`, whose BadValue becomes a UserError with file and row."""
+    """`standard_row`, whose BadValue becomes a UserError with file and row."""
     try:
         return standard_row(row, layout)
     except BadValue as error:
@@ -101,7 +100,7 @@ def json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 class _DuplicateKey(Exception):
-    """An object has a key twice, which JSON readers take for either of the two."""
+    """An object has a key twice; JSON readers use either of the two."""
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -146,7 +145,7 @@ def _json_list(path: Path, text: str, line: int) -> Iterator[tuple[int, Any]]:
 def _json_stream(
     path: Path, text: str, line: int, failed: json.JSONDecodeError
 ) -> Iterator[tuple[int, Any]]:
-    """Objects one after the other from this line on; `failed` is why the line alone is none."""
+    """Consecutive objects from this line on; `failed` is the error of parsing the line alone."""
     decoder = json.JSONDecoder(object_pairs_hook=_unique_keys)
     space, at, first = re.compile(r"\s*"), 0, True
     while (at := space.match(text, at).end()) < len(text):  # type: ignore[union-attr]
@@ -229,8 +228,8 @@ def _row_of_line(path: Path, line: int) -> str:
 
 
 def check_csv(data: Data, limit: int | None = None) -> None:
-    """What pandas reads without a word, and wrong: another delimiter, a column that is there
-    twice, or a row with more fields than the header. Raises UserError."""
+    """Raise UserError for a CSV that pandas would silently misread: another delimiter, a column
+    name that occurs twice, or a row with more fields than the header."""
     path = Path(data.source).expanduser()
     records = _csv_records(path)
     header = next(records, [])
@@ -245,7 +244,7 @@ def check_csv(data: Data, limit: int | None = None) -> None:
         if header.count(column) > 1:
             raise _file_error(path, f"has the column {column!r} twice; rename or remove one")
     for number, record in enumerate(islice(records, limit), 1):
-        # R writes row names without naming their column; pandas reads that as it is meant.
+        # R writes row names without a column name; pandas reads them correctly.
         row_names = len(record) == len(header) + 1 and record[0] == str(number)
         if len(record) > len(header) and not row_names:
             what = f"row {number} has {len(record)} fields and the header {len(header)}"
@@ -253,7 +252,7 @@ def check_csv(data: Data, limit: int | None = None) -> None:
 
 
 def csv_cell(path: Path, row: int, column: str) -> str | None:
-    """What is written in a cell, rows counted from 1; None where there is nothing."""
+    """The text of a cell, rows counted from 1; None where the row has no such field."""
     records = _csv_records(path)
     at = next(records).index(column)
     record = next(islice(records, row - 1, None), [])
@@ -275,15 +274,15 @@ def _csv_records(path: Path) -> Iterator[list[str]]:
 
 
 def _first_csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The first rows with what pandas makes of them, as far as these rows tell: missing values,
-    and a short column of nothing but numbers."""
+    """The first rows with pandas' conversions: missing values, and columns of numbers alone if the
+    file is short."""
     records = _csv_records(path)
     header = next(records, [])
     width = len(header)
-    # Row names, where R wrote some, come before the columns.
+    # Row names written by R come before the columns.
     rows = [record[-width:] for record in islice(records, FIRST_ROWS + 1)]
-    seen_whole = len(rows) <= FIRST_ROWS
-    numbers = {at for at in range(width) if seen_whole and _all_numbers(rows, at)}
+    is_short = len(rows) <= FIRST_ROWS
+    numbers = {at for at in range(width) if is_short and _all_numbers(rows, at)}
     for number, row in enumerate(rows[:FIRST_ROWS], 1):
         fields: list[Any] = [None if field in MISSING_VALUES else field for field in row]
         for at in numbers.intersection(range(len(row))):
@@ -292,8 +291,8 @@ def _first_csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _all_numbers(rows: Sequence[Sequence[str]], at: int) -> bool:
-    there = [row[at] for row in rows if at < len(row) and row[at] not in MISSING_VALUES]
-    return bool(there) and all(NUMBER.fullmatch(cell) for cell in there)
+    values = [row[at] for row in rows if at < len(row) and row[at] not in MISSING_VALUES]
+    return bool(values) and all(NUMBER.fullmatch(cell) for cell in values)
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -1,7 +1,7 @@
-"""What TRL's preparation made of the rows, counted on the data sets it made itself.
+"""TRL's preparation of the rows, with counts of what it kept, truncated and dropped.
 
-TRL tokenizes, cuts, drops and packs in one call. Asked twice, first to tokenize only and then to do
-the rest with what came out, it does the same work once, and what lies between can be looked at.
+TRL tokenizes, truncates, drops and packs in one call. Here it is called twice: first to tokenize,
+then for the rest. It does the same work, and the tokenized rows in between can be counted.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset
 
-from harness.records.record import Preparation
+from harness.records.speed import Preparation
 from matrices.errors import UserError
 
 BATCH_ROWS = 10_000
 
 
 class Labels(NamedTuple):
-    """The labels of some rows, end to end: where each row starts, its length, and how many of all
-    labels before a position are no -100."""
+    """The concatenated labels of some rows: where each row starts, its length, and for each
+    position the number of labels before it that are not -100."""
 
     starts: Any
     lengths: Any
@@ -41,10 +41,10 @@ def prepare_and_count(
     packing: bool,
     *rest: Any,
 ) -> tuple[Dataset, Preparation | None]:
-    """What TRL's `_prepare_dataset` makes of `rows`, and the count of what happened to them; none
-    of a TRL that leaves labels to its collator.
+    """The result of TRL's `_prepare_dataset` for `rows`, and its counts; None for a TRL whose
+    collator makes the labels.
 
-    Raises UserError when nothing is left that could be learnt.
+    Raises UserError when no token with a loss remains.
     """
     only_tokenize = copy.copy(args)
     only_tokenize.max_length = None
@@ -53,33 +53,35 @@ def prepare_and_count(
     if tokenized is None or not {"input_ids", "labels"} <= set(tokenized.column_names):
         tokenized = None
     start = rows if tokenized is None else tokenized
-    made = prepare(start, processing_class, args, packing, *rest)
-    if "labels" not in made.column_names:
-        return made, None
-    counted = _count_prepared(len(rows), made)
+    prepared = prepare(start, processing_class, args, packing, *rest)
+    if "labels" not in prepared.column_names:
+        return prepared, None
+    counted = _count_prepared(len(rows), prepared)
     if tokenized is not None:
         strategy = args.packing_strategy if packing else None
         _count_truncated(counted, tokenized, args, strategy)
         if strategy is None:
-            _count_dropped(counted, made)
+            _count_dropped(counted, prepared)
     _check_loss_tokens(counted, args.max_length)
-    return made, counted
+    return prepared, counted
 
 
-def _count_prepared(read: int, made: Dataset) -> Preparation:
+def _count_prepared(read: int, prepared: Dataset) -> Preparation:
     """Sequences, tokens and predicted tokens of the data that is trained on."""
     tokens = loss_tokens = 0
-    for labels, documents in _batches(made):
+    for labels, documents in _batches(prepared):
         tokens += int(labels.lengths.sum())
         starts = np.concatenate([[0], documents.cumsum()[:-1]]).astype(np.int64)
         # Labels are shifted: the first token of a row, or of a document kept apart, is predicted
         # by nothing.
         loss_tokens += int(labels.within(starts + (documents > 0), starts + documents).sum())
-    return Preparation(rows_read=read, sequences=len(made), tokens=tokens, loss_tokens=loss_tokens)
+    return Preparation(
+        rows_read=read, sequences=len(prepared), tokens=tokens, loss_tokens=loss_tokens
+    )
 
 
 def _batches(rows: Dataset) -> Iterator[tuple[Labels, Any]]:
-    """Labels of the rows, and the lengths of the documents that they are made of."""
+    """Labels of the rows, and the lengths of the documents that they are prepared of."""
     if len(rows) == 0:
         return
     apart = "seq_lengths" in rows.column_names
@@ -100,7 +102,7 @@ def _batches(rows: Dataset) -> Iterator[tuple[Labels, Any]]:
 def _count_truncated(
     counted: Preparation, tokenized: Dataset, args: Any, strategy: str | None
 ) -> None:
-    """Rows longer than they may be, and those that lose all of their labels by it."""
+    """Count the rows longer than max_length, and those of them that lose all their labels."""
     longest = args.max_length
     counted.tokens_read = counted.rows_truncated = counted.rows_cut_off = counted.rows_kept = 0
     for labels, _ in _batches(tokenized):
@@ -108,23 +110,25 @@ def _count_truncated(
         long = np.zeros(len(labels.lengths), bool) if longest is None else labels.lengths > longest
         counted.rows_kept += int((labels.lengths > 0).sum())
         if strategy in ("wrapped", "bfd_split"):
-            continue  # cut into parts, all of which are kept
+            continue  # these split long rows and keep all parts
         starts, ends = labels.starts, labels.starts + labels.lengths
         if getattr(args, "truncation_mode", "keep_start") == "keep_end" and strategy is None:
-            left = labels.within(np.where(long, ends - (longest or 0), starts), ends)
+            labels_left = labels.within(np.where(long, ends - (longest or 0), starts), ends)
         else:
-            left = labels.within(starts, np.where(long, starts + (longest or 0), ends))
-        cut_off = long & (left == 0) & (labels.within(starts, ends) > 0)
+            labels_left = labels.within(starts, np.where(long, starts + (longest or 0), ends))
+        cut_off = long & (labels_left == 0) & (labels.within(starts, ends) > 0)
         counted.rows_cut_off += int(cut_off.sum())
-        # What is packed keeps its place without any label.
-        counted.rows_truncated += int((long & (left > 0) if strategy is None else long).sum())
+        # Packed rows are kept even without labels.
+        counted.rows_truncated += int(
+            (long & (labels_left > 0) if strategy is None else long).sum()
+        )
     counted.rows_dropped = counted.rows_read - counted.rows_kept
 
 
-def _count_dropped(counted: Preparation, made: Dataset) -> None:
-    """Without packing every row that is left is a row of the data."""
-    counted.rows_kept = len(made)
-    counted.rows_dropped = counted.rows_read - len(made)
+def _count_dropped(counted: Preparation, prepared: Dataset) -> None:
+    """Count dropped rows: without packing every prepared row is a row of the data."""
+    counted.rows_kept = len(prepared)
+    counted.rows_dropped = counted.rows_read - len(prepared)
 
 
 def _check_loss_tokens(counted: Preparation, max_length: int | None) -> None:

@@ -1,7 +1,7 @@
-"""One row as it is stored to the row that TRL takes; what it cannot take is refused by name.
+"""Convert a stored row to TRL's format; a value that TRL cannot use is refused with its column.
 
-Values that are right are passed on unchanged. Two published formats are translated: Alpaca into
-prompt and completion, ShareGPT into messages.
+Valid values stay unchanged. Two published formats are converted: Alpaca to prompt and completion,
+ShareGPT to messages.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from matrices.files.data_format import ALPACA_INPUT, RowLayout
 
 # The two prompts of Stanford Alpaca (github.com/tatsu-lab/stanford_alpaca, train.py). The
-# completion follows at once, as there.
+# completion follows without a space, as in that code.
 ALPACA_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further "
     "context. Write a response that appropriately completes the request.\n\n"
@@ -35,14 +35,14 @@ SHAREGPT_ROLES = {
     "tool": "tool",
     "observation": "tool",
 }
-# What an assistant's turn may hold in place of content; the template has to render it.
+# Keys that an assistant's turn may have instead of content; the template must render them.
 CONTENT_ALTERNATIVES = ("tool_calls", "function_call", "reasoning_content", "thinking")
 SHOWN_CHARACTERS = 40
 NULL = "is null"
 
 
 class BadValue(Exception):
-    """A value that cannot be trained on: its column, what it is, and what would be right."""
+    """A value that cannot be trained on: its column, the problem, and the fix."""
 
     def __init__(self, column: str, what: str, fix: str) -> None:
         super().__init__(f"column {column!r} {what}; {fix}")
@@ -53,7 +53,7 @@ class BadValue(Exception):
 def standard_row(row: Mapping[str, Any], layout: RowLayout) -> dict[str, Any]:
     """The row under TRL's names: `text`, `prompt` and `completion`, or `messages`.
 
-    `tools` (a JSON list) and `chat_template_kwargs` are there only where the row has some. Raises
+    `tools` (a JSON list) and `chat_template_kwargs` are present only where the row has some. Raises
     BadValue.
     """
     if layout.conversational:
@@ -65,7 +65,7 @@ def standard_row(row: Mapping[str, Any], layout: RowLayout) -> dict[str, Any]:
 
 
 def describe_value(value: Any) -> str:
-    """`is null`, `is the number 1`, ...: a value in the words of a message."""
+    """`is null`, `is the number 1`, ...: a value as a message describes it."""
     if value is None:
         return NULL
     if isinstance(value, bool):
@@ -109,7 +109,7 @@ def _text(row: Mapping[str, Any], column: str) -> str:
 
 
 def _text_fix(value: Any) -> str:
-    """How to store as text what is none."""
+    """How to store a value as text."""
     if isinstance(value, int | float):
         return "write it in quotes in a JSONL file (a CSV column of numbers is read as numbers)"
     return "store it as text"

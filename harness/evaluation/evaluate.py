@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from harness.evaluation.score_precision import SOFTMAX_DTYPE
-from harness.records.record import Generation, Metric, Recipe, TaskScore
+from harness.records.quality import Generation, Metric, Recipe, TaskScore
 from matrices.cell import Evaluate
 from matrices.errors import UserError, nearest
 
@@ -23,7 +23,7 @@ WEIGHTED_METRICS = ("bits_per_byte", "byte_perplexity", "word_perplexity")
 
 class Scores(NamedTuple):
     """`tasks` holds groups too, before their tasks. `samples`: one row per task, document and
-    metric; see `sample_rows`. `missing`: metrics that are no number, with the reason."""
+    metric; see `sample_rows`. `missing`: metrics that are not numbers, with the reason."""
 
     tasks: dict[str, TaskScore]
     samples: pd.DataFrame
@@ -35,7 +35,7 @@ def task_manager(evaluate: Evaluate) -> Any:
     """An lm-eval index that knows the recipe's tasks.
 
     lm-eval's own thousands of tasks are left out when the shipped tasks and the user's cover the
-    recipe. Raises UserError for a directory that is not there.
+    recipe. Raises UserError for a missing directory.
     """
     from harness.evaluation.task_index import manager
 
@@ -46,10 +46,10 @@ def task_manager(evaluate: Evaluate) -> Any:
                 f"{evaluate.include_path} is not a directory", key="evaluate.include_path"
             )
         paths.append(evaluate.include_path)
-    near = manager(paths, own=False)
+    near = manager(paths, include_defaults=False)
     if all(name in near.task_index for name in evaluate.tasks):
         return near
-    return manager(paths, own=True)
+    return manager(paths, include_defaults=True)
 
 
 def unknown_tasks(evaluate: Evaluate) -> list[UserError]:
@@ -98,7 +98,7 @@ def score(model: Any, tokenizer: Any, evaluate: Evaluate) -> Scores:
 
 
 def _logits_dtype(lm: Any) -> str:
-    """Of the logits that lm-eval's softmax is given, seen on one token."""
+    """The dtype of the logits that lm-eval's softmax receives, read from one token."""
     import torch
 
     logits = lm._model_call(torch.zeros((1, 1), dtype=torch.long, device=lm.device))
@@ -113,7 +113,7 @@ def task_scores(results: dict[str, Any]) -> dict[str, TaskScore]:
 
 
 def non_numeric_metrics(results: dict[str, Any]) -> dict[str, str]:
-    """The metrics that lm-eval gives as something else than a number, by their dotted name."""
+    """Reasons for the metrics that lm-eval does not give as numbers, by their dotted names."""
     found = {}
     for task in results["samples"]:
         for name, filter_name, value in _metrics(results["results"][task]):
@@ -158,20 +158,20 @@ def _leaves(group: str, subtasks: dict[str, list[str]]) -> list[str]:
     ]
 
 
-def _metric_values(name: str, values: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
+def _metric_values(task: str, values: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
     """The metrics of a task or group, and which way each is better."""
     metrics = {}
     better = {}
-    directions = results["higher_is_better"].get(name) or {}
+    directions = results["higher_is_better"].get(task) or {}
     for metric, filter_name, raw in _metrics(values):
         value = _as_float(raw)
         if value is None:
             continue
         stderr = _as_float(values.get(f"{metric}_stderr,{filter_name}"))
-        told = _metric_name(metric, filter_name)
-        metrics[told] = Metric(value=value, stderr=stderr)
+        name = _metric_name(metric, filter_name)
+        metrics[name] = Metric(value=value, stderr=stderr)
         if directions.get(metric) is not None:
-            better[told] = bool(directions[metric])
+            better[name] = bool(directions[metric])
     return {"metrics": metrics, "higher_is_better": better}
 
 
@@ -184,7 +184,7 @@ def _metrics(values: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
 
 
 def _as_float(value: Any) -> float | None:
-    """A plain number, numpy's or torch's, as a float; none for anything else."""
+    """A number of Python, numpy or torch as a float; None for anything else."""
     if isinstance(value, int | float):
         return float(value)
     if getattr(value, "shape", None) == () and hasattr(value, "item"):
@@ -198,7 +198,7 @@ def _metric_name(name: str, filter_name: str) -> str:
 
 def task_hash(samples: list[dict[str, Any]], version: str) -> str:
     """sha256 of the task's version and of every document's prompt and target, in order: two
-    scores with the same hash answered the same questions, asked the same way."""
+    scores with the same hash are of the same prompts."""
     asked = [(s["doc_hash"], s["prompt_hash"], s["target_hash"], s["filter"]) for s in samples]
     return hashlib.sha256(json.dumps([version, asked]).encode()).hexdigest()
 

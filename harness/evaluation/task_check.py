@@ -1,4 +1,4 @@
-"""Whether lm-eval will score a recipe's tasks, asked before anything is trained."""
+"""Check before training that lm-eval can score a recipe's tasks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from matrices.errors import UserError, first_line
 
 def check_tasks(recipe: Evaluate) -> None:
     """Load the tasks, documents and all. Raises UserError for what lm-eval would refuse after the
-    training: a dataset that cannot be had, a task that is asked for twice (alone and in a group),
+    training: a dataset that cannot be loaded, a task that is listed twice (alone and in a group),
     one that runs code or needs images."""
     manager = evaluate.task_manager(recipe)
     together: list[Any] = []

@@ -1,8 +1,7 @@
 """lm-eval's index of its own 13,000 task files, kept in the cache.
 
-Indexing them takes 13 s, reading the kept index 0.2 s: it is made once per installed lm-eval, and
-every cell of every sweep reads it. Only names and places are kept; the task itself is always
-loaded from its file.
+Indexing them takes 13 s, reading the cached index 0.2 s. It is built once per installed lm-eval and
+holds names and paths only; a task is always loaded from its file.
 """
 
 from __future__ import annotations
@@ -42,11 +41,11 @@ def default_index() -> dict[str, Entry]:
     return index
 
 
-def manager(directories: list[str], own: bool) -> TaskManager:
-    """An lm-eval task manager of these directories, and of lm-eval's own tasks if `own`: what is in
-    a directory overrides what comes before, as in lm-eval."""
+def manager(directories: list[str], include_defaults: bool) -> TaskManager:
+    """An lm-eval task manager of these directories, and of lm-eval's own tasks if
+    `include_defaults`. As in lm-eval, later directories override earlier ones."""
     found = TaskManager(include_path=directories, include_defaults=False)
-    if own:
+    if include_defaults:
         nearer = dict(found.task_index)
         found.task_index.clear()
         found.task_index.update(default_index() | nearer)
@@ -59,7 +58,7 @@ def _entry(name: str, kind: str, place: str | None, tags: list[str]) -> Entry:
 
 
 def _write(path: Path, index: dict[str, Entry]) -> None:
-    """Write the index down; a cache that cannot be written costs the time again, nothing else."""
+    """Write the index; without a writable cache it is built again."""
     plain: dict[str, Any] = {}
     for name, entry in index.items():
         place = entry.yaml_path

@@ -1,7 +1,7 @@
-"""What each micro batch holds, counted when it is collated and carried along with it.
+"""The token counts of each micro batch, taken when it is collated and attached to it.
 
-Batches are fetched ahead (by accelerate's loader, by the Trainer for a whole accumulation window,
-by the loader's workers): a count belongs to the batch it was taken of, never to a place in a list.
+Batches are prefetched (by accelerate's loader, by the Trainer for a whole accumulation window, by
+the loader's workers), so a count must travel with its batch.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from harness.meters.rates import TokenCount
 
 
 class CountedBatch(dict[str, Any]):
-    """A batch with its count. Loader workers, pinning and moving to a device keep both."""
+    """A batch with its count. Loader workers, pinning and moving to a device keep the count."""
 
     count: TokenCount | None = None
 
-    def to(self, device: Any, **how: Any) -> CountedBatch:
+    def to(self, device: Any, **kwargs: Any) -> CountedBatch:
         """The batch on `device`, as accelerate would move a plain dict."""
-        moved = CountedBatch(send_to_device(dict(self), device, **how))
+        moved = CountedBatch(send_to_device(dict(self), device, **kwargs))
         moved.count = self.count
         return moved
 
 
 class CountingCollator:
-    """A collator, and the count of every batch it makes. Counts are taken before a batch goes to
-    the device, so that none costs a synchronization."""
+    """A collator that also counts the tokens of its batches. It counts before a batch goes to the
+    device, so that no count costs a synchronization."""
 
     def __init__(self, collator: Any) -> None:
         self._collator = collator
@@ -41,14 +41,14 @@ class CountingCollator:
 
 
 def count_of(inputs: dict[str, Any]) -> Any:
-    """The count that a batch carries. One that was put together anew on the way (by a loader that
-    dispatches from one process) is counted here; its figures may still be on the device."""
+    """The count of a batch. A batch that a loader rebuilt (one that dispatches from one process) is
+    counted here; its figures may still be on the device."""
     count = getattr(inputs, "count", None)
     return count_tokens(inputs, len(inputs["input_ids"])) if count is None else count
 
 
 def total(counts: list[Any]) -> TokenCount:
-    """The sum of what `count_of` returned; reads what is still on the device."""
+    """The sum of counts that `count_of` returned; it reads those that are still on the device."""
     return rates.total([_as_integers(count) for count in counts])
 
 

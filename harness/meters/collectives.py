@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from harness.meters.memory.ledger import wraps_tensors
-from harness.records.record import Communication
+from harness.records.ranks import Communication
 
 NAMESPACES = ("c10d", "_c10d_functional", "_c10d_functional_autograd")
 # Collectives without tensors of the model.

@@ -1,4 +1,4 @@
-"""How busy everybody else kept the processors while something was timed."""
+"""The processor time of other processes while something is timed."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import psutil
 def foreign_share(all_busy: float, own_busy: float, available: float) -> float | None:
     """(busy seconds of all - of this process) / processor seconds available.
 
-    None when the system's account is short of this process's own: some virtual machines count
-    little or nothing. Clock ticks of 10 ms may put it a little below, which is 0.
+    None when the system counts less than this process used: some virtual machines count little or
+    nothing. With clock ticks of 10 ms the result may be slightly negative, which counts as 0.
     """
     if available <= 0 or all_busy < 0.95 * own_busy - 0.05:
         return None

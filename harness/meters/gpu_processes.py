@@ -1,4 +1,4 @@
-"""Which processes hold memory on which GPU, as NVML tells it. Light: no torch."""
+"""The processes with memory on each GPU, as NVML reports them. Light: no torch."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from harness.records import provenance
 
 
 class Occupant(NamedTuple):
-    """A process that computes on a GPU. `bytes` is none where the driver does not tell (WSL,
-    containers); `name` is empty for a process that cannot be seen from here."""
+    """A process that computes on a GPU. `bytes` is None where the driver does not report them (WSL,
+    containers); `name` is empty for a process of another container."""
 
     uuid: str
     gpu: str
@@ -30,7 +30,7 @@ def occupants(uuids: Collection[str]) -> list[Occupant]:
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
-        return []  # it answered before: the driver is being reloaded, and holds nothing
+        return []  # it answered before: the driver is being reloaded
     try:
         return [found for uuid in uuids for found in _on(pynvml, uuid)]
     finally:
@@ -43,7 +43,7 @@ def _on(pynvml: Any, uuid: str) -> list[Occupant]:
         gpu = str(pynvml.nvmlDeviceGetName(handle))
         running = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
     except pynvml.NVMLError:
-        return []  # not every driver model tells (WSL, virtual GPUs)
+        return []  # some driver models do not report them (WSL, virtual GPUs)
     return [
         Occupant(uuid, gpu, int(each.pid), process_name(each.pid), _bytes(each)) for each in running
     ]
@@ -54,7 +54,7 @@ def _bytes(running: Any) -> int | None:
 
 
 def process_name(pid: int) -> str:
-    """The name of a process; empty when there is none of this pid to be seen."""
+    """The name of a process; empty when no process of this pid is visible."""
     try:
         return psutil.Process(pid).name()
     except psutil.Error:

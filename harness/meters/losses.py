@@ -1,20 +1,20 @@
-"""What the recorded loss of a step is, and where it is not the mean over its predicted tokens."""
+"""How the recorded loss of a step is normalized, and what else it contains."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from harness.records.record import Steps
+from harness.records.speed import Steps
 
 
 def labelled_losses(losses: Sequence[float], loss_tokens: Sequence[int]) -> list[float | None]:
-    """Losses; none of a step without a token that carries a label, which TRL calls 0.0."""
+    """The losses; None for a step without labelled tokens, whose loss TRL reports as 0.0."""
     return [loss if tokens else None for loss, tokens in zip(losses, loss_tokens, strict=True)]
 
 
 def explain_missing_losses(losses: Sequence[float | None]) -> str | None:
-    """The reason why some steps have no loss; none when all have one."""
+    """The reason why some steps have no loss; None when all have one."""
     without = [str(step) for step, loss in enumerate(losses, start=1) if loss is None]
     if not without:
         return None
@@ -26,19 +26,19 @@ def explain_missing_losses(losses: Sequence[float | None]) -> str | None:
 
 
 def normalization(ranks: Sequence[Steps]) -> str | None:
-    """What the loss was divided by, if not by the number of tokens that are predicted in the step
-    over all ranks; `ranks` are the steps as each rank counted them."""
+    """What the loss was divided by; None when it was the number of predicted tokens of the step
+    over all ranks. `ranks` are the steps as each rank counted them."""
     tokens = [sum(counted) for counted in zip(*(each.tokens_loss for each in ranks), strict=True)]
     steps = [step for step, number in enumerate(tokens) if number]
     divisors = [[each.loss_divisor[step] for step in steps] for each in ranks]
     predicted = [tokens[step] for step in steps]
-    if all(told == predicted for told in divisors):
+    if all(each == predicted for each in divisors):
         return None
-    if all(divisor is None for told in divisors for divisor in told):
+    if all(divisor is None for each in divisors for divisor in each):
         several = any(sum(each.micro_batches[step] for each in ranks) > 1 for step in steps)
         return MICRO_BATCH_MEANS if several else None
-    own = [[each.tokens_loss[step] for step in steps] for each in ranks]
-    if divisors == own:
+    per_rank = [[each.tokens_loss[step] for step in steps] for each in ranks]
+    if divisors == per_rank:
         return RANK_MEANS
     divided = sum(divisor for divisor in divisors[0] if divisor is not None)
     if divided <= sum(predicted):
@@ -59,7 +59,7 @@ RANK_MEANS = "the mean over ranks of each one's mean over its predicted tokens"
 
 
 def extra_loss_terms(trainer: Any) -> list[str]:
-    """What the loss holds beside the cross entropy, as found on TRL's trainer."""
+    """Terms of the loss other than the cross entropy, read from TRL's trainer."""
     terms = []
     if getattr(trainer, "aux_loss_enabled", False):
         terms.append(f"load balancing of the experts, times {trainer.router_aux_loss_coef:g}")

@@ -8,7 +8,8 @@ from typing import Any
 from harness import device
 from harness.meters import losses
 from harness.meters.rates import TokenCount, quartiles, tflops_per_second, total
-from harness.records.record import Record, Steps, Tokens
+from harness.records.record import Record
+from harness.records.speed import Steps, Tokens
 from matrices.cell import Train
 
 NO_PEAK_RATE = "no published peak rate is known for this device"
@@ -29,7 +30,7 @@ def warmup_steps(train: Train) -> int:
 
 
 def fill_speed(record: Record, clock: Any) -> None:
-    """Put what a StepClock saw into `record`, complete or not.
+    """Put the figures of a StepClock into `record`, complete or not.
 
     Rates are totals over totals (tokens of the timed steps / seconds of the timed steps), never
     means of per-step rates.
@@ -67,8 +68,8 @@ def fill_speed(record: Record, clock: Any) -> None:
 
 
 def _fill_steps(record: Record, clock: Any) -> None:
-    """What each step was made of, and its loss. A rank knows nothing of the others' labels: until
-    all are put together, each keeps its own share of every loss."""
+    """Fill in what each step consisted of, and its loss. A rank does not know the labels of the
+    others: until all ranks are gathered, each has its own share of every loss."""
     counts: list[TokenCount] = clock.counts
     record.steps = Steps(
         micro_batches=[count.micro_batches for count in counts],
@@ -91,8 +92,8 @@ def _fill_steps(record: Record, clock: Any) -> None:
 
 
 def record_losses(record: Record, together: Sequence[float], ranks: Sequence[Steps]) -> None:
-    """The losses over all ranks, as far as there were labels, and what they are divided by;
-    `record.steps` holds the counts of all."""
+    """Record the losses over all ranks, None without labels, and their normalization;
+    `record.steps` must hold the counts of all ranks."""
     record.quality.train_loss = losses.labelled_losses(together, record.steps.tokens_loss)
     record.verified.loss_normalization = losses.normalization(ranks)
     reason = losses.explain_missing_losses(record.quality.train_loss)
@@ -101,8 +102,8 @@ def record_losses(record: Record, together: Sequence[float], ranks: Sequence[Ste
 
 
 def _fill_flops(record: Record, timed: Sequence[TokenCount], seconds: float) -> None:
-    """Operations were counted on whole, full-length steps; they stand for the timed ones only when
-    each of those was one."""
+    """FLOPs were counted on full-length steps; they hold for the timed steps only when each of
+    these was full-length too."""
     train, data, speed = record.cell.train, record.cell.data, record.speed
     assert train is not None
     assert data is not None
@@ -119,13 +120,13 @@ def _fill_flops(record: Record, timed: Sequence[TokenCount], seconds: float) -> 
 
 
 def record_device_peak(record: Record) -> None:
-    """The timed steps' own device peak. It stays beside the headline: nobody knows in which of
-    their phases it was, or what lived then."""
+    """Record the device peak of the timed steps. It is not the headline: its phase and its live
+    tensors are unknown."""
     record.memory.timed_peak_bytes = device.peaks().allocated_bytes
 
 
 def explain_missing(record: Record) -> None:
-    """Say why the meters that do not exist here gave nothing."""
+    """Record why the meters that do not exist here gave no figure."""
     if not device.has_cuda():
         record.missing["memory.timed_peak_bytes"] = device.NO_CUDA
         for name in ("allocated_peak_bytes", "reserved_peak_bytes"):

@@ -24,7 +24,8 @@ from harness.meters.energy import Energy, EnergyMeter
 from harness.meters.foreign_cpu import ForeignCpuMeter
 from harness.meters.memory import ledger, shards
 from harness.meters.rates import TokenCount
-from harness.records.record import Communication, PhaseMemory
+from harness.records.memory import PhaseMemory
+from harness.records.ranks import Communication
 from harness.train import Observer, StepFacts, inner_optimizer
 from harness.verify.checkpointing import Recomputation
 
@@ -99,8 +100,8 @@ class StepClock(Observer):
         self.meter_seconds += self._since - now
 
     def _store_step(self) -> float:
-        """File what the step was made of; returns its loss. Nothing is asked of the device before
-        this."""
+        """Store what the step consisted of; returns its loss. No value is read from the device
+        before this."""
         self.counts.append(batches.total(self._counted))
         self.divisors.append(_number(self._divisor))
         if self._facts is not None:

@@ -1,7 +1,7 @@
-"""What a model directory holds, told from its files before anything is loaded.
+"""The content of a model directory, read from its files before anything is loaded.
 
-Light on purpose (no torch): config.json, the headers of the weights and their sizes, in
-milliseconds. What transformers would read is found the way it finds it, in the same order.
+Light (no torch): it reads config.json, the headers of the weights and their sizes, in milliseconds.
+It looks for files in the same order as transformers.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ EMBEDDINGS = re.compile(r"(?:^|\.)(?:embed_tokens|wte|embed_in|word_embeddings)\
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model directory. `tensors` is none where only torch could read the names (.bin)."""
+    """A model directory. `tensors` is None where only torch can read the names (.bin)."""
 
     directory: Path
     config: Mapping[str, Any]
@@ -68,8 +68,8 @@ def check(cell: Cell) -> None:
 
 
 def directory_of(model: Model) -> Path | None:
-    """Where the files of a model are: a local directory, or the local copy of a hub model or a
-    packaged one; none for a bare config.json or a model that is not here yet."""
+    """The directory of a model's files: a local one, or the local copy of a hub model or a packaged
+    model; None for a bare config.json or a model that is not on this machine yet."""
     if model.name in PACKAGED_MODELS and model.fingerprint is None:
         return packaged.model_path(model.name) if packaged.is_ready(model.name) else None
     if hub.is_hub_model(model):
@@ -79,8 +79,8 @@ def directory_of(model: Model) -> Path | None:
 
 
 def read(directory: Path, complete: bool = True) -> Checkpoint:
-    """What the directory holds. With `complete` false, weights may be absent (an unfinished
-    download), but those that are there must be whole. Raises UserError."""
+    """What the directory holds. With `complete` false, weights may be missing (an unfinished
+    download), but no file may be truncated. Raises UserError."""
     try:
         files = [path for path in sorted(directory.iterdir()) if path.is_file()]
         state = tuple((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files)
@@ -137,8 +137,7 @@ def _refuse_adapter(directory: Path, names: Sequence[str]) -> None:
 def _weight_files(
     directory: Path, config: Mapping[str, Any], names: Sequence[str], complete: bool
 ) -> dict[Path, list[str]]:
-    """The files that transformers would read, found in its order, with the tensors that an index
-    says are in each."""
+    """The files that transformers would read, each with the tensors that an index assigns to it."""
     explicit = config.get("transformers_weights")
     wanted = (
         [explicit] if isinstance(explicit, str) else [WEIGHTS, INDEX, TORCH_WEIGHTS, TORCH_INDEX]
@@ -209,7 +208,7 @@ def _check_torch_file(path: Path) -> None:
 
 
 def _refuse_quantized(found: Checkpoint, cell: Cell) -> None:
-    """Weights that are stored in few bits already, unless the cell asks for exactly these."""
+    """Raise UserError for a quantized checkpoint, unless the cell asks for exactly its settings."""
     stored = found.config.get("quantization_config")
     if not isinstance(stored, dict):
         return
@@ -242,7 +241,7 @@ def _refuse_quantized(found: Checkpoint, cell: Cell) -> None:
 
 
 def _refuse_encoder(found: Checkpoint) -> None:
-    """A model that sees what follows: its loss as a causal model would mean nothing."""
+    """Raise UserError for an encoder: its tokens see later ones, so its loss means nothing."""
     made_as = found.config.get("architectures") or []
     encoders = [name for name in made_as if str(name).endswith("ForMaskedLM")]
     if encoders and len(encoders) == len(made_as) and not found.config.get("is_decoder"):
@@ -254,7 +253,7 @@ def _refuse_encoder(found: Checkpoint) -> None:
 
 
 def _refuse_other_shape(found: Checkpoint) -> None:
-    """The embeddings against config.json, which is where another model's config shows first."""
+    """Raise UserError when the embeddings have another shape than config.json says."""
     inner = found.config.get("text_config")
     config = inner if isinstance(inner, dict) else found.config
     names = [name for name in found.tensors or () if EMBEDDINGS.search(name)]

@@ -18,14 +18,14 @@ from harness.records import hub
 from matrices.cell import Model
 from matrices.errors import UserError, first_line
 
-# Names told in a message.
+# How many names a message shows.
 SHOWN_NAMES = 3
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 UNEXPECTED = "unexpected_checkpoint_keys"
 
 
 class WeightsError(RuntimeError):
-    """Weights of the model are not those of its checkpoint: a figure would be of another model."""
+    """Weights of the model differ from its checkpoint: figures would be of another model."""
 
 
 def from_pretrained(name: str, **keywords: Any) -> Any:
@@ -37,7 +37,7 @@ def from_pretrained(name: str, **keywords: Any) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
-    # Shapes that differ are told below, all with their names, and never accepted.
+    # Different shapes are refused below, with all their names.
     model, info = AutoModelForCausalLM.from_pretrained(
         name, output_loading_info=True, ignore_mismatched_sizes=True, **keywords
     )
@@ -53,7 +53,7 @@ def from_pretrained(name: str, **keywords: Any) -> Any:
 
 
 def unexpected_weights(model: Any) -> dict[str, int]:
-    """Tensors of the checkpoint that a model loaded here has no place for, as `patterns`."""
+    """Tensors of the checkpoint that the loaded model does not have, as `patterns`."""
     return dict(getattr(model, UNEXPECTED, {}))
 
 
@@ -63,7 +63,7 @@ def raise_on(said: str) -> None:
 
 
 def describe_problems(info: Mapping[str, Any]) -> str:
-    """What loading info says against a model, in one line; empty when every weight is read."""
+    """The problems in transformers' loading info, in one line; empty when every weight was read."""
     missing = sorted(info.get("missing_keys", ()))
     mismatched = sorted(info.get("mismatched_keys", ()))
     problems = []
@@ -96,7 +96,7 @@ def _shape(shape: Iterable[int]) -> str:
 
 
 def _renamed(missing: Sequence[str], unexpected: Iterable[str]) -> str:
-    """Where the missing tensors are in the checkpoint, if they are there under another prefix."""
+    """A hint when the checkpoint has the missing tensors under another prefix; else empty."""
     by_ending: dict[str, str] = {}
     for name in missing:
         for ending in _endings(name):
@@ -120,12 +120,12 @@ def _endings(name: str) -> list[str]:
 
 
 def patterns(names: Iterable[str]) -> dict[str, int]:
-    """Names with * in the place of numbers, and how many stand behind each."""
+    """Names with * for numbers, and how many names each pattern stands for."""
     return dict(sorted(Counter(NUMBER.sub("*", name) for name in names).items()))
 
 
 def _other_shapes_in_4bit(model: Any) -> list[tuple[str, Any, Any]]:
-    """transformers compares no shapes where it quantizes while it loads."""
+    """4-bit weights of another shape than their layer: transformers does not compare these."""
     found = []
     for name, module in model.named_modules():
         state = getattr(getattr(module, "weight", None), "quant_state", None)
@@ -138,7 +138,7 @@ def _other_shapes_in_4bit(model: Any) -> list[tuple[str, Any, Any]]:
 
 def load_adapter(base: Any, directory: Path) -> Any:
     """`base` with the adapter saved in `directory`. Raises PEFT's warning as an error when weights
-    of the adapter are missing there: PEFT would leave fresh ones."""
+    of the adapter are missing: PEFT would keep initial ones."""
     from peft import PeftModel
 
     with warnings.catch_warnings():
@@ -200,13 +200,13 @@ def compare(skeleton: Any, tensors: Mapping[str, Tensor]) -> str:
             dtype=torch.bfloat16,
         )
     except RuntimeError as error:
-        # Tensors that are put together as they are read (experts) do not fit together.
+        # Tensors that are merged while they are read (experts) have different shapes.
         return _missing_parts(skeleton, tensors) or str(error).splitlines()[0]
     return describe_problems(info)
 
 
 def _missing_parts(skeleton: Any, tensors: Mapping[str, Tensor]) -> str:
-    """The parts of put-together tensors that the checkpoint lacks."""
+    """The parts of merged tensors that the checkpoint lacks."""
     from transformers.core_model_loading import revert_weight_conversion
 
     whole = revert_weight_conversion(skeleton, skeleton.state_dict())

@@ -1,7 +1,7 @@
-"""Where PEFT put its layers, and where its own configuration says that they belong.
+"""PEFT's layers on a model, and the modules that its configuration matches.
 
-PEFT wraps modules in place. `base_modules` sees a model as it was before, with the wrappers of each
-module beside it, so that one name means the same module with and without an adapter.
+PEFT wraps modules in place. `base_modules` lists the modules of the base model, each with its
+wrappers, so that a name means the same module with and without an adapter.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def _walk(name: str, module: nn.Module) -> Iterator[BaseModule]:
 
 
 def _wrapped_module(module: nn.Module) -> nn.Module | None:
-    """What a layer of PEFT's stands for; none for any other module."""
+    """The module that a PEFT layer wraps; None for any other module."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
@@ -59,7 +59,7 @@ def _wrapped_module(module: nn.Module) -> nn.Module | None:
 
 
 def unwrapped(module: Any) -> Any:
-    """The base model's own module, out of all wrappers."""
+    """The base model's module without PEFT's wrappers."""
     while module is not None and (within := _wrapped_module(module)) is not None:
         module = within
     return module
@@ -123,7 +123,7 @@ def target_parameters(config: Any, found: list[BaseModule]) -> list[str]:
 
 
 def direct_parameters(place: BaseModule) -> dict[str, nn.Parameter]:
-    """Parameters that a module holds itself, by their full names."""
+    """The parameters of a module without those of its children, by their full names."""
     return {
         f"{place.name}.{leaf}" if place.name else leaf: parameter
         for leaf, parameter in place.module.named_parameters(recurse=False)
@@ -171,7 +171,7 @@ def ends_with(full: str, ending: str) -> bool:
 
 
 def trained_parameters(layer: Any) -> list[torch.nn.Parameter]:
-    """What a LoRA layer brings of its own, but for what its variant keeps as it is."""
+    """The parameters of a LoRA layer that train: a variant may freeze some of them."""
     frozen = {id(p) for p in layer.lora_B.parameters()} if _is_mica(layer) else set()
     return [
         parameter

@@ -1,4 +1,4 @@
-"""What was loaded against what the cell asks for."""
+"""The error for a loaded object that differs from its cell."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from typing import Any
 
 
 class VerificationError(RuntimeError):
-    """What was loaded is not what the cell asks for: a figure would belong to another cell."""
+    """The loaded object is not what the cell asks for: figures would belong to another cell."""
 
 
 def require_equal(found: Any, wanted: Any, what: str) -> None:
+    """Raise VerificationError naming `what` when `found` is not `wanted`."""
     if found != wanted:
         raise VerificationError(f"{what}: the cell says {wanted!r}, loaded is {found!r}")

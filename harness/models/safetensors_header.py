@@ -1,4 +1,4 @@
-"""What a .safetensors file says it holds, read from its header alone: no torch, milliseconds.
+"""The tensors of a .safetensors file, read from its header alone: no torch, milliseconds.
 
 The format: 8 bytes with the header's length, a JSON header with each tensor's dtype, shape and
 place, then the tensors without a gap.
@@ -34,8 +34,8 @@ class Tensor(NamedTuple):
 
 
 def read_header(path: Path) -> dict[str, Tensor]:
-    """Every tensor of the file by its name. Raises UserError that says what is wrong when it is not
-    a safetensors file, or not a whole one."""
+    """Every tensor of the file by its name. Raises UserError when it is not a safetensors file, or
+    is truncated or damaged."""
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -119,5 +119,5 @@ def _truncated(path: Path, size: int, needed: int) -> UserError:
 
 
 def wrong_file(path: Path, problem: str) -> UserError:
-    """For a file of a model that cannot be what it is taken for."""
+    """The error for a file of a model that is damaged or of another format."""
     return UserError(f"{path} {problem}", key="model.name")

@@ -1,7 +1,7 @@
-"""What `adapter.lora_config` asks for, held against the model before anything is trained.
+"""Check `adapter.lora_config` against the model before anything is trained.
 
-PEFT itself tells what an argument matches; what it would pass over in silence (a name that matches
-nothing, a setting without effect) is refused here by name.
+PEFT itself matches names to modules. What it would silently ignore (a name that matches nothing, a
+setting without effect) is refused here.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def check(adapter: Adapter, model: Any, quantization: Quantization | None = None
     adapter_values.check(adapter.lora_config)
     config = lora_config(adapter, model)
     found = lora_layers.base_modules(model)
-    for name, look in _CHECKS.items():
+    for name, check_argument in _CHECKS.items():
         if adapter.lora_config.get(name) is not None:
-            look(config, model, found)
+            check_argument(config, model, found)
     _check_tied_head(config, model)
     if quantization is not None:
         _check_in_4bit(config, model, found)
@@ -44,8 +44,8 @@ def check(adapter: Adapter, model: Any, quantization: Quantization | None = None
 
 
 def try_attach(adapter: Adapter, skeleton: Any, in_4bit: bool = False) -> None:
-    """Have PEFT put the adapter on a copy of `skeleton` (meta tensors), for what it refuses itself.
-    Initial values need real weights: those are tried on one small layer."""
+    """Let PEFT attach the adapter to a copy of `skeleton` (meta tensors). Raises UserError when
+    PEFT refuses. Initial values need real weights: they are tried on one small layer."""
     from peft import get_peft_model
 
     if not adapter.lora_config:
@@ -73,7 +73,7 @@ def _initialize_small_layer(config: Any, in_4bit: bool) -> None:
         try:
             LoraModel(nn.Sequential(_small_layer(in_4bit)), small, lora_layers.ADAPTER)
         except (RuntimeError, AssertionError) as error:
-            # Bytes without gradients, or a device that is not there.
+            # Integer weights have no gradients; or the device does not exist.
             raise ValueError(f"init_lora_weights {config.init_lora_weights!r}: {error}") from error
 
 
@@ -91,9 +91,9 @@ def _leaves(names: Iterable[str]) -> list[str]:
     return sorted(leaf for leaf in leaves if leaf and not leaf.isdigit())
 
 
-def _no_match(argument: str, wanted: Any, there: Iterable[str], what: str) -> UserError:
-    """One line: what was asked for matches none of `there`."""
-    leaves = _leaves(there)
+def _no_match(argument: str, wanted: Any, names: Iterable[str], what: str) -> UserError:
+    """The error for an argument that matches none of `names`."""
+    leaves = _leaves(names)
     hint = nearest(wanted, leaves) if isinstance(wanted, str) else ""
     shown = ", ".join(leaves[:30]) + (", ..." if len(leaves) > 30 else "")
     return refusal(argument, f"{wanted!r} matches no {what}; there are {shown}{hint}")
@@ -112,7 +112,7 @@ def _check_pattern(argument: str, config: Any, found: list[BaseModule]) -> None:
 
     adapted = lora_layers.targets(config, found) + lora_layers.target_parameters(config, found)
     for key in getattr(config, argument):
-        # It gives back what it was asked about when nothing matches.
+        # It returns its argument when nothing matches.
         if not any(get_pattern_key([key], name) == key for name in adapted):
             raise _no_match(argument, key, adapted, "adapted module")
 

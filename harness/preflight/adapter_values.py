@@ -1,4 +1,4 @@
-"""What values the arguments of `adapter.lora_config` take, beyond the types that PEFT declares."""
+"""Valid values of the arguments of `adapter.lora_config`, beyond the types that PEFT declares."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from matrices.errors import UserError
 from matrices.rules import passed_through
 
 
-def refusal(argument: str, said: str) -> UserError:
-    return UserError(said, key=f"adapter.lora_config.{argument}")
+def refusal(argument: str, message: str) -> UserError:
+    return UserError(message, key=f"adapter.lora_config.{argument}")
 
 
 def check(given: Mapping[str, Any]) -> None:
-    """Raise UserError for a value of another kind than its argument takes: PEFT takes a text for a
-    list of letters, and looks at most values only when it uses them."""
+    """Raise UserError for a value that its argument does not take: PEFT treats a text as a list of
+    letters, and checks most values only when it uses them."""
     for mistake in passed_through.mistakes("LoraConfig", given):
         raise mistake
     for name, (accepted, said) in _VALUES.items():

@@ -1,7 +1,7 @@
-"""Preflight of the data: TRL prepares the rows as for training, and the result is looked at.
+"""Preflight of the data: TRL prepares the rows as for training, and the result is checked.
 
-What it prepares is kept in datasets' cache, where the worker finds it: checking all rows costs a
-sweep nothing but the order of things.
+The prepared rows stay in datasets' cache, where the worker finds them: checking all rows costs a
+sweep no extra time.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from matrices.rules.models import positions_problem
 # Up to here every row is prepared; of more, the first half of this number and as many at random.
 # Values (nulls, types, messages) are checked in every row.
 CHECKED_ROWS = 20_000
-# SFTConfig's own arguments that have a say in the preparation.
+# Arguments of SFTConfig that change the preparation.
 PREPARATION = (
     "chat_template_path",
     "dataset_num_proc",
@@ -39,7 +39,7 @@ PREPARATION = (
 
 
 def subject(cell: Cell) -> tuple[Data, Model, dict[str, Any]] | None:
-    """What `check` is about: cells that share it share the answer. None without training."""
+    """The arguments of `check`: cells with equal ones share its result. None without training."""
     if cell.data is None or cell.train is None:
         return None
     given = cell.train.sft_config
@@ -69,21 +69,21 @@ class _Check:
         self.tokenizer = model.load_tokenizer(base)
 
     def run(self) -> None:
-        self._tokenizer_can()
+        self._check_special_tokens()
         config = _text_config(self.model)
         if said := positions_problem(config.to_dict(), self.data.max_length):
             raise UserError(said, key="data.max_length")
-        self._some_text()
-        whole = self._prepared(max_length=None, packing=False)
+        self._check_text()
+        whole = self._prepare(max_length=None, packing=False)
         whole = whole.select_columns(["input_ids", "labels"])
-        self._tokens_are_known(whole, config.vocab_size)
-        self._prepared(
+        self._check_token_ids(whole, config.vocab_size)
+        self._prepare(
             max_length=self.data.max_length,
             packing=self.data.packing,
             packing_strategy=self.data.packing_strategy,
         )
 
-    def _tokenizer_can(self) -> None:
+    def _check_special_tokens(self) -> None:
         eos = self.arguments.get("eos_token") or self.tokenizer.eos_token
         pad = self.arguments.get("pad_token") or self.tokenizer.pad_token or eos
         lacks = "pad nor an eos" if pad is None else "eos" if eos is None else None
@@ -104,9 +104,9 @@ class _Check:
                 key="data.format",
             )
         if self.loss["assistant_only_loss"]:
-            self._template_marks_answers()
+            self._check_generation_markers()
 
-    def _template_marks_answers(self) -> None:
+    def _check_generation_markers(self) -> None:
         if has_generation_markers(self.tokenizer.chat_template):
             return
         try:
@@ -120,8 +120,8 @@ class _Check:
                 key="data.completion_only_loss",
             ) from error
 
-    def _some_text(self) -> None:
-        """Rows of empty text would be trained on: TRL ends each with a token."""
+    def _check_text(self) -> None:
+        """Raise UserError when all texts are empty: TRL would train on the end token alone."""
         if self.layout.conversational:
             return
         learnt = "text" if self.layout.format == "text" else "completion"
@@ -130,7 +130,7 @@ class _Check:
             what = f"column {column!r} is empty in each of {len(self.numbers)} rows"
             raise UserError(f"{self.data.source}: {what}; give rows with text", key="data.source")
 
-    def _prepared(self, **shape: Any) -> Dataset:
+    def _prepare(self, **shape: Any) -> Dataset:
         arguments = self.loss | self.arguments | shape
         try:
             return prepare_rows(self.rows, self.tokenizer, arguments)
@@ -140,9 +140,9 @@ class _Check:
             if not is_about_rows(error):
                 said = f"TRL refuses to prepare the data: {_typed_first_line(error)}"
                 raise UserError(said, key="train.sft_config") from error
-            raise self._refused(*first_failure(self.rows, self.tokenizer, arguments)) from error
+            raise self._refusal(*first_failure(self.rows, self.tokenizer, arguments)) from error
 
-    def _refused(self, index: int, error: Exception) -> UserError:
+    def _refusal(self, index: int, error: Exception) -> UserError:
         row = self.rows[index]
         who = f"the chat template of {self.model.name}"
         if not self.layout.conversational:
@@ -154,13 +154,13 @@ class _Check:
                 f"has no assistant turn (roles: {', '.join(roles)}), and completion_only_loss "
                 "takes the loss of nothing else; add one or remove the row"
             )
-        return self._of_row(index, f"column {self.layout.columns[0]!r}: {what}")
+        return self._row_error(index, f"column {self.layout.columns[0]!r}: {what}")
 
-    def _of_row(self, index: int, what: str, key: str = "data.source") -> UserError:
+    def _row_error(self, index: int, what: str, key: str = "data.source") -> UserError:
         number = _row_number(self.data.source, self.numbers[index])
         return UserError(f"{self.data.source}: row {number}: {what}", key=key)
 
-    def _tokens_are_known(self, whole: Dataset, embeddings: int) -> None:
+    def _check_token_ids(self, whole: Dataset, embeddings: int) -> None:
         pad = self.tokenizer.pad_token_id
         if pad is not None and pad >= embeddings and not self.data.packing:
             raise UserError(
@@ -177,13 +177,12 @@ class _Check:
                     f"token {token!r} has id {highest} and {self.model.name} has {embeddings} "
                     "embeddings; use the tokenizer that the model was trained with"
                 )
-                raise self._of_row(index, what, "model.name")
+                raise self._row_error(index, what, "model.name")
 
 
 def prepare_rows(rows: Dataset, tokenizer: Any, arguments: dict[str, Any]) -> Dataset:
-    """The rows as a run's trainer makes them: through its own constructor, with a model of a few
-    weights in the place of the real one. Raises what TRL raises, or UserError when no token is
-    left that carries a loss."""
+    """The rows as the trainer of a run prepares them, in its own constructor, with a tiny model
+    instead of the real one. Raises what TRL raises, or UserError when no token has a loss."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     disable_progress_bars()
@@ -218,7 +217,7 @@ def prepare_rows(rows: Dataset, tokenizer: Any, arguments: dict[str, Any]) -> Da
 
 
 def is_about_rows(error: Exception) -> bool:
-    """Whether `prepare_rows` raised it while it went through the rows, not while it was set up."""
+    """Whether `prepare_rows` raised an error for a row, not for its arguments."""
     frames = traceback.extract_tb(error.__traceback__)
     return any(frame.name == "_prepare_dataset" for frame in frames)
 
@@ -226,8 +225,8 @@ def is_about_rows(error: Exception) -> bool:
 def first_failure(
     rows: Dataset, tokenizer: Any, arguments: dict[str, Any]
 ) -> tuple[int, Exception]:
-    """The place, from 0, of the first row that `prepare_rows` does not take, and what it raises:
-    found by halving, since datasets does not tell. The rows as a whole fail."""
+    """The index of the first row that `prepare_rows` refuses, and the error. It bisects, since
+    datasets does not name the row. The rows as a whole must fail."""
     good, bad = 0, len(rows)
     said: Exception | None = None
     while said is None or bad - good > 1:
@@ -235,7 +234,7 @@ def first_failure(
         try:
             prepare_rows(rows.select(range(tried)), tokenizer, arguments)
         except UserError:
-            # These rows are taken, though there is nothing to learn in them.
+            # These rows are accepted, but none of their tokens has a loss.
             good = tried
         except Exception as error:
             said, bad = error, tried

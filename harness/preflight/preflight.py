@@ -1,8 +1,7 @@
-"""What would stop the cells of a sweep, found before it starts: models, data, targets, tasks.
+"""Find problems of a sweep before it starts: in models, data, adapters, tasks.
 
-Each check runs once for all the cells that share what it is about, and a problem is that of the
-cells that have it. Also makes what every cell needs once: the packaged model, downloaded data,
-compiled collectives.
+Each check runs once for all cells with the same settings, and a problem names its cells. Preflight
+also builds what all cells need: the packaged model, downloaded data, compiled collectives.
 """
 
 from __future__ import annotations
@@ -21,19 +20,19 @@ from matrices.errors import UserError, first_line
 
 
 def problems(cells: Sequence[Cell]) -> list[Problem]:
-    """Everything the user has to put right, each said once; empty when all cells can start."""
+    """All problems, each once; empty when all cells can start."""
     found = Findings()
     quick_checks.check(found, cells)
-    # A directory that is no model is not loaded; and rows are prepared with the model's tokenizer.
+    # Models that failed the quick checks are not loaded. Rows need the tokenizer of their model.
     loadable = _check_models(found, found.without(cells))
     for about, having in group_cells(loadable, data_check.subject):
         found.check(having, data_check.check, *about)
-    for _, having in group_cells(found.without(cells), _trained_with):
+    for _, having in group_cells(found.without(cells), _sft_settings):
         found.check(having, arguments.check_sft, having[0])
-    for _, having in group_cells(found.without(loadable), _tokens):
+    for _, having in group_cells(found.without(loadable), _special_tokens):
         found.check(having, arguments.check_tokens, having[0])
-    for spread in (cell for cell in cells if cell.profile):
-        found.check([spread], profile_check.check, spread)
+    for cell in (cell for cell in cells if cell.profile):
+        found.check([cell], profile_check.check, cell)
     for (recipe, chosen), having in group_cells(
         found.without(cells), lambda c: (c.evaluate, c.model)
     ):
@@ -54,27 +53,27 @@ def _check_models(found: Findings, cells: Sequence[Cell]) -> list[Cell]:
         if skeleton is None:
             continue
         loadable += having
-        for (adapter, quantization), adapted in group_cells(having, _adapted):
+        for (adapter, quantization), adapted in group_cells(having, _adapter_settings):
             found.check(adapted, _check_adapter, adapter, skeleton, quantization)
     return loadable
 
 
-def _adapted(cell: Cell) -> tuple[Adapter, Quantization | None] | None:
+def _adapter_settings(cell: Cell) -> tuple[Adapter, Quantization | None] | None:
     return (cell.adapter, cell.quantization) if cell.adapter is not None else None
 
 
-def _trained_with(cell: Cell) -> Any:
-    """What the arguments of training depend on, where any are passed through."""
+def _sft_settings(cell: Cell) -> Any:
+    """The settings that the SFTConfig depends on; None without passed-through arguments."""
     if cell.train is None or not cell.train.sft_config:
         return None
     return cell.train, cell.data, cell.model.compute_dtype
 
 
-def _tokens(cell: Cell) -> Any:
-    """The tokens that training is told, where it is told any."""
+def _special_tokens(cell: Cell) -> Any:
+    """The model and its special tokens in sft_config; None without any."""
     given = cell.train.sft_config if cell.train is not None else {}
-    told = given.get("eos_token"), given.get("pad_token")
-    return (cell.model, *told) if any(told) else None
+    tokens = given.get("eos_token"), given.get("pad_token")
+    return (cell.model, *tokens) if any(tokens) else None
 
 
 def _check_recipe(found: Findings, cells: Sequence[Cell], recipe: Evaluate) -> None:

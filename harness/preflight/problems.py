@@ -1,4 +1,4 @@
-"""What the user has to put right, and which cells have it. Light (no torch)."""
+"""Problems of a sweep, and the cells that have them. Light (no torch)."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from matrices.errors import UserError
 
 @dataclass(frozen=True)
 class Problem:
-    """A mistake of the user's, and the `cell_id`s of the cells that cannot run because of it."""
+    """A mistake of the user, and the `cell_id`s of the cells that cannot run because of it."""
 
     error: UserError
     cells: tuple[str, ...]
 
 
 class Findings:
-    """Collects what checks complain about. A complaint that comes twice is one problem."""
+    """Collects the errors that checks raise. Equal errors are one problem."""
 
     def __init__(self) -> None:
         self._found: dict[str, tuple[UserError, dict[str, None]]] = {}
 
-    def check(self, cells: Sequence[Cell], check: Callable[..., Any], *about: Any) -> Any:
-        """The check's answer. Where it raises UserError: none, and all of `cells` have the
-        problem."""
+    def check(self, cells: Sequence[Cell], check: Callable[..., Any], *arguments: Any) -> Any:
+        """The result of a check; None when it raises UserError, which becomes a problem of
+        `cells`."""
         try:
-            return check(*about)
+            return check(*arguments)
         except UserError as error:
             self.add(cells, error)
             return None
@@ -38,7 +38,7 @@ class Findings:
         having |= {cell.cell_id: None for cell in cells}
 
     def without(self, cells: Sequence[Cell]) -> list[Cell]:
-        """Those of the cells that have no problem so far."""
+        """The cells that have no problem so far."""
         having = {cell_id for _, ids in self._found.values() for cell_id in ids}
         return [cell for cell in cells if cell.cell_id not in having] if having else list(cells)
 
@@ -47,14 +47,12 @@ class Findings:
         return [Problem(error, tuple(having)) for error, having in self._found.values()]
 
 
-def group_cells(
-    cells: Iterable[Cell], about: Callable[[Cell], Any]
-) -> list[tuple[Any, list[Cell]]]:
-    """Each distinct answer of `about`, none left out, with the cells that give it; in order."""
+def group_cells(cells: Iterable[Cell], key: Callable[[Cell], Any]) -> list[tuple[Any, list[Cell]]]:
+    """Each distinct result of `key` except None, with its cells; in order."""
     found: dict[str, tuple[Any, list[Cell]]] = {}
     for cell in cells:
-        thing = about(cell)
-        if thing is not None:
+        value = key(cell)
+        if value is not None:
             # Settings may hold mappings, which cannot be hashed.
-            found.setdefault(repr(thing), (thing, []))[1].append(cell)
+            found.setdefault(repr(value), (value, []))[1].append(cell)
     return list(found.values())

@@ -11,8 +11,8 @@ from matrices.accelerate_profiles import DEEPSPEED_FILE, rendered, values
 from matrices.cell import Cell
 from matrices.errors import UserError, nearest
 
-# Sections of a profile whose names are the launcher's options, and what those start with. Within
-# them the start may be left out where accelerate adds it (accelerate/commands/launch.py,
+# Sections of a profile whose names are the launcher's options, and the prefix of these. Within a
+# section the prefix may be left out where accelerate adds it (accelerate/commands/launch.py,
 # _validate_launch_command).
 SECTIONS = {
     "fsdp_config": ("fsdp_", True),
@@ -20,7 +20,7 @@ SECTIONS = {
     "dynamo_config": ("dynamo_", True),
     "parallelism_config": ("parallelism_config_", False),
 }
-# Read by accelerate, though no longer fields: BaseConfig.process_config.
+# accelerate still reads these, but they are no fields: BaseConfig.process_config.
 LEGACY_FIELDS = ("fp16", "dynamo_backend")
 # What accelerate wants in the DeepSpeed file alone, where there is one (DeepSpeedPlugin,
 # _deepspeed_config_checks).
@@ -92,8 +92,8 @@ DEEPSPEED_NAMES = (
 
 
 def check(cell: Cell) -> None:
-    """Raise UserError for the first name in the cell's own profile that nobody reads, or value that
-    DeepSpeed refuses."""
+    """Raise UserError for the first unknown name in the cell's own profile, or value that DeepSpeed
+    refuses."""
     if not cell.profile or cell.train is None:
         return
     profile = rendered(cell.profile, values(cell, device.has_cuda()))

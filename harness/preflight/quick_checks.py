@@ -1,5 +1,5 @@
-"""What would stop cells, as far as it can be told without importing torch: the quick half of
-`harness.preflight.preflight`, for `tunebench plan` and before a run imports anything."""
+"""The checks of `harness.preflight.preflight` that need no torch, for `tunebench plan` and for a
+run before it imports anything."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from matrices.rules import passed_through
 
 
 def problems(cells: Sequence[Cell]) -> list[Problem]:
-    """Everything the user has to put right, each said once. Reads local files only."""
+    """All problems, each once. It reads local files only."""
     found = Findings()
     check(found, cells)
     return found.problems
 
 
 def check(found: Findings, cells: Sequence[Cell]) -> None:
-    """Add to `found` what the cells' files and the installed libraries' sources tell."""
+    """Add to `found` the problems of local files and of arguments that libraries do not take."""
     for _, having in group_cells(cells, lambda cell: (cell.method, cell.model, cell.quantization)):
         found.check(having, checkpoint.check, having[0])
     for source, having in group_cells(cells, lambda cell: cell.data):

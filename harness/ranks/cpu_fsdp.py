@@ -1,5 +1,5 @@
-"""FSDP on a machine without a GPU: accelerate makes it of GPU ranks only, and of CPU ranks plain
-DDP, without a word (accelerate 1.15, accelerate/state.py, AcceleratorState.__init__)."""
+"""FSDP on a machine without a GPU: accelerate supports it on GPU ranks only, and silently uses DDP
+on CPU ranks (accelerate 1.15, accelerate/state.py, AcceleratorState.__init__)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SUBSTITUTION = (
 
 
 def install() -> None:
-    """Have accelerate use FSDP for CPU ranks in this process. For good: the process trains once."""
+    """Make accelerate use FSDP for CPU ranks in this process, which trains once."""
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType
 

@@ -1,8 +1,8 @@
-"""What DeepSpeed compiles for this CPU at first use: its collectives through shared memory.
+"""DeepSpeed's shared-memory collectives, which it compiles for this CPU at first use.
 
-torch guards a compilation by a file. A process that is killed meanwhile leaves it behind, and
-every later one waits for ever without a word; so the directory is our own, and the file is removed
-by whoever holds a lock that the operating system takes from the dead.
+torch guards a compilation by a file. A process that is killed while compiling leaves the file, and
+all later ones wait for ever. So tunebench uses its own directory, and removes the file while it has
+a lock that the operating system releases when its process dies.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from matrices.errors import UserError, first_line
 
 
 def directory() -> Path:
-    """Of this torch and this DeepSpeed."""
+    """The build directory of this torch and this DeepSpeed."""
     return cache_directory() / "extensions" / f"{version('torch')}-{version('deepspeed')}"
 
 
@@ -37,11 +37,11 @@ def load_host_collectives() -> None:
     builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
     if builder is None or not deepspeed.ops.__compatible_ops__.get(builder.NAME, False):
         return
-    place = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(directory())))
-    place.mkdir(parents=True, exist_ok=True)
-    with FileLock(place / "tunebench.lock"):
-        for left_behind in place.glob("*/lock"):
-            left_behind.unlink()
+    build = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(directory())))
+    build.mkdir(parents=True, exist_ok=True)
+    with FileLock(build / "tunebench.lock"):
+        for stale_lock in build.glob("*/lock"):
+            stale_lock.unlink()
         try:
             builder.load(verbose=False)
         except RuntimeError as error:

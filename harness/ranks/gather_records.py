@@ -7,7 +7,10 @@ from collections.abc import Iterable, Sequence
 
 from harness.meters import rates
 from harness.meters.speed import SHORTER_BATCHES, record_losses, warmup_steps
-from harness.records.record import PHASES, Memory, PhaseMemory, Record, Steps, Tokens
+from harness.records.memory import Memory, PhaseMemory
+from harness.records.part import PHASES
+from harness.records.record import Record
+from harness.records.speed import Steps, Tokens
 
 SEVERAL_RANKS = "each rank counts the others as foreign: no figure stands for the machine"
 

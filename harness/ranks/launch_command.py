@@ -1,8 +1,8 @@
-"""The command that runs one cell: `accelerate launch` and what it is given.
+"""The command that runs one cell: `accelerate launch` and its arguments.
 
-It is made here from the cell, wherever it is shown, recorded or run; what a record says its command
-was is never run. A record holds it as it is called in the record's own directory, so that it is
-right wherever the directory is moved.
+Every command that is shown, recorded or run is built here from a cell; the command in a record is
+never run. Paths in a record's command are relative to the record's directory, so that the command
+stays right when the directory is moved.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def has_deepspeed_file(cell: Cell) -> bool:
 
 
 def threads_per_process(cell: Cell, cores: int | None = None) -> int:
-    """Threads of each process of a cell that is given so many cores; none means all of here."""
+    """Threads of each process of a cell on `cores` cores; None means all cores of this machine."""
     return max(1, (cores or provenance.cpu_threads()) // cell.ranks_per_node)
 
 
@@ -57,7 +57,7 @@ def accelerate() -> list[str]:
 
 
 def runs_accelerate(argv: Sequence[str]) -> bool:
-    """Whether an argv starts with what `accelerate` gives."""
+    """Whether an argv starts accelerate's command line."""
     return Path(argv[0]).name == "accelerate" or ACCELERATE_MODULE in argv
 
 
@@ -68,14 +68,14 @@ def command(
     directory: Path = CURRENT_DIRECTORY,
     output: Path | None = None,
     program: Sequence[str] = ("accelerate",),
-    meeting: tuple[str, int] = ("localhost", RENDEZVOUS_PORT),
+    rendezvous: tuple[str, int] = ("localhost", RENDEZVOUS_PORT),
     machine_rank: int = 0,
 ) -> list[str]:
     """argv that runs the `cell.json` in a directory, and puts the record into `output`."""
     return [
         *program,
         "launch",
-        *launch_arguments(cell, gpu, threads, directory, meeting, machine_rank),
+        *launch_arguments(cell, gpu, threads, directory, rendezvous, machine_rank),
         *("--module", MODULE),
         *(str(directory / CELL), str(output or directory / BY_HAND)),
     ]
@@ -86,15 +86,15 @@ def launch_arguments(
     gpu: bool,
     threads: int,
     directory: Path = CURRENT_DIRECTORY,
-    meeting: tuple[str, int] = ("localhost", RENDEZVOUS_PORT),
+    rendezvous: tuple[str, int] = ("localhost", RENDEZVOUS_PORT),
     machine_rank: int = 0,
 ) -> list[str]:
-    """What `accelerate launch` is given before the module that it runs.
+    """The arguments of `accelerate launch` before the module that it runs.
 
-    Every default that a user's own accelerate configuration could change is given. The worker
+    Every option that a user's accelerate configuration could change is explicit. The worker
     sets its precision itself. `threads` are those of each process; accelerate would otherwise
     choose a number, and sums over a different number of threads differ in the last digits.
-    `meeting` is the address and port where the first rank of a cell on several machines listens.
+    `rendezvous` is the address and port where the first rank of a cell on several machines listens.
     """
     profile = ["--config_file", str(directory / PROFILE)]
     if cell.is_distributed:
@@ -104,7 +104,7 @@ def launch_arguments(
             *(deepspeed if has_deepspeed_file(cell) else ()),
             *("--num_processes", str(cell.devices)),
             *("--num_machines", str(cell.nodes)),
-            *_rendezvous_arguments(cell, meeting, machine_rank),
+            *_rendezvous_arguments(cell, rendezvous, machine_rank),
         ]
     else:
         chosen = [
@@ -114,15 +114,15 @@ def launch_arguments(
             *("--mixed_precision", "no"),
             *("--dynamo_backend", "no"),
         ]
-    # The worker tells what went wrong; accelerate's own traceback would hide it.
+    # The worker prints its error; accelerate's own traceback would hide it.
     return [*chosen, provenance.THREADS_OPTION, str(threads), "--quiet"]
 
 
-def _rendezvous_arguments(cell: Cell, meeting: tuple[str, int], machine_rank: int) -> list[str]:
-    # Ranks of one machine meet at any free port; several machines have to know it beforehand.
+def _rendezvous_arguments(cell: Cell, rendezvous: tuple[str, int], machine_rank: int) -> list[str]:
+    # On one machine the launcher finds a free port; several machines need a known port.
     if cell.nodes == 1:
         return ["--main_process_port", str(fixed_port(cell))]
-    address, port = meeting
+    address, port = rendezvous
     # Rank 0 is then on machine 0, whichever machine comes first.
     return [
         *("--machine_rank", str(machine_rank)),
@@ -138,16 +138,16 @@ def command_of_record(
     output: Path | None = None,
     program: Sequence[str] = ("accelerate",),
 ) -> list[str]:
-    """The command of a record that is in a directory now, made anew from its cell."""
+    """The command of a record in a directory, built from its cell."""
     gpu = provenance.uses_gpu(record.stack, record.hardware)
     hosts = [host for host in record.placement.hosts if _HOST.fullmatch(host)]
-    meeting = (hosts[0] if hosts else "localhost", RENDEZVOUS_PORT)
+    rendezvous = (hosts[0] if hosts else "localhost", RENDEZVOUS_PORT)
     threads = provenance.recorded_threads(record) or threads_per_process(record.cell)
-    return command(record.cell, gpu, threads, directory, output, program, meeting)
+    return command(record.cell, gpu, threads, directory, output, program, rendezvous)
 
 
 def copy_profile(source: Path, target: Path) -> None:
-    """Put the profile that a cell is started with beside its record."""
+    """Copy the profile of a cell to the directory of its record."""
     for name in (PROFILE, DEEPSPEED):
         if (source / name).exists() and not (target / name).exists():
             shutil.copyfile(source / name, target / name)

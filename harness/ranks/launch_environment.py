@@ -1,4 +1,4 @@
-"""A rank's environment: what `accelerate launch` and torchrun would have set for it.
+"""The environment of a rank: the variables that `accelerate launch` and torchrun set.
 
 Ranks of a sweep are forked from a server that has the stack imported, which saves each of them 10
 to 15 s. Their environment comes out of accelerate's own launcher, given the arguments of the
@@ -16,7 +16,7 @@ from harness.ranks.launch_command import MODULE
 
 @dataclass(frozen=True)
 class RankPosition:
-    """Where one rank is: the `local_rank`-th of `local_ranks` on the `node_rank`-th of `nodes`
+    """One rank: the `local_rank`-th of `local_ranks` on the `node_rank`-th of `nodes`
     machines, whose first rank listens at `address`:`port`."""
 
     local_rank: int = 0
@@ -58,14 +58,14 @@ def _accelerate_variables(arguments: Sequence[str]) -> dict[str, str]:
     parser = launch_command_parser()
     given = parser.parse_args([*arguments, "--module", MODULE])
     given, defaults, precision_from_file = _validate_launch_command(given)
-    # It looks for a free port otherwise than by asking whether rank 0's, in use by then, is free.
+    # With 0 the launcher does not check that the port is free: rank 0 may already use it.
     given.main_process_port = 0
     if given.use_deepspeed:
         fields = list(defaults.deepspeed_config) if defaults else []
         fields += ["mixed_precision"] if precision_from_file else []
         given.deepspeed_fields_from_accelerate_config = ",".join(fields)
         found = dict(prepare_deepspeed_cmd_env(given)[1])
-        # It puts the current directory first on the path, where a harness.py may lie.
+        # It puts the current directory first on the path, which may have a harness.py.
         found.pop("PYTHONPATH", None)
     else:
         found = dict(prepare_multi_gpu_env(given))
@@ -76,7 +76,7 @@ def _accelerate_variables(arguments: Sequence[str]) -> dict[str, str]:
 
 
 def torchrun_variables(place: RankPosition) -> dict[str, str]:
-    """What torch.distributed's elastic agent gives a worker."""
+    """The variables that torch.distributed's elastic agent sets for a worker."""
     return {
         "RANK": str(place.rank),
         "LOCAL_RANK": str(place.local_rank),

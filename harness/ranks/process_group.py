@@ -1,4 +1,4 @@
-"""Several ranks as one cell: joining, checking that they really are one, and keeping them apart."""
+"""The process group of a cell on several ranks: join, verify, release."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from harness.models.mismatch import VerificationError
 from harness.ranks import deepspeed_build
 from harness.ranks.launch_environment import RankPosition, torchrun_variables
 from harness.ranks.state_files import record_path
-from harness.records.record import Record, read_record
+from harness.records.reading import read_record
+from harness.records.record import Record
 from harness.system.child_process import fork
 from harness.train import TrainingSchedule, sft_config
 from matrices.accelerate_profiles import mixed_precision
@@ -40,12 +41,11 @@ def world_size() -> int:
 
 
 def join(cell: Cell, output_dir: Path) -> Any:
-    """Meet the other ranks.
+    """Join the process group.
 
-    Gives the training arguments, which the caller keeps for as long as it loads models:
-    transformers asks them whether ZeRO-3 is to divide what it reads. Raises VerificationError when
-    the ranks are not as many as the cell's devices: launchers that were told something else start
-    fewer and exit with 0.
+    Returns the training arguments. The caller keeps them while it loads models: transformers reads
+    from them whether ZeRO-3 partitions the weights. Raises VerificationError when the number of
+    ranks is not the cell's number of devices: a launcher with other arguments starts fewer.
     """
     from accelerate import PartialState
 
@@ -70,7 +70,7 @@ def join(cell: Cell, output_dir: Path) -> Any:
     if cell.strategy.zero_stage:
         from deepspeed import init_distributed
 
-        # DeepSpeed counts ranks itself, and on a CPU accelerate does not introduce them.
+        # DeepSpeed keeps its own count of ranks; on a CPU accelerate does not initialize it.
         init_distributed(auto_mpi_discovery=False)
     return sft_config(cell, None, TrainingSchedule(1, 0.0, prepared=True), output_dir)
 
@@ -88,20 +88,20 @@ def verify(accelerator: Any, cell: Cell) -> tuple[str, int]:
 
 
 def load_device(cell: Cell) -> torch.device:
-    """Where weights are loaded to. FSDP's devices take their parts from host memory; DeepSpeed
-    divides weights while they are read."""
+    """The device that weights are loaded to. FSDP shards them from host memory; DeepSpeed
+    partitions them while they are read."""
     if cell.is_distributed and cell.strategy.fsdp_version:
         return torch.device("cpu")
     return device.training_device()
 
 
 def shards_model(cell: Cell) -> bool:
-    """Whether the engine keeps the model that it is given: DDP only wraps it."""
+    """Whether the engine shards the model: DDP only wraps it."""
     return cell.is_distributed and not cell.strategy.replicates
 
 
 def release_engine(trainer: Any, cell: Cell) -> None:
-    """Have an engine drop what it holds, so that another one can follow it."""
+    """Free the memory of an engine, so that another one can be built."""
     if not cell.is_distributed:
         return
     engine = trainer.model_wrapped
@@ -111,7 +111,7 @@ def release_engine(trainer: Any, cell: Cell) -> None:
 
 
 def substitutions(cell: Cell) -> list[str]:
-    """What ran instead of what was asked for, on these devices."""
+    """What ran instead of what the cell asks for, on these devices."""
     from harness.ranks import cpu_fsdp
 
     said = []
@@ -134,7 +134,7 @@ def substitutions(cell: Cell) -> list[str]:
 
 
 def clear_environment() -> None:
-    """Take the launcher's variables out of this process: libraries would look for other ranks."""
+    """Remove the launcher's variables from this process: libraries would look for other ranks."""
     ours = torchrun_variables(RankPosition())
     for name in list(os.environ):
         if name in ours or name.startswith(("ACCELERATE_", "FSDP_", "TORCHELASTIC_")):
@@ -148,7 +148,7 @@ def wait_for_everyone() -> None:
 
 
 def other_records(output_dir: Path, count: int) -> list[Record]:
-    """What ranks 1 to count - 1 have written of themselves, in order. Call it after they have.
+    """The records of ranks 1 to count - 1, in order. Call it after the ranks have written them.
 
     Raises RuntimeError when a file does not appear within FILE_WAIT_SECONDS.
     """
@@ -168,10 +168,10 @@ def _wait_for_record(path: Path) -> Record:
 
 
 def run_in_child(work: Callable[[], int]) -> int:
-    """Run `work` in a forked process, to its end; returns its exit code, negative for a signal.
+    """Run `work` in a forked process and wait; returns its exit code, negative for a signal.
 
-    Whatever it starts (a training engine, a CUDA context) goes with it, and its caller stays
-    clean. An exception that stops the caller, as a signal's handler raises, stops it first.
+    A training engine or CUDA context that it creates ends with it. When the caller is interrupted
+    by an exception, as a signal handler raises, the child is ended first.
     """
     child = fork(work)
     try:

@@ -1,6 +1,6 @@
-"""What a cell is doing now, `progress.json`: written by its first rank, shown by whoever watches.
+"""The progress of a cell, `progress.json`: its first rank writes it, displays read it.
 
-Where each rank stands, and that it is alive, is another file, which goes into the record:
+The state and heartbeat of each rank are in other files, which go into the record:
 `harness.ranks.state_files`.
 """
 
@@ -36,7 +36,7 @@ class Progress:
 
 
 def read_progress(working: Path) -> Progress:
-    """The last that was written; the default before there is one. Keys of a later tunebench are
+    """The last written progress; the default when there is none. Keys of a later tunebench are
     ignored."""
     try:
         plain: dict[str, Any] = json.loads((working / PROGRESS).read_text())

@@ -1,4 +1,4 @@
-"""Where a rank is, written down by itself for whoever watches: phase, step, and a heartbeat.
+"""The state file of each rank, which the rank writes: phase, step, and a heartbeat.
 
 Light on purpose (no torch): the runner reads these files.
 """
@@ -17,8 +17,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from harness.records.part import Status
+from harness.records.ranks import Failure, RankState
 from harness.records.reading import RECORD
-from harness.records.record import Failure, RankState, Status
 from harness.system.files import TEMPORARY_PREFIX
 from matrices.files.text import visible
 
@@ -31,7 +32,7 @@ def state_path(output_dir: Path, rank: int) -> Path:
 
 
 def record_path(output_dir: Path, rank: int) -> Path:
-    """Where a rank keeps its record: rank 0's is the cell's, the others' are gathered into it."""
+    """The record file of a rank: rank 0's is the cell's, into which the others are gathered."""
     if rank == 0:
         return output_dir / RECORD
     return output_dir / DIRECTORY / f"rank-{rank}.record.json"
@@ -42,7 +43,7 @@ def log_path(output_dir: Path, rank: int) -> Path:
 
 
 def stack_path(output_dir: Path, rank: int) -> Path:
-    """Where a rank's threads stand, after SIGUSR1."""
+    """The file with the stack of each thread of a rank, written at SIGUSR1."""
     return output_dir / DIRECTORY / f"rank-{rank}.stack.txt"
 
 
@@ -58,7 +59,7 @@ def _valid_states(output_dir: Path) -> Iterator[RankState]:
         try:
             yield RankState.model_validate_json(path.read_text())
         except (FileNotFoundError, ValidationError):
-            # A disk that was full when it was written; the rank counts as silent.
+            # The disk was full when it was written; the rank counts as silent.
             continue
 
 
@@ -91,7 +92,7 @@ class Reporter:
     def end(
         self, status: Status, reason: str | None = None, failure: Failure | None = None
     ) -> None:
-        """The last word of this process."""
+        """Write the final state of this process."""
         self._ended.set()
         self.state.status, self.state.reason, self.state.failure = status, reason, failure
         self._write()
@@ -104,6 +105,6 @@ class Reporter:
         with self._lock:
             self.state.beat = time.time()
             part = self._path.with_name(f"{TEMPORARY_PREFIX}{self._path.name}")
-            # Not flushed to disk: it is of interest only while this machine runs.
+            # Not flushed to disk: the file is read only while this machine runs.
             part.write_text(visible(self.state.model_dump_json(indent=1)) + "\n")
             os.replace(part, self._path)

@@ -1,13 +1,13 @@
 """Which of several attempts at a cell is in force: its record is the cell's result.
 
-1. An attempt that came to an end of its own is preferred to one that was interrupted or skipped,
-   which says nothing about the cell.
+1. A finished attempt is preferred to one that was interrupted or skipped, which says nothing about
+   the cell.
 2. Attempts at one cell on one stack in one results directory are made one after another, under a
    claim, and are numbered: the highest number is the last, whatever the machines' clocks say.
 3. Other stacks and other directories count for themselves: between them, the attempt that ended
    last is in force.
 
-Every command asks here, so that a plan, a runner, `tunebench status` and a report agree.
+Every command uses these functions, so that a plan, a runner, `tunebench status` and a report agree.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ K = TypeVar("K", bound=Hashable)
 
 
 def in_force(attempts: Iterable[A]) -> A | None:
-    """The attempt in force among attempts at one cell, in whatever order they come; none of none.
-    The path decides between attempts that are equal in all else."""
+    """The attempt in force among attempts at one cell, in any order; None when there are none. The
+    path decides between attempts that are otherwise equal."""
     last_of_series: dict[Hashable, A] = {}
     for each in attempts:
         series = (each.directory.parent, each.record.cell_id, each.record.stack_id)

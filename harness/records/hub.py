@@ -1,4 +1,4 @@
-"""What the local copy of the hub knows: which commit a name stands for, and where its files are.
+"""The local cache of the hub: the commit of a revision, and the directory of its files.
 
 Light on purpose (no torch, no network): it reads the cache that huggingface_hub writes.
 """
@@ -32,7 +32,7 @@ def is_hub_data(data: Data) -> bool:
 
 
 def known_commit(name: str, revision: str | None, kind: RepositoryKind = "model") -> str | None:
-    """The commit a revision stands for as far as this machine knows; none without a local copy."""
+    """The commit of a revision in the local cache; None without a local copy."""
     if revision is not None and COMMIT.fullmatch(revision):
         return revision
     try:
@@ -43,7 +43,7 @@ def known_commit(name: str, revision: str | None, kind: RepositoryKind = "model"
 
 
 def snapshot(name: str, revision: str | None) -> Path | None:
-    """Where the files of a hub model lie, those that are here; none without a local copy."""
+    """The directory of a hub model's downloaded files; None without a local copy."""
     commit = known_commit(name, revision)
     directory = _folder(name, "model") / "snapshots" / (commit or "")
     return directory if commit and directory.is_dir() else None
@@ -66,8 +66,8 @@ def _sources(cell: Cell) -> list[tuple[RepositoryKind, str, str | None]]:
 
 
 def known_commits(cell: Cell) -> dict[str, dict[str, str]]:
-    """The start of a record's provenance: the commits that this machine knows the cell's model and
-    data by. What is loaded replaces them."""
+    """The first provenance of a record: the commits of the cell's model and data in the local
+    cache. Loading replaces them."""
     found: dict[str, dict[str, str]] = {}
     for kind, name, revision in _sources(cell):
         commit = known_commit(name, revision, kind)
@@ -77,8 +77,8 @@ def known_commits(cell: Cell) -> dict[str, dict[str, str]]:
 
 
 def changed_since(record: Record) -> str:
-    """Why a record is not of what its cell would read from the hub today, as far as this machine
-    knows; empty if it is."""
+    """Why a record is of another commit than its cell would read from the hub today, by the local
+    cache; empty if it is not."""
     for kind, name, revision in _sources(record.cell):
         if revision is not None and COMMIT.fullmatch(revision):
             continue  # the cell itself says it

@@ -1,7 +1,7 @@
-"""The prediction: what simulating one cell found out. Light (no torch), like the record.
+"""The prediction: the result of simulating one cell. Light (no torch), like the record.
 
-Bytes are `int` bytes on one device unless a name says host; seconds are `float` s. Everything in
-here is predicted: nothing was measured, on a GPU or elsewhere.
+Bytes are `int` bytes on one device unless a name says host; seconds are `float` s. Every
+figure is predicted, none is measured.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from harness.records.record import LiveTensor, Part
+from harness.records.memory import LiveTensor
+from harness.records.part import Part
 from matrices.catalogue.gpus import Gpu
 from matrices.cell import Cell
 

@@ -1,4 +1,4 @@
-"""What a measurement ran on: packages, commit, hardware, environment, and the command to repeat it.
+"""What a measurement runs on: packages, commit, hardware, environment; and what identifies it.
 
 Light on purpose (no torch): versions come from the installed metadata, the accelerator from NVML.
 """
@@ -20,10 +20,11 @@ from typing import Any, NamedTuple
 import psutil
 
 from harness.records import hub
-from harness.records.record import Hardware, Provenance, Record, Stack
+from harness.records.record import Record
+from harness.records.stack import Hardware, Provenance, Stack
 from matrices.cell import Cell, base_cells
 
-# Versions that can change a figure: they make the stack's identity, with python and the hardware.
+# Versions that can change a figure. They are part of stack_id, with python and the hardware.
 MEASURED_PACKAGES = (
     "accelerate",
     "bitsandbytes",
@@ -37,7 +38,7 @@ MEASURED_PACKAGES = (
     "transformers",
     "trl",
 )
-# Written down too, but a newer one does not make old figures incomparable.
+# Recorded too, but a newer version keeps old figures comparable.
 NOTED_PACKAGES = (
     "deepspeed",
     "flash-attn",
@@ -73,7 +74,7 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 class NvmlGpu(NamedTuple):
-    """One visible accelerator, as NVML tells it."""
+    """One visible accelerator, as NVML reports it."""
 
     name: str
     uuid: str
@@ -83,7 +84,7 @@ class NvmlGpu(NamedTuple):
 
 
 class Nvml(NamedTuple):
-    """The visible accelerators, or why NVML tells of none."""
+    """The visible accelerators, or why NVML reports none."""
 
     gpus: tuple[NvmlGpu, ...]
     reason: str | None
@@ -127,7 +128,7 @@ def _checkout_state(root: Path) -> tuple[str | None, bool | None]:
 def _git(root: Path, *arguments: str) -> str | None:
     """Standard output of a git command; none without git, or where git refuses."""
     try:
-        done = subprocess.run(  # noqa: S603 - a fixed argv, nothing of the user's in it
+        done = subprocess.run(  # noqa: S603 - a fixed argv, no user input in it
             ["git", "-C", str(root), *arguments],  # noqa: S607 - whichever git is on the path
             capture_output=True,
             text=True,
@@ -252,8 +253,8 @@ def stack_identity(cell: Cell, of: Stack, on: Hardware, threads: int | None) -> 
     """What makes figures of a cell comparable: versions, python's minor, the device's kind and
     number; on a CPU its processors and the threads of each process.
 
-    Not the commit nor the version of tunebench: an upgrade of ours keeps a month of results. Both
-    are in every record's stack. What is not known is left out.
+    The commit and the version of tunebench are not part of it, so that results stay valid after an
+    upgrade; both are in every record's stack. Unknown values are left out.
     """
     found = _shared_identity(of, on)
     names = [name for name in optional_packages(cell, uses_gpu(of, on)) if name in of.packages]
@@ -267,7 +268,7 @@ def stack_identity(cell: Cell, of: Stack, on: Hardware, threads: int | None) -> 
 
 
 def optional_packages(cell: Cell, gpu: bool) -> set[str]:
-    """Of the packages that not every cell uses, those that this one does."""
+    """The packages that this cell uses and not every cell does."""
     names = {cell.strategy.package} if cell.strategy.package else set()
     attention = cell.model.attn_implementation
     if attention.startswith("flash_attention"):
@@ -280,25 +281,25 @@ def optional_packages(cell: Cell, gpu: bool) -> set[str]:
 
 
 def same_stack(record: Record, of: Stack, on: Hardware, threads: int | None) -> bool:
-    """Whether a record was made by what its cell would use now. What it does not hold, as older
-    ones do not, is not compared."""
+    """Whether a record was made by the stack that its cell would use now. Values that an older
+    record lacks are not compared."""
     then = stack_identity(record.cell, record.stack, record.hardware, recorded_threads(record))
     now = stack_identity(record.cell, of, on, threads)
     return all(now.get(name) == value for name, value in then.items())
 
 
 def recorded_stack_id(record: Record) -> str:
-    """stack_id by what a record holds, whenever it was made."""
+    """The stack_id of a record, computed from its content."""
     return stack_id(record.cell, record.stack, record.hardware, recorded_threads(record))
 
 
 def option(argv: Sequence[str], name: str) -> str | None:
-    """The value that an argv gives an option; none where it gives none."""
+    """The value of an option in an argv; None where it has none."""
     return argv[argv.index(name) + 1] if name in argv[:-1] else None
 
 
 def recorded_threads(record: Record) -> int | None:
-    """Threads of each process of a recorded cell; none where it does not say."""
+    """Threads of each process of a recorded cell; None where the record does not have them."""
     said = option(record.command, THREADS_OPTION)
     if said is None:
         said = record.provenance.environment.get("OMP_NUM_THREADS", "")
@@ -343,13 +344,13 @@ def new_record(
     """The record a cell starts with: everything known before it runs, and `interrupted` until
     the worker or the runner knows better. `threads` are those of each of its processes; none means
     as many as this one would have."""
-    here, machine = stack(), hardware()
+    software, machine = stack(), hardware()
     return Record(
         cell_id=cell.cell_id,
         cell=cell,
         base_cell_ids={name: base.cell_id for name, base in base_cells(cell).items()},
-        stack_id=stack_id(cell, here, machine, threads or cpu_threads()),
-        stack=here,
+        stack_id=stack_id(cell, software, machine, threads or cpu_threads()),
+        stack=software,
         hardware=machine,
         command=command,
         status="interrupted",

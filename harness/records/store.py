@@ -62,10 +62,10 @@ class Store:
         self.claims = self.root / ".claims"
 
     def check(self) -> None:
-        """Raise UserError if the directory could not be written or the disk is nearly full, and
-        say which of the attempts left behind cannot be read.
+        """Raise UserError if the directory cannot be written or the disk is nearly full, and warn
+        of abandoned attempts that cannot be read.
 
-        Makes nothing: where the directory is not there yet, its nearest ancestor is tried.
+        It creates nothing: if the directory does not exist, its nearest ancestor is tried.
         """
         place = self.root
         while not place.exists():
@@ -93,7 +93,7 @@ class Store:
             self.claims.mkdir(exist_ok=True)
 
     def latest(self) -> dict[str, Entry]:
-        """The attempt in force of every key that is here."""
+        """The attempt in force of every key in this directory."""
         entries = (Entry(*each) for each in records_in(self.root))
         return in_force_by(entries, lambda e: record_key(e.record.cell_id, e.record.stack_id))
 
@@ -110,7 +110,7 @@ class Store:
         return self.root / (key if attempt == 1 else f"{key}.{attempt}")
 
     def next_attempt(self, key: str) -> int:
-        """The first attempt number whose directory is not there."""
+        """The first attempt number without a directory."""
         attempt = 1
         while self.published_directory(key, attempt).exists():
             attempt += 1
@@ -118,10 +118,10 @@ class Store:
 
     @contextlib.contextmanager
     def claim(self, key: str) -> Iterator[bool]:
-        """Claim a key for the length of the block; gives False when it is claimed elsewhere.
+        """Claim a key for the length of the block; yields False when another process has it.
 
-        The operating system gives a claim back when its holder dies, however it dies. A worker
-        that outlives its runner holds a lock of its own, and the key stays claimed.
+        The operating system releases the claim when its process dies. A worker that outlives its
+        runner has its own lock, and the key stays claimed.
         """
         with disk_errors(self.root):
             lock = _try_lock(self.claims / f"{key}.lock")
@@ -161,7 +161,7 @@ class Store:
         return working
 
     def publish(self, working: Path, record: Record) -> Entry:
-        """Give a working directory its final record and its name. Needs the claim on its key.
+        """Write the final record and rename the working directory. Needs the claim on its key.
 
         If that name has appeared meanwhile (results copied in), the attempt gets the next one.
         """
@@ -189,10 +189,9 @@ class Store:
         return sorted(pair for pair in found if key in (None, pair[0]))
 
     def recover(self, key: str, finish: Callable[[Path, Record], Record]) -> list[Entry]:
-        """Publish what a dead runner left of a claimed key. `finish` completes the record.
+        """Publish the abandoned attempts of a claimed key. `finish` completes their records.
 
-        A directory whose runner died before it wrote a first record has nothing to keep: it is
-        removed. One whose record cannot be read stays where it is.
+        A directory without a record is removed. One whose record cannot be read stays.
         """
         recovered = []
         for working_key, working in self.abandoned(key):
@@ -201,7 +200,7 @@ class Store:
                     shutil.rmtree(working)
                 continue
             record = read_valid(working / RECORD)
-            # Of another cell it would need another claim.
+            # The record of another cell would need another claim.
             if record is not None and matches_key(record, working_key):
                 recovered.append(self.publish(working, finish(working, record)))
         return recovered
@@ -217,7 +216,7 @@ def _try_lock(path: Path) -> FileLock | None:
 
 
 def _remove_temporary_files(working: Path) -> None:
-    """What a process that was killed had begun to write, files and directories."""
+    """Remove the temporary files and directories of a killed process."""
     for path in [*working.rglob(f"{TEMPORARY_PREFIX}*")]:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
@@ -226,14 +225,14 @@ def _remove_temporary_files(working: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    # A rank on another machine goes on for a moment, and replaces its own files.
+    # A rank on another machine may still replace its own files.
     with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
         os.fsync(file.fileno())
 
 
 @contextlib.contextmanager
 def disk_errors(root: Path) -> Iterator[None]:
-    """Turn what a disk refuses into one line that says what to do."""
+    """Turn an OSError of the disk into a UserError that says what to do."""
     try:
         yield
     except OSError as error:

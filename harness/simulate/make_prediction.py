@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from harness.meters.memory.ledger import category
 from harness.meters.steps import TOP_TENSORS
+from harness.records.memory import LiveTensor
 from harness.records.prediction import (
     Engine,
     PredictedMemory,
@@ -13,7 +14,6 @@ from harness.records.prediction import (
     RankMemory,
     Verdict,
 )
-from harness.records.record import LiveTensor
 from harness.simulate.libraries import attention
 from harness.simulate.memory import replay
 from harness.simulate.memory.allocator import Allocator

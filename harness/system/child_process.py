@@ -30,7 +30,7 @@ def run(
     Raises OSError when it cannot be started, and subprocess.TimeoutExpired after `seconds`, when
     it has been killed.
     """
-    return subprocess.run(  # noqa: S603 - an argv of our own making, no shell
+    return subprocess.run(  # noqa: S603 - a fixed argv, no shell
         argv,
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -55,7 +55,7 @@ def start(
     `environment` is what differs from this process's own, `kept_open` are descriptors that it
     keeps. Call it in the main thread. Raises OSError when it cannot be started.
     """
-    return subprocess.Popen(  # noqa: S603 - an argv of our own making, no shell
+    return subprocess.Popen(  # noqa: S603 - a fixed argv, no shell
         argv,
         stdin=subprocess.DEVNULL,
         stdout=stdout,
@@ -103,8 +103,8 @@ def fork_to_answer(work: Callable[[], str]) -> tuple[int, int]:
 
 
 def exit_now(code: int) -> None:
-    """End this process without taking the interpreter down: with a process group of torch's, that
-    aborts now and then ("terminate called without an active exception") after everything is done.
+    """End this process without finalizing the interpreter: with a process group of torch, that
+    sometimes aborts ("terminate called without an active exception") after all work is done.
     """
     _flush()
     os._exit(code)
@@ -130,7 +130,7 @@ def signal_text(number: int) -> str:
 
 
 def describe_exit(code: int) -> str:
-    """Of a process that was to answer and did not: `code` is negative for a signal."""
+    """How a process ended that should have answered; `code` is negative for a signal."""
     if code < 0:
         return f"was killed by {signal_text(-code)}"
     return f"ended with exit code {code} before its answer"

@@ -1,4 +1,4 @@
-"""Writing files that are either whole or not there."""
+"""Write files atomically: a reader sees a complete file or none."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def _umask() -> int:
 
 
 def sync_directory(path: Path) -> None:
-    """Bring the names in a directory to disk: without it a rename may be lost with the power.
+    """Bring the names in a directory to disk: without it a power failure may undo a rename.
 
-    Windows opens no directories, and nothing is done there."""
+    Windows cannot open directories; there it does nothing."""
     if sys.platform == "win32":
         return
     descriptor = os.open(path, os.O_RDONLY)

@@ -1,7 +1,6 @@
-"""What a fork leaves half made, put right in every child before it does anything else.
+"""Repair state that a fork breaks, in every child before it does anything else.
 
-Importing this module is enough: each child that this process forks from then on is put right,
-whoever forks it. What is imported later in the child was never copied.
+Importing this module is enough: it registers `reset_child` for every later fork of this process.
 
 * torch. The fork marks torch's thread pool as broken, and its first use replaces it. Weights are
   loaded in several threads at once, and two that replace it at the same time fail ("pool INTERNAL
@@ -10,10 +9,10 @@ whoever forks it. What is imported later in the child was never copied.
 * Random generators. Children of one process would draw the same numbers, where processes started
   by hand draw different ones: torch's, numpy's, and the one that `datasets` names cache files by
   when it cannot hash a function (a cell would read the rows that another one prepared). `random`
-  and `tempfile` see to themselves.
+  and `tempfile` reset themselves.
 
-Not put right: OpenMP. libgomp's threads do not survive, and a child waits for them forever if the
-thread that forks has computed in parallel before. What is forked from here has not: servers only
+Not repaired: OpenMP. libgomp's threads do not survive, and a child waits for them forever if the
+thread that forks has computed in parallel before. The forks of this project are safe: servers only
 import, and `harness.ranks.process_group.run_in_child` comes before any tensor.
 """
 
@@ -24,7 +23,7 @@ import sys
 
 
 def reset_child() -> None:
-    """Make this forked process as one that was started afresh and has imported the same."""
+    """Reset torch's threads and the random generators of a forked process."""
     torch = sys.modules.get("torch")
     if torch is not None:
         torch.set_num_threads(torch.get_num_threads())

@@ -1,8 +1,8 @@
-"""SIGTERM as an exception that cannot get lost. POSIX only.
+"""SIGTERM as an exception that is raised until it is handled. POSIX only.
 
 Python drops an exception that a signal handler raises inside a destructor or a weakref callback
 (it prints "Exception ignored in ..."), and the memory ledger lives on weakref callbacks. A library
-may also catch BaseException. So the exception is raised again until somebody says `stop_raising`.
+may also catch BaseException. So the exception is raised again until `stop_raising` is called.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def raise_on_sigterm() -> None:
 
 
 def stop_raising() -> None:
-    """Interrupted has arrived where it is dealt with: stop raising it."""
+    """Stop raising Interrupted: it has been handled."""
     signal.setitimer(signal.ITIMER_REAL, 0)
 
 

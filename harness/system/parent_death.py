@@ -42,6 +42,6 @@ def end_with_parent(parent: int) -> None:
 
 
 def preexec_end_with_parent() -> Callable[[], None] | None:
-    """`preexec_fn` for a process that is to end with this one; none where there is no such way."""
+    """`preexec_fn` that makes a child end with this process; None except on Linux."""
     parent = os.getpid()
     return (lambda: end_with_parent(parent)) if _LIBC is not None else None

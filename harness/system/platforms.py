@@ -14,7 +14,7 @@ ALSO_ELSEWHERE = "plan, report and show work"
 
 
 def name() -> str:
-    """As people call it: Linux, macOS, Windows."""
+    """The common name: Linux, macOS, Windows."""
     system = platform.system()
     return "macOS" if system == "Darwin" else system
 

@@ -1,4 +1,4 @@
-"""The adapter on the loaded model, held against what PEFT's own configuration resolves to."""
+"""Check the adapter on the loaded model against PEFT's own resolved configuration."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from harness.models import lora_layers
 from harness.models.lora_layers import ADAPTER, BaseModule
 from harness.models.mismatch import VerificationError, require_equal
 from harness.models.model import alpha, target_modules
-from harness.records.record import PassedThrough, VerifiedAdapter
+from harness.records.verified import PassedThrough, VerifiedAdapter
 from harness.verify import arguments
 from matrices.cell import Adapter
 
@@ -59,7 +59,7 @@ def passed_through(model: Any, wanted: Adapter) -> dict[str, PassedThrough]:
 
 
 class BaseModelView:
-    """A PEFT model seen as it was before: each module under its own name, without wrappers."""
+    """The base model of a PEFT model: each module under its own name, without wrappers."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -86,7 +86,7 @@ def _verify_layer(name: str, layer: Any, config: Any) -> None:
 
 
 def _verify_saved_modules(config: Any, model: Any, found: list[BaseModule]) -> None:
-    """Copies and rows that are trained beside the adapter are those that were asked for."""
+    """Check the saved module copies and the embedding rows that train with the adapter."""
     saved = [place.name for place in found if lora_layers.saved_copies(place)]
     require_equal(saved, lora_layers.modules_to_save(config, found), "modules_to_save")
     for name, ids in lora_layers.token_indices(config, model).items():
@@ -127,7 +127,7 @@ def _trained_parameters(place: BaseModule, config: Any) -> list[torch.nn.Paramet
 
 
 def summarize(model: Any) -> VerifiedAdapter:
-    """What is there, for the record."""
+    """The adapter as found on the model, for the record."""
     found = lora_layers.base_modules(model)
     config = model.peft_config[ADAPTER]
     layers = lora_layers.all_loras(found)

@@ -1,5 +1,5 @@
-"""What was passed through to TRL and PEFT, as their objects hold it: seen to be what was asked
-for, and kept for the record beside the library's default."""
+"""Check that the objects of TRL and PEFT hold the arguments that were passed through to them, and
+give the record these values with the library's defaults."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from transformers import get_scheduler
 from harness import device
 from harness.models.mismatch import VerificationError
 from harness.models.model import load_tokenizer
-from harness.records.record import PassedThrough
+from harness.records.verified import PassedThrough
 from harness.train import TrainingSchedule, sft_config
 from matrices.cell import Cell
 from matrices.errors import UserError, first_line, nearest
 from matrices.libraries.library_arguments import SFT_ARGUMENTS, SFT_CONFIG
 from matrices.rules import passed_through
 
-# AdamW's and Lion's arguments, by what TRL calls them: the optimizer's own name, and which of it.
+# TRL's names of AdamW's and Lion's arguments: the optimizer's own name, and the index in it.
 OPTIMIZER_ARGUMENTS: dict[str, tuple[str, int | None]] = {
     "adam_beta1": ("betas", 0),
     "adam_beta2": ("betas", 1),

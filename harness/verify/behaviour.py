@@ -1,8 +1,9 @@
-"""What a loaded model does, tried on a few tokens: names and flags tell less.
+"""Check the behaviour of a loaded model on a few tokens: is it causal, are documents isolated, does
+the adapter start at the base?
 
-Whether one token's logits depend on another is read off gradients, which are exactly zero where
-they do not: no tolerance is needed, whatever the dtype. A look leaves the model as it was; it takes
-two or three forwards of 16 tokens, before anything is measured.
+Gradients show whether one token's logits depend on another token: they are exactly zero where they
+do not, in any dtype. A probe does not change the model. It takes two or three forwards of 16
+tokens, before anything is measured.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ SPLITS_THE_BASE = ("pissa", "olora")
 
 @dataclass
 class BaseBehaviour:
-    """The base before it gets an adapter. `missing` says why something was not tried."""
+    """The base model before it gets an adapter. `missing` says why a check was skipped."""
 
     logits: torch.Tensor | None = None
     causal: bool | None = None
@@ -43,7 +44,7 @@ class BaseBehaviour:
 
 
 def probe(model: Any, cell: Cell) -> BaseBehaviour:
-    """Try the base model of a cell. Raises VerificationError when it is not a causal one."""
+    """Probe the base model of a cell. Raises VerificationError when it is not causal."""
     began = time.perf_counter()
     seen = BaseBehaviour(isolated=False if _joins_documents(cell) else None)
     reason = _skip_reason(model)
@@ -67,8 +68,8 @@ def probe(model: Any, cell: Cell) -> BaseBehaviour:
 
 
 def record_probe(record: Record, seen: BaseBehaviour, model: Any) -> None:
-    """Put into the record what was seen, and whether the adapter, if any, starts at the base.
-    Raises VerificationError when it should and does not."""
+    """Record the results of the probe, and whether the adapter, if any, starts at the base. Raises
+    VerificationError when it should and does not."""
     began = time.perf_counter()
     verified, cell = record.verified, record.cell
     verified.causal, verified.documents_isolated = seen.causal, seen.isolated
@@ -100,7 +101,7 @@ def _compare(model: Any, before: torch.Tensor, cell: Cell) -> None:
 
 def _starts_at_base(config: Any, cell: Cell) -> bool:
     if getattr(config, "kasa_config", None) is not None:
-        return False  # it cuts small parts off the base weights
+        return False  # it removes small parts of the base weights
     init = config.init_lora_weights
     if not isinstance(init, str):
         return init is True
@@ -120,7 +121,7 @@ def _separates_documents(cell: Cell) -> bool:
 
 
 def _skip_reason(model: Any) -> str | None:
-    """Why a forward outside of the training engine says nothing about this model."""
+    """Why this model is not probed outside the training engine; None when it can be."""
     from transformers.integrations import is_deepspeed_zero3_enabled
 
     if is_deepspeed_zero3_enabled():
@@ -154,7 +155,7 @@ def _logits(model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tens
     kept: list[torch.Tensor] = []
 
     def keep(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
-        # Bare of its history, so that it is where gradients end; the first call is the ids'.
+        # Detached, so that gradients end here; the first call is that of the token ids.
         kept.append(output.detach().requires_grad_(True))
         return kept[-1]
 
@@ -165,7 +166,7 @@ def _logits(model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tens
             name: value.to(place) if isinstance(value, torch.Tensor) else value
             for name, value in batch.items()
         }
-        # As TRL calls it: with a cache the boundaries of documents are not looked for.
+        # As TRL calls it: with a cache, attention ignores the boundaries of documents.
         logits = model(**on_device, use_cache=False).logits
     finally:
         handle.remove()
@@ -208,8 +209,8 @@ def _training_precision(model: Any, cell: Cell) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _restored(model: Any) -> Iterator[None]:
-    """Give modules their modes and parameters their own tensors back: bitsandbytes casts the biases
-    of 4-bit layers in place at their first forward."""
+    """Restore the modes of modules and the tensors of parameters: bitsandbytes casts the biases of
+    4-bit layers in place at their first forward."""
     training = [module for module in model.modules() if module.training]
     data = [(parameter, parameter.data) for parameter in model.parameters()]
     devices = list(range(torch.cuda.device_count())) if device.has_cuda() else []
@@ -226,8 +227,8 @@ def _restored(model: Any) -> Iterator[None]:
 
 
 def refuse_encoder(skeleton: Any, chosen: Model) -> None:
-    """Raise UserError for a model whose attention layers all say that they are not causal: what can
-    be told without weights."""
+    """Raise UserError for a model whose attention layers all declare that they are not causal. This
+    needs no weights."""
     said = {bool(module.is_causal) for module in skeleton.modules() if hasattr(module, "is_causal")}
     if said == {False}:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Whether local models and data still are what the cell was planned with."""
+"""Check that local models and data have not changed since the cell was planned."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from matrices.files.fingerprint import fingerprint, is_unchanged
 
 
 class ChangedError(RuntimeError):
-    """What would be read is not what the cell's identity says."""
+    """A local model or data file differs from the fingerprint in the cell."""
 
 
 def check(cell: Cell) -> None:
-    """Hash the local model and data of a cell again. Raises ChangedError when the content is
-    another than the cell's fingerprint says, UserError when something cannot be read."""
+    """Hash the local model and data of a cell again. Raises ChangedError when a hash differs from
+    the cell's fingerprint, UserError when a file cannot be read."""
     sources = [("model", cell.model.name, cell.model.fingerprint)]
     if cell.data is not None:
         sources.append(("data", cell.data.source, cell.data.fingerprint))

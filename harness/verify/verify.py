@@ -1,4 +1,4 @@
-"""Look at the loaded objects and refuse to measure something else than what the cell says."""
+"""Check that the loaded objects are what the cell asks for."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ from harness import device
 from harness.models import lora_layers, quantization
 from harness.models.mismatch import VerificationError, require_equal
 from harness.models.quantization import full_numel
-from harness.records.record import Verified
+from harness.records.verified import Verified
 from harness.verify import adapter
 from matrices.cell import Cell
 
-# transformers' optim name -> (package and class that runs, its attributes that tell the variants
-# apart).
+# transformers' optim name -> (package and class that runs, the attributes of this variant).
 OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
     "adamw_torch": ("torch.AdamW", {"fused": None}),
     "adamw_torch_fused": ("torch.AdamW", {"fused": True}),
@@ -35,12 +34,13 @@ OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-# accelerate puts it in the place of torch's where the optimizer is offloaded.
+# accelerate replaces torch's Adam by it where the optimizer is offloaded.
 HOST_ADAM = "deepspeed.DeepSpeedCPUAdam"
 
 
 def verify_model(model: Any, cell: Cell) -> Verified:
-    """Check quantization, adapters, dtypes, attention and what is trainable; return what is there.
+    """Check quantization, adapters, dtypes, attention and trainable parameters; return what was
+    found.
 
     For a model that is loaded and has computed nothing yet: bitsandbytes casts the biases of 4-bit
     layers at their first forward. Raises VerificationError at the first mismatch.

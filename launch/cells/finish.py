@@ -12,7 +12,11 @@ from typing import Any
 from harness.ranks import state_files
 from harness.ranks.progress_file import read_progress
 from harness.records import provenance
-from harness.records.record import PHASES, Failure, Memory, RankState, Record, read_record
+from harness.records.memory import Memory
+from harness.records.part import PHASES
+from harness.records.ranks import Failure, RankState
+from harness.records.reading import read_record
+from harness.records.record import Record
 from harness.system.child_process import signal_text
 from launch.cells.watch import CellExit, RankFailure
 from launch.processes.workers import LOST_EXIT_CODE

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from harness.ranks import state_files
 from harness.ranks.launch_command import MODULE
-from harness.records.record import RankState, read_record
+from harness.records.ranks import RankState
+from harness.records.reading import read_record
 from harness.records.store import Store
 from harness.system.files import write_atomically
 from launch.cells import stalled_ranks, start

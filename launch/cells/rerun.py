@@ -17,7 +17,8 @@ from pathlib import Path
 from harness.ranks import launch_command
 from harness.ranks.launch_command import accelerate, threads_per_process
 from harness.records import hub, provenance
-from harness.records.record import Record, read_record
+from harness.records.reading import read_record
+from harness.records.record import Record
 from harness.records.store import Entry, Store, disk_errors
 from launch.cells.devices import DevicePool
 from launch.cells.finish import finish_abandoned

@@ -16,7 +16,9 @@ from harness.preflight.problems import Problem
 from harness.ranks.launch_command import MODULE, fixed_port
 from harness.ranks.progress_file import read_progress
 from harness.records import provenance
-from harness.records.record import Record, Status, read_record
+from harness.records.part import Status
+from harness.records.reading import read_record
+from harness.records.record import Record
 from harness.records.store import Entry, Store
 from launch.cells import accelerate_profile, start
 from launch.cells.devices import DevicePool, ForeignProcesses, Grant, Lease

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 
 from harness.ranks import state_files
-from harness.records.record import RankState
+from harness.records.ranks import RankState
 from harness.system.child_process import run
 from launch.processes.workers import Process, process_tree
 

@@ -18,7 +18,8 @@ from harness.ranks.launch_command import (
 )
 from harness.ranks.launch_environment import RankPosition
 from harness.records import provenance
-from harness.records.record import Placement, Record
+from harness.records.ranks import Placement
+from harness.records.record import Record
 from harness.system.files import write_atomically
 from launch.cells.devices import Grant
 from launch.processes.workers import Ranks, free_port
@@ -49,7 +50,7 @@ def first_record(
 ) -> Record:
     """The record that an attempt starts with. Its command is relative to the record's directory."""
     threads = threads or threads_per_process(cell, grant.cores if grant is not None else None)
-    argv = command(cell, provenance.uses_gpu_here(), threads, meeting=_meeting_place(meeting))
+    argv = command(cell, provenance.uses_gpu_here(), threads, rendezvous=_meeting_place(meeting))
     record = provenance.new_record(cell, argv, attempt, threads)
     if grant is not None:
         record.provenance.environment |= _environment(threads, grant)

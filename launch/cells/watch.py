@@ -16,7 +16,7 @@ from typing import Literal
 
 from harness.meters.gpu_processes import occupants
 from harness.ranks import state_files
-from harness.records.record import RankState
+from harness.records.ranks import RankState
 from launch.cells import stalled_ranks
 from launch.processes.workers import (
     GRACE_SECONDS,

@@ -38,8 +38,7 @@ def record_text(cell: str, results: Path, as_json: bool) -> str:
     """One record as text for people, or as JSON. Raises UserError when there is none."""
     import os
 
-    from harness.records.reading import RECORD, records_in
-    from harness.records.record import read_record
+    from harness.records.reading import RECORD, read_record, records_in
     from reports.records.load import Result, bases, by_commit, index
     from reports.show.record import show as shown
 

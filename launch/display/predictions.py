@@ -8,8 +8,9 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 
+from harness.records.part import PHASES
 from harness.records.prediction import Prediction
-from harness.records.record import MOSTLY_IN_4BIT, PHASES
+from harness.records.verified import MOSTLY_IN_4BIT
 from launch.display.tables import counted, verdict_text
 from reports.text import DASH, bytes_text, count_text, one_line, seconds_text, text_table
 

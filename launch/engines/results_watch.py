@@ -14,8 +14,9 @@ from pathlib import Path
 
 from harness.ranks import state_files
 from harness.ranks.progress_file import Progress, read_progress
+from harness.records.ranks import RankState
 from harness.records.reading import RECORD, read_valid, records_in
-from harness.records.record import RankState, Record
+from harness.records.record import Record
 from harness.records.store import Entry, Store
 from matrices.errors import UserError
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from harness.ranks.progress_file import Progress
 from harness.records.attempts import in_force_by
-from harness.records.record import RankState
+from harness.records.ranks import RankState
 from harness.records.store import Entry, Store
 from launch.display.schedule import clock, describe
 from launch.display.tables import counted, duration_seconds

@@ -11,8 +11,9 @@ from harness.evaluation.score_precision import SOFTMAX_DTYPE, softmax_dtype
 from harness.ranks.launch_command import threads_per_process
 from harness.records import hub, provenance
 from harness.records.attempts import in_force
+from harness.records.part import Status
 from harness.records.prediction import Prediction
-from harness.records.record import Record, Status
+from harness.records.record import Record
 from harness.records.store import Entry, record_key
 from matrices.cell import Cell, base_cells
 from matrices.errors import UserError, nearest

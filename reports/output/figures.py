@@ -6,7 +6,7 @@ import html
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from harness.records.record import CATEGORIES
+from harness.records.memory import CATEGORIES
 from reports.records.load import Index, bases
 from reports.statistics.intervals import Estimate, NotComparable
 from reports.tables import estimates

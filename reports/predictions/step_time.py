@@ -12,7 +12,8 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
 from harness.records.prediction import PredictedSpeed, Prediction
-from harness.records.record import Hardware, Record
+from harness.records.record import Record
+from harness.records.stack import Hardware
 from matrices.cell import Cell
 from reports.statistics.intervals import next_value_interval
 

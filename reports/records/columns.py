@@ -12,7 +12,9 @@ from typing import Any, Literal
 
 from harness.evaluation.score_precision import softmax_dtype
 from harness.ranks.launch_command import CURRENT_DIRECTORY, command_of_record
-from harness.records.record import CATEGORIES, PHASES, Record
+from harness.records.memory import CATEGORIES
+from harness.records.part import PHASES
+from harness.records.record import Record
 from matrices.cell import SECTIONS, flatten
 from reports.records.derived import (
     communication_bytes,

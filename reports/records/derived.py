@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from harness.evaluation.score_precision import softmax_dtype
-from harness.records.record import TRAINING_PHASES, PhaseMemory, Record
+from harness.records.memory import PhaseMemory
+from harness.records.part import TRAINING_PHASES
+from harness.records.record import Record
 from matrices.cell import Cell
 
 HEADLINE_FIELD = {"ledger": "ledger_peak_bytes", "cuda_allocated": "allocated_peak_bytes"}

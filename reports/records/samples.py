@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from harness.evaluation.score_precision import softmax_dtype
-from harness.records.record import Metric, TaskScore
+from harness.records.quality import Metric, TaskScore
 from reports.records.load import Result
 from reports.statistics import scores
 from reports.statistics.intervals import CONFIDENCE, Estimate, NotComparable

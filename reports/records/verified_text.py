@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from harness.records.record import MOSTLY_IN_4BIT, Record, Verified, VerifiedAdapter
+from harness.records.record import Record
+from harness.records.verified import MOSTLY_IN_4BIT, Verified, VerifiedAdapter
 
 
 def share_text(share: float | None) -> str:

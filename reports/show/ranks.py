@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from harness.records.record import PHASES, RankState, Record
+from harness.records.part import PHASES
+from harness.records.ranks import RankState
+from harness.records.record import Record
 from reports.records.derived import HEADLINE_FIELD, expected_share, rank_imbalance
 from reports.text import DASH, bytes_text, printable, signed
 

@@ -8,7 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from harness.ranks.launch_command import accelerate, command_of_record
-from harness.records.record import CATEGORIES, PHASES, Memory, PassedThrough, Record
+from harness.records.memory import CATEGORIES, Memory
+from harness.records.part import PHASES
+from harness.records.record import Record
+from harness.records.verified import PassedThrough
 from matrices.cell import SECTIONS, flatten, label
 from reports.records.derived import METERS, phase_peak_bytes, precision_text, timed_seconds
 from reports.records.load import Result

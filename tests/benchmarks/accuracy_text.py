@@ -8,8 +8,8 @@ from typing import Any
 
 from published import Measurement
 
+from harness.records.memory import LiveTensor
 from harness.records.prediction import Prediction
-from harness.records.record import LiveTensor
 
 Other = Mapping[tuple[str, int], Mapping[str, int]]
 VERSIONS = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes")

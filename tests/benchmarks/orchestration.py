@@ -30,7 +30,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests/integration")]
 from slurm_cluster import Cluster, cluster, missing, wait_for  # noqa: E402
 
 from harness.ranks.launch_command import accelerate, command_of_record  # noqa: E402
-from harness.records.record import read_record  # noqa: E402
+from harness.records.reading import read_record  # noqa: E402
 
 MATRIX = """\
 name: cells

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from harness.models.packaged import ensure_model  # noqa: E402
-from harness.records.record import read_record  # noqa: E402
+from harness.records.reading import read_record  # noqa: E402
 from matrices.cell import Adapter, Cell, Data, Evaluate, Train  # noqa: E402
 
 WARMUP = 2

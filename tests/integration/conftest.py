@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import pytest
 
-from harness.records.record import Record, read_record
+from harness.records.reading import read_record
+from harness.records.record import Record
 
 ROOT = Path(__file__).resolve().parents[2]
 # One sweep through every axis that changes a run. Each included cell is named by its

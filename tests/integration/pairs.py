@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 from covering_array import Array, Row, covering_array
 from tiny_families import FUSED
 
-from harness.records.record import Record, read_record
+from harness.records.reading import read_record
+from harness.records.record import Record
 from matrices.cell import SECTIONS, TOP_LEVEL, Cell, flatten
 from matrices.expand import UNUSED, collapse, expand
 from matrices.language.settings import DEFAULTS

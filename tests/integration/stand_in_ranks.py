@@ -17,7 +17,11 @@ from stand_in_worker import _save, _wait_for, problems
 
 from harness.ranks import launch_environment
 from harness.ranks.state_files import Reporter
-from harness.records.record import Failure, Memory, PhaseMemory, Record, Tokens, read_record
+from harness.records.memory import Memory, PhaseMemory
+from harness.records.ranks import Failure
+from harness.records.reading import read_record
+from harness.records.record import Record
+from harness.records.speed import Tokens
 from matrices.cell import Cell
 
 __all__ = ["problems", "run"]

@@ -18,7 +18,9 @@ from types import FrameType
 from harness.preflight.problems import Findings, Problem
 from harness.ranks.progress_file import Progress
 from harness.records.provenance import now
-from harness.records.record import Failure, Record, read_record
+from harness.records.ranks import Failure
+from harness.records.reading import read_record
+from harness.records.record import Record
 from harness.system.files import write_atomically
 from matrices.cell import Cell
 from matrices.errors import UserError

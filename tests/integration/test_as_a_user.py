@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, Command
 
-from harness.records.record import read_record
+from harness.records.reading import read_record
 
 DEADLINE_SECONDS = 120.0
 ROOMS = ("matrices", "harness", "reports", "launch")

@@ -15,7 +15,9 @@ import pandas as pd
 import pytest
 from conftest import ROOT, Command, Sweep
 
-from harness.records.record import Recipe, Record, read_record
+from harness.records.quality import Recipe
+from harness.records.reading import read_record
+from harness.records.record import Record
 from matrices.cell import flatten
 
 FAILING = {417: "diverged", 418: "invalid", 419: "invalid", 420: "invalid"}

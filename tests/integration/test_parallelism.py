@@ -11,7 +11,8 @@ import torch
 from conftest import ROOT
 from safetensors.torch import load_file
 
-from harness.records.record import Record, read_record
+from harness.records.reading import read_record
+from harness.records.record import Record
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 

@@ -16,7 +16,9 @@ from conftest import Command
 from ray_cluster import RayCluster
 
 from harness.ranks import state_files
-from harness.records.record import RankState, Record, read_record
+from harness.records.ranks import RankState
+from harness.records.reading import read_record
+from harness.records.record import Record
 
 pytest.importorskip("ray", reason="the package ray is not installed")
 

@@ -16,7 +16,8 @@ from stand_in_worker import FAILS, HANGS, OK, SPAWNS
 from harness.ranks import launch_command
 from harness.records import provenance
 from harness.records.provenance import ENVIRONMENT, new_record
-from harness.records.record import Record, read_record
+from harness.records.reading import read_record
+from harness.records.record import Record
 from harness.records.store import Entry, Store, record_key
 from launch.cells.rerun import checked, differences
 from matrices.cell import Cell, Evaluate, Model

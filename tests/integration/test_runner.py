@@ -17,7 +17,8 @@ import pytest
 from stand_in_worker import DEAF, FAILS, HANGS, OK, RAISES, SEGFAULTS, SPAWNS, WRONG
 
 from harness.records.provenance import option
-from harness.records.record import Record, read_record
+from harness.records.reading import read_record
+from harness.records.record import Record
 
 HERE = Path(__file__).parent
 DEADLINE_SECONDS = 40.0

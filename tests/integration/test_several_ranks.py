@@ -23,7 +23,8 @@ from stand_in_ranks import (
 from test_runner import Run, eventually, gone, nothing_unpublished, records
 
 from harness.records.provenance import option
-from harness.records.record import RankState, Record
+from harness.records.ranks import RankState
+from harness.records.record import Record
 
 TWO = ("--ranks", 2)
 OK_SEED = 0

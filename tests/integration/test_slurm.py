@@ -13,7 +13,8 @@ import pytest
 from conftest import Command, Ran
 from slurm_cluster import Cluster, cluster, missing, wait_for
 
-from harness.records.record import Record, read_record
+from harness.records.reading import read_record
+from harness.records.record import Record
 
 MATRIX = """\
 name: few

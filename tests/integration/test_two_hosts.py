@@ -13,7 +13,7 @@ from two_hosts import Host, missing, two_hosts
 
 from harness.ranks.launch_command import accelerate, command
 from harness.ranks.state_files import read_states
-from harness.records.record import read_record
+from harness.records.reading import read_record
 from launch.cells import accelerate_profile
 from matrices.cell import Adapter, Cell, Data, Evaluate, Model, Train
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from harness.records.provenance import new_record
-from harness.records.record import Generation, read_record
+from harness.records.quality import Generation
+from harness.records.reading import read_record
 from harness.system.files import write_atomically
 from matrices.cell import Cell
 from matrices.errors import UserError

@@ -18,14 +18,13 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from harness.records.record import TRAINING_PHASES, Phase
+from harness.records.part import TRAINING_PHASES, Phase
 
 BLOCK_BYTES = 512
 
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a DTensor, whose own storage has the size of the whole; else the
-    tensor."""
+    """The local part of a DTensor, whose own storage has the full size; any other tensor itself."""
     return getattr(tensor, "_local_tensor", tensor)
 
 
@@ -36,7 +35,7 @@ def wraps_tensors(types: Iterable[type]) -> bool:
 
 
 def parameter_data(parameter: torch.Tensor) -> torch.Tensor:
-    """A parameter's data; of a parameter that ZeRO-3 has partitioned, this rank's part."""
+    """The data of a parameter; for a parameter that ZeRO-3 has partitioned, this rank's part."""
     part = getattr(parameter, "ds_tensor", None)
     return parameter.data if part is None else part
 
@@ -107,7 +106,7 @@ class Ledger(TorchDispatchMode):
     def enter_phase(self, phase: str) -> None:
         self.phase = phase
         self.visit += 1
-        # Without allocations a phase still has a peak: the bytes live when it began.
+        # A phase without allocations has a peak too: the bytes that were live when it began.
         if not self.closed:
             self.events.append(MemoryEvent(_PHASE_START, 0, phase, self.visit))
 
@@ -116,8 +115,7 @@ class Ledger(TorchDispatchMode):
         self.closed = True
 
     def tag(self, tensor: torch.Tensor, category: str) -> None:
-        """Set the category of a tensor's storage; a storage not seen before is counted from now
-        on."""
+        """Set the category of a tensor's storage; a new storage is counted from now on."""
         storage = self._track(tensor, "existing")
         if storage is not None:
             storage.category = category
@@ -141,7 +139,7 @@ class Ledger(TorchDispatchMode):
         return out
 
     def _track(self, tensor: torch.Tensor, op: str) -> Storage | None:
-        """The storage of a tensor, counted from now on; None if it is not counted here."""
+        """The storage of a tensor, counted from now on; None when this ledger does not count it."""
         tensor = local_tensor(tensor)
         raw = tensor.untyped_storage()
         key = raw._cdata
@@ -263,7 +261,7 @@ def live_at(events: list[MemoryEvent], at: int) -> list[Storage]:
 
 
 def by_category(storages: Iterable[Storage]) -> dict[str, int]:
-    """Block bytes by category, only the categories that are there."""
+    """Block bytes by category; categories without storages are left out."""
     total: dict[str, int] = {}
     for storage in storages:
         name = category(storage)
@@ -343,8 +341,8 @@ def tag_optimizer(ledger: Ledger, optimizer: torch.optim.Optimizer) -> None:
 
 
 def track_modules(ledger: Ledger, model: Any) -> list[Any]:
-    """Hooks that tell the ledger which module's forward is running; returned so that they can be
-    removed."""
+    """Hooks that set `ledger.module` to the module whose forward is running; returned so that they
+    can be removed."""
     stack: list[str] = []
     names = {module: name for name, module in model.named_modules()}
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from harness.meters.memory.ledger import MemoryEvent, Storage
-from harness.records.record import TRAINING_PHASES
+from harness.records.part import TRAINING_PHASES
 from harness.simulate.memory.allocator import Allocator, Block, OutOfMemoryError
 from harness.simulate.memory.ledger import RELEASED
 

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.records.attempts import in_force, in_force_by
+from harness.records.part import Status
 from harness.records.provenance import new_record
-from harness.records.record import Record, Status
+from harness.records.record import Record
 from harness.records.store import Entry, Store
 from launch.engines.results_watch import PublishedRecords
 from launch.engines.status import read_state

@@ -6,8 +6,11 @@ import pytest
 
 from harness.meters.speed import SHORTER_BATCHES
 from harness.ranks.gather_records import gather, peaks_by_rank
+from harness.records.memory import PhaseMemory
 from harness.records.provenance import new_record
-from harness.records.record import PhaseMemory, RankState, Record, Steps, Tokens
+from harness.records.ranks import RankState
+from harness.records.record import Record
+from harness.records.speed import Steps, Tokens
 from matrices.cell import Adapter, Cell, Data, Train
 
 CELL = Cell(

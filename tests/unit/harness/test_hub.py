@@ -14,7 +14,8 @@ from harness.data import dataset
 from harness.models import checkpoint, model
 from harness.records import hub
 from harness.records.provenance import new_record
-from harness.records.record import Provenance, Record
+from harness.records.record import Record
+from harness.records.stack import Provenance
 from launch.planning.plan import RETRIED, decide
 from matrices.cell import Cell, Data, Model
 from matrices.errors import UserError

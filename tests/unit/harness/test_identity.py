@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from harness.records.record import Record, read_record
+from harness.records.reading import read_record
+from harness.records.record import Record
 from harness.verify import identity
 from matrices.cell import Cell, Data, Evaluate, Model, Train
 from matrices.files.fingerprint import fingerprint

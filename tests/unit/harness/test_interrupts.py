@@ -26,7 +26,7 @@ try:
     time.sleep(20)
     print("lost")
 except interrupts.Interrupted as error:
-    interrupts.caught()
+    interrupts.stop_raising()
     time.sleep(1.5)
     print(error)
 """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from harness.meters import losses
-from harness.records.record import Steps
+from harness.records.speed import Steps
 
 
 def steps(predicted: list[int], divisors: list[float | None], micro_batches: int = 1) -> Steps:

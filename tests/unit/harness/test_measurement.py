@@ -15,7 +15,8 @@ from harness import measurement as measurement_module
 from harness.measurement import Measurement, status_of
 from harness.meters.steps import Diverged
 from harness.records.provenance import new_record
-from harness.records.record import Record, read_record
+from harness.records.reading import read_record
+from harness.records.record import Record
 from harness.system.interrupts import Interrupted
 from matrices.cell import Cell
 from matrices.errors import UserError

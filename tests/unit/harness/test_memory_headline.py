@@ -10,8 +10,10 @@ import torch
 from harness import device, phases, worker
 from harness.meters import speed
 from harness.meters.steps import CounterSteps
+from harness.records.memory import PhaseMemory
 from harness.records.provenance import new_record
-from harness.records.record import PhaseMemory, Record, read_record
+from harness.records.reading import read_record
+from harness.records.record import Record
 from matrices.cell import Adapter, Cell, Data, Evaluate, Model, Train
 
 PHASES = ("forward", "backward", "optimizer_step")

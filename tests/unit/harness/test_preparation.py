@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from trl import SFTTrainer
 
 from harness.data import preparation
-from harness.records.record import Preparation
+from harness.records.speed import Preparation
 from harness.train import Observer, TrainingSchedule, build_trainer, sft_config
 from matrices.cell import Cell, Data, Model, Train
 from matrices.errors import UserError

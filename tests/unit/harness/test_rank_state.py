@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from harness.ranks.state_files import Reporter, read_states, stack_path, state_path
-from harness.records.record import Failure
+from harness.records.ranks import Failure
 
 STUCK = """
 import sys, time

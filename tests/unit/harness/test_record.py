@@ -9,19 +9,13 @@ from typing import Any
 
 import pytest
 
+from harness.records.memory import LiveTensor, PhaseMemory
 from harness.records.provenance import new_record
-from harness.records.record import (
-    SCHEMA_VERSION,
-    Failure,
-    Generation,
-    LiveTensor,
-    Metric,
-    PhaseMemory,
-    Record,
-    TaskScore,
-    Tokens,
-    read_record,
-)
+from harness.records.quality import Generation, Metric, TaskScore
+from harness.records.ranks import Failure
+from harness.records.reading import read_record
+from harness.records.record import SCHEMA_VERSION, Record
+from harness.records.speed import Tokens
 from matrices.cell import Adapter, Cell, Data, Model, Quantization, Train
 from matrices.errors import UserError
 

@@ -15,8 +15,9 @@ from harness.meters.energy import Energy
 from harness.meters.foreign_cpu import foreign_share
 from harness.meters.rates import TokenCount
 from harness.meters.steps import Diverged, StepClock, highest_figures
+from harness.records.memory import PhaseMemory
 from harness.records.provenance import new_record
-from harness.records.record import PhaseMemory, Record
+from harness.records.record import Record
 from harness.train import StepFacts
 from matrices.cell import Cell, Data, Train
 

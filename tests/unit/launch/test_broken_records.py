@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
+from harness.records.memory import Memory
 from harness.records.provenance import new_record
-from harness.records.record import Memory, Record, RecordedPrediction
+from harness.records.record import Record, RecordedPrediction
 from harness.records.store import Store, record_key
 from launch.cells import runner
 from launch.cli import app

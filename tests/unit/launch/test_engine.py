@@ -12,7 +12,9 @@ import pytest
 from recording_display import RecordingDisplay
 
 from harness.records.provenance import new_record
-from harness.records.record import Placement, Record, read_record
+from harness.records.ranks import Placement
+from harness.records.reading import read_record
+from harness.records.record import Record
 from harness.records.store import Store, record_key
 from launch.cells.runner import RunResult
 from launch.engines import engine as loop

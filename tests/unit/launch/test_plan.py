@@ -9,7 +9,8 @@ import pytest
 
 from harness.records import provenance
 from harness.records.provenance import new_record
-from harness.records.record import Quality, Recipe, Record, TaskScore
+from harness.records.quality import Quality, Recipe, TaskScore
+from harness.records.record import Record
 from harness.records.store import Entry, record_key
 from launch.planning.plan import RETRIED, decide, plan_jobs, retried_statuses
 from matrices.cell import Adapter, Cell, Data, Model, Quantization, Train, base_cells

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from harness.records.memory import LiveTensor
 from harness.records.prediction import (
     PredictedMemory,
     PredictedOutOfMemory,
@@ -12,7 +13,6 @@ from harness.records.prediction import (
     RankMemory,
     Verdict,
 )
-from harness.records.record import LiveTensor
 from launch.display.predictions import explanation, footer, predictions_text
 from launch.display.tables import plan_text, verdict_text
 from launch.planning.plan import Job

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from harness.records.provenance import new_record
-from harness.records.record import Record, Speed, read_record
+from harness.records.reading import read_record
+from harness.records.record import Record
+from harness.records.speed import Speed
 from launch.cells.finish import finish_abandoned, finish_record
 from launch.cells.watch import CellExit
 from launch.processes import workers

@@ -160,7 +160,7 @@ def test_each_machine_says_which_it_is_and_where_they_meet(
     several = cell("ddp", 4, nodes=2)
     meeting = ("10.0.0.1", 29400)
     given = command(
-        several, False, threads_per_process(several), meeting=meeting, machine_rank=machine
+        several, False, threads_per_process(several), rendezvous=meeting, machine_rank=machine
     )
     assert option(given, "--num_processes") == "4"
     assert option(given, "--num_machines") == "2"

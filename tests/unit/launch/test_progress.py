@@ -18,8 +18,10 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from harness.ranks.progress_file import Progress
+from harness.records.memory import Memory
 from harness.records.provenance import new_record
-from harness.records.record import Memory, Record, Speed, Tokens
+from harness.records.record import Record
+from harness.records.speed import Speed, Tokens
 from launch.display import progress
 from launch.display.progress import PlainDisplay
 from launch.display.schedule import Schedule, clock, describe, outcome

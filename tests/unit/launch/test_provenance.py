@@ -14,7 +14,7 @@ import pytest
 
 from harness.records import provenance
 from harness.records.provenance import NvmlGpu, same_stack, stack_id, visible
-from harness.records.record import Hardware, Stack
+from harness.records.stack import Hardware, Stack
 from matrices.cell import Cell, Data, Model, Quantization, Train
 
 STACK = Stack(python="3.11.7", packages={"torch": "2.13.0", "trl": "1.16.0", "tunebench": "0.1.0"})

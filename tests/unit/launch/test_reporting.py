@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from harness.records.memory import Memory
 from harness.records.provenance import new_record
-from harness.records.record import Memory
 from harness.records.store import Entry, Store, record_key
 from launch.commands.report import table_text, write_all, write_page
 from launch.commands.show import find_record, record_text

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from harness.records import provenance
+from harness.records.memory import Memory
 from harness.records.prediction import (
     PredictedMemory,
     PredictedOutOfMemory,
@@ -16,7 +17,9 @@ from harness.records.prediction import (
     Verdict,
 )
 from harness.records.provenance import new_record
-from harness.records.record import Hardware, Memory, Record, RecordedPrediction, Speed
+from harness.records.record import Record, RecordedPrediction
+from harness.records.speed import Speed
+from harness.records.stack import Hardware
 from launch.display.progress import PlainDisplay
 from launch.predict import run_predictions
 from launch.predict.predict import PredictionOptions

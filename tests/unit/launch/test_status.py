@@ -12,7 +12,9 @@ import pytest
 from typer.testing import CliRunner
 
 from harness.records.provenance import new_record
-from harness.records.record import Placement, RankState, Record, read_record
+from harness.records.ranks import Placement, RankState
+from harness.records.reading import read_record
+from harness.records.record import Record
 from harness.records.store import Store, record_key
 from launch.cli import app
 from launch.engines.results_watch import is_held

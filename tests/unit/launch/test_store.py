@@ -13,7 +13,8 @@ import pytest
 
 from harness.records import store as store_module
 from harness.records.provenance import new_record
-from harness.records.record import SCHEMA_VERSION, Record, read_record
+from harness.records.reading import read_record
+from harness.records.record import SCHEMA_VERSION, Record
 from harness.records.store import Store, record_key
 from matrices.cell import Cell
 from matrices.errors import SetAside, UserError

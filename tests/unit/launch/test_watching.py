@@ -14,7 +14,9 @@ from harness.meters.gpu_processes import Occupant
 from harness.ranks.launch_environment import RankPosition
 from harness.ranks.state_files import state_path
 from harness.records.provenance import new_record
-from harness.records.record import Failure, Placement, RankState, Record, Speed
+from harness.records.ranks import Failure, Placement, RankState
+from harness.records.record import Record
+from harness.records.speed import Speed
 from launch.cells import stalled_ranks, watch
 from launch.cells.finish import contamination, finish_record
 from launch.cells.stalled_ranks import RankProgress, positions_text

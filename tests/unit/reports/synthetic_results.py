@@ -15,24 +15,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from harness.records.record import (
-    Artifacts,
-    Failure,
-    Generation,
-    Hardware,
-    LiveTensor,
-    Memory,
-    Metric,
-    PhaseMemory,
-    Quality,
-    Record,
-    Speed,
-    Stack,
-    Status,
-    TaskScore,
-    Tokens,
-    Verified,
-)
+from harness.records.memory import LiveTensor, Memory, PhaseMemory
+from harness.records.part import Status
+from harness.records.quality import Generation, Metric, Quality, TaskScore
+from harness.records.ranks import Failure
+from harness.records.record import Artifacts, Record
+from harness.records.speed import Speed, Tokens
+from harness.records.stack import Hardware, Stack
+from harness.records.verified import Verified
 from matrices.cell import Adapter, Cell, Data, Quantization, Train, base_cells, label
 
 MIB = 2**20

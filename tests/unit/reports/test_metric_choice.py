@@ -9,7 +9,8 @@ import pandas as pd
 import pytest
 import synthetic_results as made
 
-from harness.records.record import Metric, Record, TaskScore
+from harness.records.quality import Metric, TaskScore
+from harness.records.record import Record
 from matrices.errors import UserError
 from reports.records.load import load_records
 from reports.records.samples import difference, score

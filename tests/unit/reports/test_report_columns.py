@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import synthetic_results as made
 
-from harness.records.record import Memory, PhaseMemory, Record, Speed, Tokens
+from harness.records.memory import Memory, PhaseMemory
+from harness.records.record import Record
+from harness.records.speed import Speed, Tokens
 from matrices.cell import SECTIONS
 from reports.records.columns import COLUMNS
 

@@ -8,7 +8,10 @@ import pytest
 import synthetic_results as made
 from compatibility import losses_text
 
-from harness.records.record import Memory, Preparation, Record, Steps, Verified
+from harness.records.memory import Memory
+from harness.records.record import Record
+from harness.records.speed import Preparation, Steps
+from harness.records.verified import Verified
 from reports.records.columns import COLUMNS
 from reports.records.load import Result
 from reports.records.steps_text import data_text, loss_text

@@ -9,7 +9,9 @@ import pytest
 from synthetic_results import CPU, trained
 
 from harness.records.prediction import PredictedSpeed, Prediction
-from harness.records.record import Hardware, Record, RecordedPrediction, Speed, Stack
+from harness.records.record import Record, RecordedPrediction
+from harness.records.speed import Speed
+from harness.records.stack import Hardware, Stack
 from matrices.cell import Cell
 from reports.predictions.step_time import (
     NOT_CALIBRATED,

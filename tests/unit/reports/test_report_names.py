@@ -6,7 +6,8 @@ from pathlib import Path
 
 import synthetic_results as made
 
-from harness.records.record import PassedThrough, Record, Verified
+from harness.records.record import Record
+from harness.records.verified import PassedThrough, Verified
 from matrices.cell import Data
 from reports.records.load import Result
 from reports.show.record import show

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from harness.records.record import Record, read_record
+from harness.records.reading import read_record
+from harness.records.record import Record
 from reports.records.load import Result, load_records
 from reports.tables.build import build
 

@@ -16,7 +16,7 @@ import pytest
 import synthetic_results as made
 from plotly.offline import get_plotlyjs
 
-from harness.records.record import Failure
+from harness.records.ranks import Failure
 from matrices.errors import UserError
 from reports.output.page import page
 from reports.output.render import FORMATS, escape_latex, escape_markdown, render

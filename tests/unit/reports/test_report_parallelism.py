@@ -10,18 +10,12 @@ import pytest
 import synthetic_results as made
 from compatibility import compatibility_text, losses_text, main
 
-from harness.records.record import (
-    Communication,
-    Failure,
-    Memory,
-    PhaseMemory,
-    Placement,
-    RankState,
-    Record,
-    Status,
-    Tokens,
-    Verified,
-)
+from harness.records.memory import Memory, PhaseMemory
+from harness.records.part import Status
+from harness.records.ranks import Communication, Failure, Placement, RankState
+from harness.records.record import Record
+from harness.records.speed import Tokens
+from harness.records.verified import Verified
 from matrices.cell import Cell
 from matrices.errors import UserError
 from reports.output.render import render

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import synthetic_results as made
 
-from harness.records.record import Recipe, Record
+from harness.records.quality import Recipe
+from harness.records.record import Record
 from matrices.cell import Model, base_cells
 from reports.records.frame import frame
 from reports.records.load import Result, bases, index, load_records

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import synthetic_results as made
 
-from harness.records.record import Hardware, Record
+from harness.records.record import Record
+from harness.records.stack import Hardware
 from matrices.errors import UserError
 from reports.records.load import Result, load_records
 from reports.statistics.intervals import Estimate

@@ -5,7 +5,8 @@ from __future__ import annotations
 import synthetic_results as made
 
 from harness.records.prediction import Prediction
-from harness.records.record import Record, Verified, VerifiedAdapter
+from harness.records.record import Record
+from harness.records.verified import Verified, VerifiedAdapter
 from launch.display.predictions import four_bit_notes
 from reports.records.verified_text import adapter_text, behaviour_text, verified_caption
 

@@ -90,7 +90,7 @@ def run(
 ) -> None:
     """Run the cells of a matrix that are not measured yet.
 
-    What runs is predicted first, and every record tells how far off the prediction was. RunResult
+    What runs is predicted first, and every record tells how far off the prediction was. Finished
     cells are kept, so the same command goes on where the last one stopped. Ctrl-C lets
     the running cells write down what they have measured; a second one ends them at once. Jobs in
     a cluster's queue go on without this command, and the same command watches them again.

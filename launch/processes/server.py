@@ -59,7 +59,7 @@ class Server:
                 killer = self.context.Process(target=_kill_groups, args=(receiver,), daemon=True)
                 killer.start()
                 receiver.close()
-                # Python waits at exit for the group_killer, which waits for this.
+                # Python waits at exit for the killer, which waits for this.
                 util.Finalize(self, self.group_killer.close, exitpriority=10)
             try:
                 self.group_killer.send(pid)

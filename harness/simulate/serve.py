@@ -1,4 +1,4 @@
-"""Answer a request for predictions: import and patch the stack, then fork for each simulation."""
+"""Answer requests for predictions: import and patch the stack, then fork for each simulation."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import selectors
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from harness.records.prediction import Engine, Prediction, Request, Verdict
@@ -44,12 +43,27 @@ class Simulator:
     paged: Any = None
 
 
-def serve(request_path: str, answers: IO[str]) -> None:
+def serve(requests: Iterable[str], answers: IO[str]) -> None:
+    """Answer every request, as lines with the index of a cell and its prediction. The first request
+    decides how this process simulates. Raises UserError for a later one that wants otherwise."""
     warnings.filterwarnings("ignore")
-    request = Request.model_validate_json(Path(request_path).read_text())
-    simulator = prepare(request)
-    gc.collect()
-    gc.freeze()
+    simulator = None
+    for text in requests:
+        request = Request.model_validate_json(text)
+        if simulator is None:
+            first, simulator = request, prepare(request)
+            gc.collect()
+            gc.freeze()
+        if _settings(request) != _settings(first):
+            raise UserError("one process answers requests with equal settings only")
+        _answer_all(request, simulator, answers)
+
+
+def _settings(request: Request) -> Request:
+    return request.model_copy(update={"cells": [], "workers": 1})
+
+
+def _answer_all(request: Request, simulator: Simulator, answers: IO[str]) -> None:
     groups: dict[str, list[int]] = {}
     for index, cell in enumerate(request.cells):
         groups.setdefault(simulation_key(cell), []).append(index)

@@ -20,6 +20,7 @@ from harness.simulate.device import self_check as check
 from harness.simulate.libraries import missing_packages
 from harness.system import fork_safety  # noqa: F401 - every child is put right
 from harness.system.child_process import fork_to_answer, signal_text
+from matrices.catalogue import models
 from matrices.catalogue.gpus import Gpu
 from matrices.catalogue.gpus import gpu as gpu_named
 from matrices.cell import Cell, canonical_json
@@ -85,6 +86,8 @@ def prepare(request: Request) -> Simulator:
     import harness.simulate.run  # noqa: F401 - everything heavy, once for all children
 
     simulator.paged = patches.after_imports()
+    models.architectures()
+    patches.fill_conversion_cache()
     return simulator
 
 

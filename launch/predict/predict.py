@@ -133,7 +133,8 @@ def _simulate(request: Request, simulator: Simulator, display: Display) -> Mappi
     if reason := no_prediction():
         return {cell.cell_id: unpredicted(cell, "failed", reason) for cell in request.cells}
     found: dict[str, Prediction] = {}
-    with display.predicting(len(request.cells)) as predicted:
+    doing = "simulating" if simulator.started else "importing the stack"
+    with display.predicting(len(request.cells), doing) as predicted:
         for index, prediction in simulator.answers(request):
             found[request.cells[index].cell_id] = prediction
             predicted(prediction)

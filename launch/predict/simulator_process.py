@@ -45,6 +45,10 @@ class Simulator:
     def __exit__(self, *exception: object) -> None:
         self._open.close()
 
+    @property
+    def started(self) -> bool:
+        return self._process is not None
+
     def answers(self, request: Request) -> Iterator[tuple[int, Prediction]]:
         """The index of a cell in the request and its prediction, one by one."""
         if self._process is None:

@@ -1,7 +1,7 @@
 """The search for the largest value that fits, by simulating candidates.
 
 Straight lines only choose the next candidate: whether a value fits is always decided by a
-simulation. The answer is the largest value that fits below one that does not.
+simulation. The answer is a value that fits below two that do not.
 """
 
 from __future__ import annotations
@@ -56,8 +56,12 @@ class Search:
             return None
         if low is None:
             return self.unit if self.unit not in self.known and self._may_shrink() else None
-        if low >= self.cap or (high is not None and high - low <= self.unit):
+        if low >= self.cap:
             return None
+        if high is not None and high - low <= self.unit:
+            # Cached blocks may fit a little better at the value after the next.
+            beyond = min(high + self.unit, self.cap)
+            return beyond if beyond not in self.known else None
         if high is None:
             return min(max(self._guess(low), low + self.unit), self.cap)
         # A guess at the very edge would leave almost all of the interval if it is wrong.
@@ -97,13 +101,14 @@ class Search:
 def _need(prediction: Prediction) -> tuple[float, int] | None:
     """About how many bytes a device must have, and how many it has. It must have more than is
     allocated, as blocks do not fill a device to the last byte, and less than is reserved on a
-    device without limits, as cached blocks are released before it runs out."""
+    device without limits, as cached blocks are released before it runs out. Mostly it is near the
+    latter."""
     allocated = prediction.memory.peak_allocated_bytes
     verdict = first_verdict(prediction)
     if allocated is None or verdict is None:
         return None
     reserved = prediction.memory.peak_reserved_bytes or allocated
-    return (allocated + reserved) / 2, verdict.capacity_bytes
+    return (allocated + 3 * reserved) / 4, verdict.capacity_bytes
 
 
 def first_verdict(prediction: Prediction) -> Verdict | None:

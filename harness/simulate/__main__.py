@@ -1,7 +1,8 @@
-"""`python -m harness.simulate REQUEST.json`: see `harness.records.prediction.Request`.
+"""`python -m harness.simulate [REQUEST.json]`: see `harness.records.prediction.Request`.
 
-The stack is imported once; each distinct simulation runs in a fork of this process, which it cannot
-disturb, and ends with `os._exit`: threads of torch's engine do not survive an orderly shutdown.
+Without a file each line of standard input is a request, until the input ends. The stack is imported
+once; each distinct simulation runs in a fork of this process, which it cannot disturb, and ends
+with `os._exit`: threads of torch's engine do not survive an orderly shutdown.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from pathlib import Path
 
 # Before torch: a GPU that is there must not be mistaken for the one that is simulated.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -18,16 +20,15 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def main(arguments: list[str]) -> int:
-    if len(arguments) != 1:
-        print("usage: python -m harness.simulate REQUEST.json", file=sys.stderr)
+    if len(arguments) > 1:
+        print("usage: python -m harness.simulate [REQUEST.json]", file=sys.stderr)
         return 2
     # Libraries print; what is read by the caller goes through a descriptor of its own.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     from harness.simulate.serve import serve
 
-    serve(arguments[0], answers)
-    answers.flush()
+    serve([Path(arguments[0]).read_text()] if arguments else sys.stdin, answers)
     return 0
 
 

@@ -73,8 +73,8 @@ def prediction(
 
 
 def _memory(found: Simulation, pooled: bool) -> PredictedMemory:
-    walked = replay.walk(found.events, Allocator() if pooled else None, found.steady_at)
-    sizes = replay.sizes_at(found.events, walked.peak_at, Allocator() if pooled else None)
+    walked = found.pooled if pooled else replay.walk(found.events, None, found.steady_at)
+    sizes = replay.sizes_at_peak(found.events, walked)
     by_category: dict[str, int] = {}
     for storage, size in sizes.items():
         name = category(storage)
@@ -104,8 +104,11 @@ def _memory(found: Simulation, pooled: bool) -> PredictedMemory:
 
 
 def verdict(found: Simulation, gpu: Gpu) -> Verdict:
-    """Whether the same allocations fit on `gpu`: replayed on an allocator with its capacity."""
-    walked = replay.walk(found.events, Allocator(gpu.capacity_bytes))
+    """Whether the same allocations fit on `gpu`: replayed on an allocator with its capacity, unless
+    an allocator without one stays below it."""
+    walked = found.pooled
+    if walked.reserved is None or walked.reserved > gpu.capacity_bytes:
+        walked = replay.walk(found.events, Allocator(gpu.capacity_bytes))
     made = Verdict(
         gpu=gpu.name,
         capacity_bytes=gpu.capacity_bytes,

@@ -6,6 +6,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,7 +30,8 @@ def before_imports(gpu: Gpu | None) -> None:
     bitsandbytes loads its library for the real device, so it is imported first. Raises
     fake_cuda.Unavailable.
     """
-    importlib.import_module("bitsandbytes")
+    with nothing_is_compiled():
+        importlib.import_module("bitsandbytes")
     if gpu is not None:
         fake_cuda.enable()
         torch_cuda.patch(gpu)
@@ -56,6 +59,26 @@ def after_imports() -> bitsandbytes_4bit.ManagedMemory:
     follow_resizes()
     without_torch_function()
     return bitsandbytes_4bit.patch()
+
+
+@contextmanager
+def nothing_is_compiled() -> Iterator[None]:
+    """bitsandbytes compiles CPU kernels that no fake tensor meets, for which torch imports its
+    compiler: a second."""
+    compiler: Any = torch.compile
+    torch.compile = lambda model=None, **_: model or (lambda function: function)  # type: ignore
+    try:
+        yield
+    finally:
+        torch.compile = compiler
+
+
+def fill_conversion_cache() -> None:
+    """peft asks transformers how checkpoints are converted, which compiles hundreds of regular
+    expressions. Asked here, the forked simulations share the answer."""
+    with suppress(ImportError, AttributeError):
+        conversion: Any = importlib.import_module("transformers.conversion_mapping")
+        conversion.get_checkpoint_conversion_mapping("")
 
 
 def import_deepspeed() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from harness.models.model import count_parameters
 from harness.preflight import adapter_check
 from harness.simulate.batches import FakeBatches
 from harness.simulate.libraries import attention, bitsandbytes_4bit, blank_model, kernels, old_trl
+from harness.simulate.memory import replay
+from harness.simulate.memory.allocator import Allocator
 from harness.simulate.memory.ledger import SimulatedLedger
 from harness.simulate.parallel import fake_ranks
 from harness.simulate.step_time.roofline import Traffic, Work
@@ -58,6 +61,11 @@ class Simulation:
     host_bytes: int = 0
     modelled: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    @cached_property
+    def pooled(self) -> replay.Walk:
+        """The events on a caching allocator that never runs out."""
+        return replay.walk(self.events, Allocator(), self.steady_at)
 
 
 class _LedgerObserver(Observer):

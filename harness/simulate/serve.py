@@ -1,4 +1,4 @@
-"""Answer a request for predictions: import and patch the stack, then fork for each simulation."""
+"""Answer requests for predictions: import and patch the stack, then fork for each simulation."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import selectors
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from harness.records.prediction import Engine, Prediction, Request, Verdict
@@ -21,6 +20,7 @@ from harness.simulate.device import self_check as check
 from harness.simulate.libraries import missing_packages
 from harness.system import fork_safety  # noqa: F401 - every child is put right
 from harness.system.child_process import fork_to_answer, signal_text
+from matrices.catalogue import models
 from matrices.catalogue.gpus import Gpu
 from matrices.catalogue.gpus import gpu as gpu_named
 from matrices.cell import Cell, canonical_json
@@ -44,12 +44,27 @@ class Simulator:
     paged: Any = None
 
 
-def serve(request_path: str, answers: IO[str]) -> None:
+def serve(requests: Iterable[str], answers: IO[str]) -> None:
+    """Answer every request, as lines with the index of a cell and its prediction. The first request
+    decides how this process simulates. Raises UserError for a later one that wants otherwise."""
     warnings.filterwarnings("ignore")
-    request = Request.model_validate_json(Path(request_path).read_text())
-    simulator = prepare(request)
-    gc.collect()
-    gc.freeze()
+    simulator = None
+    for text in requests:
+        request = Request.model_validate_json(text)
+        if simulator is None:
+            first, simulator = request, prepare(request)
+            gc.collect()
+            gc.freeze()
+        if _settings(request) != _settings(first):
+            raise UserError("one process answers requests with equal settings only")
+        _answer_all(request, simulator, answers)
+
+
+def _settings(request: Request) -> Request:
+    return request.model_copy(update={"cells": [], "workers": 1})
+
+
+def _answer_all(request: Request, simulator: Simulator, answers: IO[str]) -> None:
     groups: dict[str, list[int]] = {}
     for index, cell in enumerate(request.cells):
         groups.setdefault(simulation_key(cell), []).append(index)
@@ -71,6 +86,8 @@ def prepare(request: Request) -> Simulator:
     import harness.simulate.run  # noqa: F401 - everything heavy, once for all children
 
     simulator.paged = patches.after_imports()
+    models.architectures()
+    patches.fill_conversion_cache()
     return simulator
 
 

@@ -48,6 +48,7 @@ def start(
     stderr: int | IO[bytes],
     environment: Mapping[str, str] | None = None,
     kept_open: Sequence[int] = (),
+    stdin: int = subprocess.DEVNULL,
 ) -> subprocess.Popen[bytes]:
     """Start a command as the leader of a session of its own: what is sent to the group of this
     process, as Ctrl-C is, does not reach it.
@@ -57,7 +58,7 @@ def start(
     """
     return subprocess.Popen(  # noqa: S603 - a fixed argv, no shell
         argv,
-        stdin=subprocess.DEVNULL,
+        stdin=stdin,
         stdout=stdout,
         stderr=stderr,
         start_new_session=True,

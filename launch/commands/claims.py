@@ -73,10 +73,10 @@ def _predicted(listed: list[Claim], options: PredictionOptions) -> dict[str, Pre
     """The predictions of all cells of the claims by cell id. Target modules that are refused lead
     to a second round."""
     from launch.display.progress import display_for_stderr
-    from launch.predict.predict import predict
+    from launch.predict.predict import predictor
     from reports.claims.answers import cells_for, more_cells_for
 
-    display = display_for_stderr()
-    found = {made.cell_id: made for made in predict(cells_for(listed), options, display)}
-    more = [cell for cell in more_cells_for(listed, found) if cell.cell_id not in found]
-    return found | {made.cell_id: made for made in predict(more, options, display)}
+    with predictor(options, display_for_stderr()) as predict:
+        found = {made.cell_id: made for made in predict(cells_for(listed))}
+        more = [cell for cell in more_cells_for(listed, found) if cell.cell_id not in found]
+        return found | {made.cell_id: made for made in predict(more)}

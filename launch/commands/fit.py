@@ -54,6 +54,7 @@ def fit(
     from launch.display.progress import display_for_stderr
     from launch.fit import fit as fitting
     from launch.fit.text import fit_text
+    from launch.predict.predict import predictor
 
     methods = fitting.checked_methods(method or [])
     kinds = fitting.checked_parallelism(parallelism or [], count)
@@ -63,7 +64,8 @@ def fit(
     request = fitting.FitRequest(
         model, options.judge[0], count, max_length, methods, kinds, tuple(set_ or ()), longest
     )
-    found = fitting.fit(request, options, display_for_stderr())
+    with predictor(options, display_for_stderr()) as predict:
+        found = fitting.fit(request, predict)
     if as_json:
         print_json(fitting.fit_json(found))
     else:

@@ -35,7 +35,7 @@ class Display(Protocol):
     def message(self, text: str) -> None: ...
     def busy(self, text: str) -> contextlib.AbstractContextManager[None]: ...
     def predicting(
-        self, total: int
+        self, total: int, last: str
     ) -> contextlib.AbstractContextManager[Callable[[Prediction], None]]: ...
     def begin(self, jobs: Sequence[Job]) -> None: ...
     def cell_started(self, job: Job) -> None: ...
@@ -74,8 +74,8 @@ class PlainDisplay:
         yield
 
     @contextlib.contextmanager
-    def predicting(self, total: int) -> Iterator[Callable[[Prediction], None]]:
-        count = PredictionCount(total)
+    def predicting(self, total: int, last: str) -> Iterator[Callable[[Prediction], None]]:
+        count = PredictionCount(total, last)
         written = 0.0
 
         def show() -> None:

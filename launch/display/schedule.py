@@ -113,12 +113,13 @@ class Schedule:
 
 
 class PredictionCount:
-    """Counts the predicted cells of a request; remembers the last one and the start time."""
+    """Counts the predicted cells of a request; remembers the last one and the start time. `last` is
+    what is shown before the first."""
 
-    def __init__(self, total: int) -> None:
+    def __init__(self, total: int, last: str) -> None:
         self.total = total
         self.done = 0
-        self.last = "importing the stack"
+        self.last = last
         self.began = time.monotonic()
 
     def add(self, prediction: Prediction) -> None:

@@ -63,8 +63,8 @@ class TerminalDisplay:
             self._show()
 
     @contextlib.contextmanager
-    def predicting(self, total: int) -> Iterator[Callable[[Prediction], None]]:
-        self.predictions = count = PredictionCount(total)
+    def predicting(self, total: int, last: str) -> Iterator[Callable[[Prediction], None]]:
+        self.predictions = count = PredictionCount(total, last)
         self._show()
         try:
             yield count.add

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from harness.records.prediction import Prediction
-from launch.display.progress import Display
 from launch.fit.memory_savings import MemorySaving, memory_savings
 from launch.fit.search import Search, first_verdict, fits, search_all
-from launch.predict.predict import PredictionOptions
+from launch.predict.predict import Predict
 from matrices.catalogue import models
 from matrices.catalogue.gpus import Gpu
 from matrices.cell import Cell, Parallelism
@@ -87,7 +86,7 @@ class FitResult:
         return [row.shown for row in self.rows]
 
 
-def fit(request: FitRequest, options: PredictionOptions, display: Display) -> FitResult:
+def fit(request: FitRequest, predict: Predict) -> FitResult:
     """Search for every method and kind of parallelism. Raises UserError for an unknown model and
     for settings that contradict each other."""
     settings = model_settings(request.model)
@@ -98,7 +97,7 @@ def fit(request: FitRequest, options: PredictionOptions, display: Display) -> Fi
     batches = [_batch_search(cell) for cell in spread]
     longest = request.longest if request.longest is not None else request.count == 1
     lengths = [_length_search(cell, length, limit) for cell in spread] if longest else []
-    search_all([*batches, *lengths], options, display)
+    search_all([*batches, *lengths], predict)
     rows = [
         _row(cell, batch, lengths[place] if lengths else None)
         for place, (cell, batch) in enumerate(zip(spread, batches, strict=True))
@@ -107,7 +106,7 @@ def fit(request: FitRequest, options: PredictionOptions, display: Display) -> Fi
     if any(row.micro_batch for row in rows) or not any(row.possible for row in rows):
         return FitResult(request, length, rows)
     start = cells["lora" if "lora" in request.methods else request.methods[0]]
-    savings = memory_savings(start, cells["qlora"], request.count, options, display)
+    savings = memory_savings(start, cells["qlora"], request.count, predict)
     return FitResult(request, length, rows, savings)
 
 

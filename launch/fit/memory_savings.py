@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from harness.records.prediction import Prediction
-from launch.display.progress import Display
 from launch.fit.search import first_verdict, fits
-from launch.predict.predict import PredictionOptions, predict
+from launch.predict.predict import Predict
 from matrices.cell import Cell, Parallelism, label
 from matrices.rules.adapt import spread_over
 
@@ -56,14 +55,12 @@ class MemorySaving:
         }
 
 
-def memory_savings(
-    start: Cell, qlora: Cell, count: int, options: PredictionOptions, display: Display
-) -> list[MemorySaving]:
+def memory_savings(start: Cell, qlora: Cell, count: int, predict: Predict) -> list[MemorySaving]:
     """Predict every change to a cell that does not fit. `qlora` is the same cell on a 4-bit base,
     `count` is the number of GPUs."""
     changes = list(_cells(start, qlora, count))
     cells = {cell.cell_id: cell for _, cell, _, _ in changes if cell is not None}
-    found = {one.cell_id: one for one in predict(list(cells.values()), options, display)}
+    found = {one.cell_id: one for one in predict(list(cells.values()))}
     savings: list[MemorySaving] = []
     before: int | None = None
     for name, cell, change, why in changes:

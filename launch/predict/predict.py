@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import get_args
 
@@ -12,7 +13,7 @@ from harness.system.platforms import prediction_obstacle
 from launch.display.progress import Display
 from launch.predict.cache import PredictionCache
 from launch.predict.overlays import Overlay
-from launch.predict.simulator_process import Simulation
+from launch.predict.simulator_process import Simulator
 from matrices.catalogue.gpus import Gpu
 from matrices.cell import Cell
 from matrices.errors import UserError, nearest
@@ -37,6 +38,10 @@ class PredictionOptions:
     fresh: bool = False
 
 
+# Gives a prediction for every cell, in their order.
+Predict = Callable[[Sequence[Cell]], list[Prediction]]
+
+
 def predict(
     cells: Sequence[Cell], options: PredictionOptions, display: Display
 ) -> list[Prediction]:
@@ -45,6 +50,21 @@ def predict(
     Takes 10 s for the imports and seconds for each cell that is not in the cache. Raises nothing
     for a cell with a problem: its prediction says so.
     """
+    with predictor(options, display) as predict_cells:
+        return predict_cells(cells)
+
+
+@contextmanager
+def predictor(options: PredictionOptions, display: Display) -> Iterator[Predict]:
+    """`predict` to be called several times: the simulating process is started once, at need, and
+    ends with the context."""
+    with Simulator(SIMULATE, options.overlay.directories) as simulator:
+        yield lambda cells: _predict(cells, options, display, simulator)
+
+
+def _predict(
+    cells: Sequence[Cell], options: PredictionOptions, display: Display, simulator: Simulator
+) -> list[Prediction]:
     refused = {cell.cell_id: reason for cell in cells if (reason := refusal(cell, options.gpu))}
     if not options.overlay.directories:
         # Other releases may have other arguments.
@@ -57,7 +77,7 @@ def predict(
         found = {i: known for i, cell in wanted.items() if (known := cache.get(cell))}
     missing = [cell for cell_id, cell in wanted.items() if cell_id not in found]
     if missing:
-        made = _simulate(_request(missing, options), options, display)
+        made = _simulate(_request(missing, options), simulator, display)
         for prediction in made.values():
             cache.put(prediction)
         found |= made
@@ -109,18 +129,16 @@ def _request(cells: list[Cell], options: PredictionOptions) -> Request:
     )
 
 
-def _simulate(
-    request: Request, options: PredictionOptions, display: Display
-) -> Mapping[str, Prediction]:
+def _simulate(request: Request, simulator: Simulator, display: Display) -> Mapping[str, Prediction]:
     if reason := prediction_obstacle():
         return {cell.cell_id: unpredicted(cell, "failed", reason) for cell in request.cells}
-    simulation = Simulation(request, options.overlay.directories, SIMULATE)
     found: dict[str, Prediction] = {}
-    with display.predicting(len(request.cells)) as predicted:
-        for index, prediction in simulation.answers():
+    doing = "simulating" if simulator.started else "importing the stack"
+    with display.predicting(len(request.cells), doing) as predicted:
+        for index, prediction in simulator.answers(request):
             found[request.cells[index].cell_id] = prediction
             predicted(prediction)
-    reason = simulation.ended or "the simulating process gave no answer for this cell"
+    reason = simulator.ended or "the simulating process gave no answer for this cell"
     return {
         cell.cell_id: found.get(cell.cell_id) or unpredicted(cell, "failed", reason)
         for cell in request.cells

@@ -1,7 +1,6 @@
-"""The simulating process: `python -m harness.simulate REQUEST.json`.
+"""The simulating process: `python -m harness.simulate`, with a request on each line of its input.
 
-There is one process for all cells of a request. It imports the stack once and forks a child for
-each cell.
+It imports the stack once and forks a child for each cell.
 """
 
 from __future__ import annotations
@@ -11,8 +10,9 @@ import os
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Self
 
 from pydantic import ValidationError
 
@@ -26,59 +26,80 @@ OWN_PACKAGES = ("matrices", "harness")
 LOG_BYTES = 65536
 
 
-class Simulation:
-    """One request and its answers. `ended` is set when the process ended before it had answered
-    every cell; it says how."""
+class Simulator:
+    """The simulating process of one stack: `module` with the packages of `overlay` first. It starts
+    at the first request, answers further ones, and is killed when the context ends, also by an
+    exception or Ctrl-C."""
 
-    def __init__(self, request: Request, overlay: Sequence[Path], module: str) -> None:
-        self.request = request
-        self.overlay = overlay
+    def __init__(self, module: str, overlay: Sequence[Path]) -> None:
         self.module = module
+        self.overlay = overlay
+        # How the process ended before it had answered every cell of the last request.
         self.ended: str | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._open = ExitStack()
 
-    def answers(self) -> Iterator[tuple[int, Prediction]]:
-        """The index of a cell in the request and its prediction, one by one.
+    def __enter__(self) -> Self:
+        return self
 
-        The process is killed when the generator ends, also by an exception or Ctrl-C.
-        """
-        with (
-            tempfile.TemporaryDirectory(prefix="tunebench-") as scratch,
-            tempfile.TemporaryFile(buffering=0) as output,
-        ):
-            process = self._start(Path(scratch), output)
-            answered = 0
-            try:
-                assert process.stdout is not None
-                for line in process.stdout:
-                    answer = _answer(line, len(self.request.cells))
-                    if answer is None:
-                        # What a library prints: of interest only if the process fails.
-                        output.write(line)
-                        continue
-                    answered += 1
-                    yield answer
-                code = process.wait()
-            finally:
-                kill_group(process.pid)
-                process.wait()
-            if answered < len(self.request.cells):
-                self.ended = f"the simulating process {describe_exit(code)}{_last_line(output)}"
+    def __exit__(self, *exception: object) -> None:
+        self._open.close()
 
-    def _start(self, scratch: Path, output: IO[bytes]) -> subprocess.Popen[bytes]:
-        request = scratch / "request.json"
-        request.write_text(self.request.model_dump_json())
-        own = scratch / "packages"
-        own.mkdir()
-        for name in OWN_PACKAGES:
-            (own / name).symlink_to(ROOT / name, target_is_directory=True)
-        inherited = os.environ.get("PYTHONPATH", "")
-        path = [str(own), *map(str, self.overlay), *([inherited] if inherited else [])]
-        return start(
-            python_module(self.module, str(request)),
-            stdout=subprocess.PIPE,
-            stderr=output,
-            environment={"PYTHONPATH": os.pathsep.join(path)},
-        )
+    @property
+    def started(self) -> bool:
+        return self._process is not None
+
+    def answers(self, request: Request) -> Iterator[tuple[int, Prediction]]:
+        """The index of a cell in the request and its prediction, one by one."""
+        if self._process is None:
+            self._start()
+        process, left = self._process, len(request.cells)
+        assert process is not None
+        assert process.stdin is not None
+        assert process.stdout is not None
+        self.ended = None
+        with suppress(BrokenPipeError):
+            process.stdin.write(request.model_dump_json().encode() + b"\n")
+            process.stdin.flush()
+        while left and (line := process.stdout.readline()):
+            answer = _answer(line, len(request.cells))
+            if answer is None:
+                # What a library prints: of interest only if the process fails.
+                self._output.write(line)
+                continue
+            left -= 1
+            yield answer
+        if left:
+            how = describe_exit(process.wait())
+            self.ended = f"the simulating process {how}{_last_line(self._output)}"
+            self._open.close()
+
+    def _start(self) -> None:
+        with ExitStack() as opened:
+            scratch = Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="tunebench-")))
+            self._output = opened.enter_context(tempfile.TemporaryFile(buffering=0))
+            for name in OWN_PACKAGES:
+                (scratch / name).symlink_to(ROOT / name, target_is_directory=True)
+            inherited = os.environ.get("PYTHONPATH", "")
+            path = [str(scratch), *map(str, self.overlay), *([inherited] if inherited else [])]
+            self._process = start(
+                python_module(self.module),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._output,
+                environment={"PYTHONPATH": os.pathsep.join(path)},
+            )
+            opened.callback(self._end, self._process)
+            self._open = opened.pop_all()
+
+    def _end(self, process: subprocess.Popen[bytes]) -> None:
+        kill_group(process.pid)
+        process.wait()
+        for stream in (process.stdin, process.stdout):
+            with suppress(BrokenPipeError):
+                if stream is not None:
+                    stream.close()
+        self._process = None
 
 
 def _answer(line: bytes, cells: int) -> tuple[int, Prediction] | None:

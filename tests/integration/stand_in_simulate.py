@@ -1,7 +1,8 @@
 """The simulating process's protocol, with figures that a test can foretell and no simulation.
 
-`python -m stand_in_simulate REQUEST.json`. What it does is told by each cell's seed. The peak of a
-cell is BASE_BYTES and TOKEN_BYTES for every token of its micro batch.
+`python -m stand_in_simulate`, with a request on each line of standard input. What it does is told
+by each cell's seed. The peak of a cell is BASE_BYTES and TOKEN_BYTES for every token of its micro
+batch.
 """
 
 from __future__ import annotations
@@ -86,8 +87,7 @@ def stack() -> dict[str, str]:
     return found | {"harness": str(Path(sys.modules["harness"].__file__ or "").resolve())}
 
 
-def main(path: Path) -> int:
-    request = Request.model_validate_json(path.read_text())
+def answer_all(request: Request) -> None:
     # Answers may come in any order.
     for index in reversed(range(len(request.cells))):
         cell = request.cells[index]
@@ -104,8 +104,8 @@ def main(path: Path) -> int:
             os._exit(1)
         answer = prediction(cell, request).model_dump(mode="json")
         print(json.dumps({"index": index, "prediction": answer}), flush=True)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    for line in sys.stdin:
+        answer_all(Request.model_validate_json(line))

@@ -29,7 +29,7 @@ class Walk:
     """Result of a replay, bytes. `peaks` and `ends` are live bytes per phase, at the most and at
     its last event; `peak` is the highest of the training phases, after event number `peak_at`;
     `steady` is live after `until` events; `retries` counts releases of cached blocks before an
-    allocation."""
+    allocation; `blocks` is the size of the block of each allocation, in their order."""
 
     peaks: dict[str, int] = field(default_factory=dict)
     ends: dict[str, int] = field(default_factory=dict)
@@ -39,6 +39,7 @@ class Walk:
     steady: int | None = None
     reserved: int | None = None
     retries: int = 0
+    blocks: list[int] = field(default_factory=list)
     failed: FailedAllocation | None = None
 
 
@@ -61,6 +62,7 @@ def walk(
             found.failed = FailedAllocation(event, error.requested, error.allocated, error.reserved)
             break
         if event.delta > 0:
+            found.blocks.append(live.sizes[event.storage])
             _raise(found, event.phase, live.total, at)
         found.ends[event.phase] = live.total
         if at + 1 == until:
@@ -70,21 +72,23 @@ def walk(
     return found
 
 
-def sizes_at(
-    events: Sequence[MemoryEvent], at: int, allocator: Allocator | None
-) -> dict[Storage, int]:
-    """Block bytes of every storage that is live after event number `at`, largest first."""
-    live = _Live(allocator)
-    for event in events[: at + 1]:
-        live.apply(event)
-    return dict(sorted(live.sizes().items(), key=lambda item: -item[1]))
+def sizes_at_peak(events: Sequence[MemoryEvent], walked: Walk) -> dict[Storage, int]:
+    """Block bytes of every storage that is live at the peak of a replay, largest first."""
+    blocks = iter(walked.blocks)
+    live: dict[Storage, int] = {}
+    for event in events[: walked.peak_at + 1]:
+        if event.delta > 0:
+            live[event.storage] = next(blocks)
+        elif event.delta < 0:
+            del live[event.storage]
+    return dict(sorted(live.items(), key=lambda item: -item[1]))
 
 
 class _Live:
     def __init__(self, allocator: Allocator | None) -> None:
         self._allocator = allocator
         self._blocks: dict[Storage, Block] = {}
-        self._sizes: dict[Storage, int] = {}
+        self.sizes: dict[Storage, int] = {}
         self.total = 0
 
     def apply(self, event: MemoryEvent) -> None:
@@ -95,15 +99,12 @@ class _Live:
             if self._allocator is not None:
                 block = self._blocks[storage] = self._allocator.malloc(delta)
                 delta = block.size
-            self._sizes[storage] = delta
+            self.sizes[storage] = delta
             self.total += delta
         elif delta < 0:
-            self.total -= self._sizes.pop(storage)
+            self.total -= self.sizes.pop(storage)
             if self._allocator is not None:
                 self._allocator.free(self._blocks.pop(storage))
-
-    def sizes(self) -> dict[Storage, int]:
-        return self._sizes
 
 
 def _raise(found: Walk, phase: str, total: int, at: int) -> None:

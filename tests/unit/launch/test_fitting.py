@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from harness.records.prediction import PredictedMemory, Prediction, Verdict
-from launch.display.progress import PlainDisplay
 from launch.fit import fit as fitting
 from launch.fit import memory_savings as changes
 from launch.fit import search
@@ -24,9 +23,9 @@ from launch.fit.fit import (
 )
 from launch.fit.memory_savings import memory_savings
 from launch.fit.text import fit_text, price_text
-from launch.predict.predict import PredictionOptions
+from launch.predict.predict import Predict
 from matrices.catalogue import models
-from matrices.catalogue.gpus import gpu
+from matrices.catalogue.gpus import Gpu, gpu
 from matrices.cell import Cell
 from matrices.errors import UserError
 from matrices.rules.adapt import spread_over
@@ -49,17 +48,11 @@ def simple(cell: Cell) -> int:
     return held // sharded + tokens(cell) * 2**20
 
 
-def simulated(peak: Peak) -> Callable[..., list[Prediction]]:
-    def predict(
-        cells: Sequence[Cell], options: PredictionOptions, show: object
-    ) -> list[Prediction]:
-        return [_prediction(cell, peak(cell), options) for cell in cells]
-
-    return predict
+def simulated(peak: Peak, judged: Gpu) -> Predict:
+    return lambda cells: [_prediction(cell, peak(cell), judged) for cell in cells]
 
 
-def _prediction(cell: Cell, peak: int, options: PredictionOptions) -> Prediction:
-    [judged] = options.judge
+def _prediction(cell: Cell, peak: int, judged: Gpu) -> Prediction:
     verdict = Verdict(
         gpu=judged.name,
         capacity_bytes=judged.capacity_bytes,
@@ -84,13 +77,9 @@ def _prediction(cell: Cell, peak: int, options: PredictionOptions) -> Prediction
 
 
 @pytest.fixture
-def ask(monkeypatch: pytest.MonkeyPatch) -> Callable[..., fitting.FitResult]:
+def ask() -> Callable[..., fitting.FitResult]:
     def asked(request: FitRequest, peak: Peak = simple) -> fitting.FitResult:
-        for module in (search, changes):
-            monkeypatch.setattr(module, "predict", simulated(peak))
-        return fitting.fit(
-            request, PredictionOptions(gpu=request.gpu, judge=(request.gpu,)), PlainDisplay()
-        )
+        return fitting.fit(request, simulated(peak, request.gpu))
 
     return asked
 
@@ -202,11 +191,7 @@ def test_a_change_that_is_not_possible_says_so() -> None:
 
 
 def savings_with(peak: Peak, start: Cell, qlora: Cell) -> list[changes.MemorySaving]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(changes, "predict", simulated(peak))
-        return memory_savings(
-            start, qlora, 1, PredictionOptions(gpu=T4, judge=(T4,)), PlainDisplay()
-        )
+    return memory_savings(start, qlora, 1, simulated(peak, T4))
 
 
 def test_odd_micro_batches_keep_at_least_their_sequences() -> None:
@@ -215,10 +200,8 @@ def test_odd_micro_batches_keep_at_least_their_sequences() -> None:
     assert found[2].change == "micro batch 5 -> 2, accumulation 1 -> 3"
 
 
-def test_what_nobody_can_simulate_is_a_mistake_of_the_question(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def refuse(cells: Sequence[Cell], options: PredictionOptions, show: object) -> list[Prediction]:
+def test_what_nobody_can_simulate_is_a_mistake_of_the_question() -> None:
+    def refuse(cells: Sequence[Cell]) -> list[Prediction]:
         return [
             Prediction(
                 cell_id=cell.cell_id, cell=cell, stack={}, status="invalid", reason="unheard of"
@@ -226,11 +209,8 @@ def test_what_nobody_can_simulate_is_a_mistake_of_the_question(
             for cell in cells
         ]
 
-    monkeypatch.setattr(search, "predict", refuse)
     with pytest.raises(UserError, match="--model some/model: unheard of"):
-        fitting.fit(
-            FitRequest("some/model", T4), PredictionOptions(gpu=T4, judge=(T4,)), PlainDisplay()
-        )
+        fitting.fit(FitRequest("some/model", T4), refuse)
 
 
 def test_a_model_is_a_name_a_hub_id_or_a_config(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from harness.records.prediction import Prediction
@@ -15,7 +16,13 @@ from launch.display.progress import PlainDisplay
 from launch.display.schedule import PredictionCount
 from launch.predict import predict as predicting
 from launch.predict.overlays import Overlay
-from launch.predict.predict import TRAINS_NOTHING, PredictionOptions, checked_engine, predict
+from launch.predict.predict import (
+    TRAINS_NOTHING,
+    PredictionOptions,
+    checked_engine,
+    predict,
+    predictor,
+)
 from launch.predict.simulator_process import ROOT
 from matrices.catalogue.gpus import gpu
 from matrices.cell import Adapter, Cell, Data, Model, Train
@@ -58,7 +65,7 @@ class RecordingDisplay(PlainDisplay):
         self.cell_ids: list[str] = []
 
     @contextlib.contextmanager
-    def predicting(self, total: int) -> Iterator[Callable[[Prediction], None]]:
+    def predicting(self, total: int, last: str) -> Iterator[Callable[[Prediction], None]]:
         self.totals.append(total)
         yield lambda prediction: self.cell_ids.append(prediction.cell_id)
 
@@ -111,6 +118,24 @@ def test_what_libraries_print_is_no_answer() -> None:
         statuses(predict([lora(CHATTY), lora()], PredictionOptions(), PlainDisplay()))
         == ["predicted"] * 2
     )
+
+
+def test_one_process_answers_until_it_dies_or_the_context_ends() -> None:
+    def processes() -> list[int]:
+        return [child.pid for child in psutil.Process().children()]
+
+    before = processes()
+    with predictor(PredictionOptions(fresh=True), PlainDisplay()) as predict_cells:
+        assert statuses(predict_cells([lora()])) == ["predicted"]
+        first = processes()
+        assert len(first) == len(before) + 1
+        assert statuses(predict_cells([lora(CHATTY), lora(rank=4)])) == ["predicted"] * 2
+        assert processes() == first
+        assert statuses(predict_cells([lora(DIES)])) == ["failed"]
+        assert processes() == before
+        assert statuses(predict_cells([lora()])) == ["predicted"]
+        assert len(processes()) == len(before) + 1
+    assert processes() == before
 
 
 def test_a_module_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,7 +226,7 @@ def test_what_a_person_reads_meanwhile(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_a_line_about_the_work_in_hand() -> None:
-    count = PredictionCount(3)
+    count = PredictionCount(3, "importing the stack")
     [answer] = predict([lora()], PredictionOptions(), PlainDisplay())
     count.add(answer)
     assert " · ".join(count.parts()).startswith(

@@ -197,7 +197,7 @@ jobs = [Job(Cell(method="lora"), key, "lora " + key, "run", "", 0, None) for key
 display = display_for_stderr()
 with display.busy("checking models"):
     print("[]")
-with display.predicting(2):
+with display.predicting(2, "importing the stack"):
     pass
 display.begin(jobs)
 for job in jobs:

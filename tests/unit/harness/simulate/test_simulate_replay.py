@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from harness.meters.memory.ledger import MemoryEvent, Storage
 from harness.simulate.memory.allocator import MIB, Allocator
-from harness.simulate.memory.replay import sizes_at, walk
+from harness.simulate.memory.replay import sizes_at_peak, walk
 
 
 def storage(nbytes: int, name: str = "") -> Storage:
@@ -41,7 +41,7 @@ def test_an_allocator_counts_whole_blocks() -> None:
     found = walk(EVENTS, Allocator())
     assert found.peak == 37 * MIB + 512
     assert found.reserved == (20 + 34 + 2) * MIB
-    assert sizes_at(EVENTS, found.peak_at, Allocator()) == {A: 3 * MIB, B: 34 * MIB, C: 512}
+    assert sizes_at_peak(EVENTS, found) == {A: 3 * MIB, B: 34 * MIB, C: 512}
 
 
 def test_the_first_refused_allocation_ends_the_walk() -> None:

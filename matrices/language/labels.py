@@ -183,13 +183,14 @@ def _text(value: Any, limit: int) -> str:
 
 def tails(paths: Sequence[str]) -> dict[str, str]:
     """Each path or hub id by its last part, with as many before it as tell it from the others."""
+    split = {path: PurePath(path).parts for path in paths}
+    sharing = Counter(parts[-n:] for parts in split.values() for n in range(1, len(parts) + 1))
     found = {}
-    for path in paths:
-        parts = PurePath(path).parts
-        others = [PurePath(other).parts for other in paths if other != path]
+    for path, parts in split.items():
+        tail = parts
         for count in range(1, len(parts) + 1):
             tail = parts[-count:]
-            if all(other[-count:] != tail for other in others):
+            if sharing[tail] == 1:
                 break
         # A root alone would make it an absolute path again.
         found[path] = "/".join(part for part in tail if part != "/")

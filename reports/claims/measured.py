@@ -99,11 +99,11 @@ def _found(comparison: Comparison, results: Sequence[Result]) -> Iterator[_Pair]
 
 
 def _key(item: Group) -> tuple[str, ...]:
-    return section_key(item.results[0].record)
+    return section_key(item.results[0])
 
 
 def _alike(comparison: Comparison, first: Group, second: Group) -> bool:
-    return set(differing(first.cell, second.cell)) <= {"method", *comparison.axes}
+    return set(differing(first, second)) <= {"method", *comparison.axes}
 
 
 def _judged(claim: Claim, comparison: Comparison, found: Sequence[_Pair]) -> Answer:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from harness.evaluation.score_precision import softmax_dtype
 from harness.ranks.launch_command import HERE, of_record
 from harness.records.record import CATEGORIES, PHASES, Record
-from matrices.cell import SECTIONS, flatten
+from matrices.cell import SECTIONS
 from reports.records.derived import (
     communication_bytes,
     expected_share,
@@ -65,7 +65,7 @@ def _plain(value: Any) -> Any:
 
 
 def _setting(name: str) -> Callable[[Record], Any]:
-    return lambda record: _plain(flatten(record.cell).get(name))
+    return lambda record: _plain(_at(record.cell, name))
 
 
 def _pandas_dtype(annotation: Any) -> Literal["string", "Int64", "Float64", "boolean"]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 from harness.evaluation.score_precision import softmax_dtype
@@ -14,7 +14,7 @@ from reports.records.derived import METERS, precision_text
 from reports.records.load import Result
 from reports.records.steps_text import data_text, loss_text
 from reports.records.verified_text import verified_caption
-from reports.tables.groups import Group, settings
+from reports.tables.groups import Group, hashable
 from reports.tables.metric_choice import hidden_text
 from reports.text import bytes_text, setting_text, short_name
 
@@ -50,13 +50,11 @@ ELSEWHERE = ("method", "model.name", "model.fingerprint", "evaluate.tasks", "eva
 
 def values_by_setting(groups: Sequence[Group]) -> dict[str, list[Any]]:
     """Every setting to its distinct values among the groups that have it."""
-    found: dict[str, list[Any]] = {}
+    found: dict[str, dict[Hashable, Any]] = {}
     for item in groups:
-        for name, value in settings(item.cell).items():
-            values = found.setdefault(name, [])
-            if value not in values:
-                values.append(value)
-    return found
+        for name, value in item.settings.items():
+            found.setdefault(name, {}).setdefault(hashable(value), value)
+    return {name: list(values.values()) for name, values in found.items()}
 
 
 def model_text(record: Record) -> str:
@@ -100,11 +98,13 @@ def software_text(records: Sequence[Record]) -> str:
     return ", ".join(parts)
 
 
-def constants_text(groups: Sequence[Group], shown: Sequence[str]) -> str:
+def constants_text(
+    groups: Sequence[Group], values_of: Mapping[str, Sequence[Any]], shown: Sequence[str]
+) -> str:
     """Settings with one value in all rows that have them, unless they are a default nobody would
     ask about."""
     parts = []
-    for name, values in values_by_setting(groups).items():
+    for name, values in values_of.items():
         if name in shown or name in ELSEWHERE or len(values) > 1:
             continue
         if name in ALWAYS or values[0] != DEFAULTS.get(name):
@@ -190,6 +190,7 @@ def runs_text(groups: Sequence[Group], superseded: int) -> str:
 
 def caption(
     groups: Sequence[Group],
+    values_of: Mapping[str, Sequence[Any]],
     shown: Sequence[str],
     hidden: Sequence[str],
     superseded: int,
@@ -200,7 +201,7 @@ def caption(
     results: list[Result] = [result for item in groups for result in item.results]
     records = [result.record for result in results]
     lines = [
-        constants_text(groups, shown),
+        constants_text(groups, values_of, shown),
         f"Measured on {hardware_text(records[0])}; {software_text(records)}.",
         where,
         memory_text(records),

@@ -122,7 +122,8 @@ def _figure(drawing: Drawing) -> Html:
         full_html=False,
         include_plotlyjs=False,
         config={"responsive": True, "displayModeBar": False},
-        default_height=f"{drawing.figure.layout.height}px",
+        default_height=f"{drawing.height}px",
+        validate=False,
     )
     caption = tag("figcaption", tag("strong", drawing.title), " ", drawing.reading)
     return tag("figure", caption, tag("div", Html(plot), class_="plot"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import os
 import re
@@ -68,12 +69,15 @@ def check_format(format: str) -> None:
         )
 
 
+# Each of several tables links to the same records.
+@functools.lru_cache(maxsize=65536)
 def record_link(result: Result, relative_to: Path) -> str:
     """A relative URL of a record, safe in an attribute and in a Markdown link."""
     path = os.path.relpath(result.path.absolute(), relative_to.absolute())
     return quote(Path(path).as_posix())
 
 
+@functools.lru_cache(maxsize=65536)
 def command_text(result: Result, relative_to: Path) -> str:
     """What reproduces a cell by hand, called in the directory `relative_to`."""
     directory = Path(os.path.relpath(result.directory.absolute(), relative_to.absolute()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shlex
 import types
@@ -53,11 +54,16 @@ class Column:
 
 
 def _at(item: Any, path: str) -> Any:
-    for part in path.split("."):
+    for part in _parts(path):
         if item is None:
             return None
         item = item.get(part) if isinstance(item, dict) else getattr(item, part)
     return item
+
+
+@functools.cache
+def _parts(path: str) -> list[str]:
+    return path.split(".")
 
 
 def _plain(value: Any) -> Any:

@@ -46,10 +46,9 @@ class Result:
         """The identity of its cell without the seed."""
         return self.record.cell.model_copy(update={"seed": 0}).cell_id
 
-    @functools.cached_property
-    def samples(self) -> pd.DataFrame | None:
+    def read_samples(self) -> pd.DataFrame | None:
         """Per-document results (`task, metric, doc_id, doc_hash, value, weight`); none without a
-        file, and when the file cannot be read, which is said."""
+        file, and with a warning when the file cannot be read."""
         if self.record.quality.samples_file is None:
             return None
         path = self.directory / self.record.quality.samples_file

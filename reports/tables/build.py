@@ -37,8 +37,8 @@ from reports.tables.metric_columns import (
 )
 from reports.tables.model import Row, Table, TableColumn
 from reports.tables.parallelism import (
+    ALWAYS_SHOWN,
     AXES,
-    SPREAD,
     batch_column,
     loss_columns,
     one_process,
@@ -262,7 +262,7 @@ def _references(groups: Sequence[Group], newest: Index) -> list[Group]:
 
 def _shown_settings(values: Mapping[str, Sequence[Any]], spec: Spec) -> list[str]:
     """The method, the axes, then whatever else is not the same in all rows that have it."""
-    axes = SPREAD if spec.ranks else spec.axes
+    axes = ALWAYS_SHOWN if spec.ranks else spec.axes
     fixed = ["method", *[axis for axis in axes if axis in values and axis != "method"]]
     names = fixed + [name for name in values if len(values[name]) > 1 and name not in fixed]
     # One column says both: nf4, nf4+dq.

@@ -1,4 +1,4 @@
-"""Captions: what every row of a table shares, said once."""
+"""Captions: what all rows of a table share."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from reports.tables.groups import Group, hashable
 from reports.tables.metric_choice import hidden_text
 from reports.text import bytes_text, setting_text, short_name
 
-# Said even when they have their default: no reader should have to guess them.
+# Shown even at their default: no reader should have to guess them.
 ALWAYS = (
     "data.source",
     "data.max_length",
@@ -44,8 +44,14 @@ DEFAULTS = {
     "adapter.alpha_per_rank": 2.0,
     **{name: Cell.model_fields[name].get_default(call_default_factory=True) for name in TOP_LEVEL},
 }
-# Said in sentences of their own, or part of the heading.
-ELSEWHERE = ("method", "model.name", "model.fingerprint", "evaluate.tasks", "evaluate.limit")
+# Other sentences or the heading name these.
+IN_OTHER_SENTENCES = (
+    "method",
+    "model.name",
+    "model.fingerprint",
+    "evaluate.tasks",
+    "evaluate.limit",
+)
 
 
 def values_by_setting(groups: Sequence[Group]) -> dict[str, list[Any]]:
@@ -105,7 +111,7 @@ def constants_text(
     ask about."""
     parts = []
     for name, values in values_of.items():
-        if name in shown or name in ELSEWHERE or len(values) > 1:
+        if name in shown or name in IN_OTHER_SENTENCES or len(values) > 1:
             continue
         if name in ALWAYS or values[0] != DEFAULTS.get(name):
             parts.append(f"{short_name(name)} {setting_text(name, values[0])}")
@@ -128,11 +134,11 @@ def memory_text(records: Sequence[Record]) -> str:
 
 def prediction_text(records: Sequence[Record]) -> str:
     """What the predicted peaks rest on."""
-    told = [record.prediction for record in records if record.prediction is not None]
-    engines = sorted({each.engine for each in told if each.engine})
-    if not told or not engines:
+    predictions = [record.prediction for record in records if record.prediction is not None]
+    engines = sorted({each.engine for each in predictions if each.engine})
+    if not engines:
         return ""
-    devices = sorted({each.device for each in told if each.device})
+    devices = sorted({each.device for each in predictions if each.device})
     of = f" of {' or '.join(devices)}" if devices else ""
     return (
         "Predicted peak: predicted before the run, not measured, by simulating the training step "
@@ -162,18 +168,18 @@ def quality_text(records: Sequence[Record], hidden: Sequence[str]) -> str:
     }
     parts = []
     if shots:
-        told = ", ".join(f"{task} {number}-shot" for task, number in shots.items())
+        scored = ", ".join(f"{task} {number}-shot" for task, number in shots.items())
         taken = sorted({found for record in records if (found := precision_text(record))})
         several = len({softmax_dtype(record) for record in records} - {None}) > 1
         refused = ", which are not compared" if several else ""
         precision = f"log-likelihoods in {' or '.join(taken)}{refused}"
-        parts.append(f"Scored by lm-eval: {told}; {precision}.")
+        parts.append(f"Scored by lm-eval: {scored}; {precision}.")
     if any(score.subtasks for record in records for score in record.quality.tasks.values()):
         parts.append("Documents of one subtask of a group are a cluster.")
     limits = {record.cell.evaluate.limit for record in records}
     if limits != {None}:
-        told = " or ".join("all" if limit is None else f"first {limit}" for limit in limits)
-        parts.append(f"Scores are partial: {told} documents of each task.")
+        documents = " or ".join("all" if limit is None else f"first {limit}" for limit in limits)
+        parts.append(f"Scores are partial: {documents} documents of each task.")
     return " ".join([*parts, *filter(None, [hidden_text(hidden)])])
 
 

@@ -37,7 +37,7 @@ AXES = (
     "train.global_batch_size",
 )
 # Shown whether they differ or not.
-SPREAD = ("parallelism", "devices")
+ALWAYS_SHOWN = ("parallelism", "devices")
 LOSS = "training loss"
 
 

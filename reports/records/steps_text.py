@@ -21,10 +21,10 @@ def preparation_text(record: Record) -> str:
     if counted is None:
         return ""
     read = counted.rows_read
-    told = f"{count_text(read)} rows read"
+    rows = f"{count_text(read)} rows read"
     if counted.rows_kept is not None:
-        told += f", {count_text(counted.rows_kept)} kept"
-    parts = [told]
+        rows += f", {count_text(counted.rows_kept)} kept"
+    parts = [rows]
     if counted.rows_truncated:
         parts.append(f"{counted.rows_truncated} of {read} truncated{_at(record)}")
     cut_off, dropped = counted.rows_cut_off or 0, counted.rows_dropped or 0
@@ -41,13 +41,13 @@ def preparation_text(record: Record) -> str:
 
 def data_text(records: Sequence[Record]) -> str:
     """What the preparation cut and dropped, if anything."""
-    told = {preparation_text(r): None for r in records if _lost_rows(r)}
-    if not told:
+    texts = {preparation_text(r): None for r in records if _lost_rows(r)}
+    if not texts:
         return ""
-    if len(told) > MOST_PREPARATIONS:
+    if len(texts) > MOST_PREPARATIONS:
         dropped = max((r.preparation.rows_dropped or 0) for r in records if r.preparation)
         return f"Rows are truncated or dropped in some cells, up to {dropped} dropped; see show."
-    return f"Data: {'; or '.join(told)}."
+    return f"Data: {'; or '.join(texts)}."
 
 
 def _lost_rows(record: Record) -> bool:
@@ -101,14 +101,14 @@ def step_facts(record: Record) -> dict[str, str]:
     if not steps.micro_batches:
         return {}
     kinds = Counter(zip(steps.micro_batches, steps.samples, strict=True)).most_common()
-    told = [
+    texts = [
         f"{count} of {_number(batches, 'micro batch')} and {_number(samples, 'sample')}"
         for (batches, samples), count in kinds[:MOST_KINDS]
     ]
     if len(kinds) > MOST_KINDS:
-        told.append(f"{sum(count for _, count in kinds[MOST_KINDS:])} of other sizes")
+        texts.append(f"{sum(count for _, count in kinds[MOST_KINDS:])} of other sizes")
     return {
-        "steps": f"{len(steps.micro_batches)}: {', '.join(told)}",
+        "steps": f"{len(steps.micro_batches)}: {', '.join(texts)}",
         "epochs": f"{steps.epoch[-1]:.4g}" if steps.epoch else "",
         "learning rate": _curve_text(steps.learning_rate),
         "gradient norm": _curve_text(steps.gradient_norm),
@@ -149,5 +149,5 @@ def _curve_text(figures: Sequence[float | None]) -> str:
 def _skipped_text(steps: Sequence[int]) -> str:
     if not steps:
         return ""
-    told = ", ".join(map(str, steps[:MOST_KINDS])) + (", ..." if len(steps) > MOST_KINDS else "")
-    return f"{_number(len(steps), 'step')} changed no weight, as gradients overflowed: {told}"
+    numbers = ", ".join(map(str, steps[:MOST_KINDS])) + (", ..." if len(steps) > MOST_KINDS else "")
+    return f"{_number(len(steps), 'step')} changed no weight, as gradients overflowed: {numbers}"

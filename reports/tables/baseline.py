@@ -211,7 +211,7 @@ def named(groups: Sequence[Group], axes: tuple[str, ...], spec: Mapping[str, Any
 
 
 def first_of(*specs: Mapping[str, Any]) -> Default:
-    """A default: the rows with the first of these settings that any measured row has."""
+    """A default: the measured rows with the first of these settings that any of them has."""
 
     def choose(groups: Sequence[Group], axes: tuple[str, ...]) -> Baselines:
         for spec in specs:

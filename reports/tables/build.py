@@ -50,8 +50,8 @@ from reports.text import setting_text, short_name
 @dataclass(frozen=True)
 class Spec:
     """What a table is about: the settings that may differ from the baseline, the methods it has
-    rows for, one of which must be there, the baseline when none is named, the base models its
-    rows are judged against, and whether it is about what is spread over several devices."""
+    rows for, those of which it needs one, the baseline when none is named, the base models its
+    rows are judged against, and whether it is about parallelism over several devices."""
 
     title: str
     axes: tuple[str, ...]

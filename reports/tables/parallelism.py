@@ -77,8 +77,8 @@ def one_process(groups: Sequence[Group], axes: tuple[str, ...]) -> Baselines:
 def batch_column(table: Table) -> TableColumn:
     """Samples of one optimizer step, over all devices."""
     counts = [global_batch(row.group.cell) for row in table.rows]
-    told = [None if count is None else str(count) for count in counts]
-    return TableColumn("global_batch", "Samples per step", "setting", [*told])
+    texts = [None if count is None else str(count) for count in counts]
+    return TableColumn("global_batch", "Samples per step", "setting", [*texts])
 
 
 def rank_columns(table: Table) -> list[TableColumn]:

@@ -102,7 +102,7 @@ def _renamed(missing: Sequence[str], unexpected: Iterable[str]) -> str:
         for ending in _endings(name):
             by_ending.setdefault(ending, name)
     renamed: Counter[tuple[str, str]] = Counter()
-    for found in sorted(unexpected_weights):
+    for found in sorted(unexpected):
         for ending in _endings(found):
             if wanted := by_ending.get(ending):
                 renamed[found.removesuffix(ending), wanted.removesuffix(ending)] += 1

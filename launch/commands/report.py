@@ -124,11 +124,9 @@ def write_all(
     """Write the whole report, and print the method comparison if there is one."""
     from reports.output.render import render
     from reports.output.write import write_report
-    from reports.records.load import load_records
-    from reports.tables.build import build_all
 
-    paths = write_report(results, output, baseline, metrics)
-    for table in build_all(load_records(results), baseline, metrics):
+    paths, tables = write_report(results, output, baseline, metrics)
+    for table in tables:
         if table.name == FIRST_TABLE:
             print(render(table, format))
     return paths

@@ -1,4 +1,4 @@
-"""Short names for the cells of a sweep: what tells one from the others, and nothing they share."""
+"""Short names for the cells of a sweep: the settings in which they differ."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ VALUE_LIMITS = (40, 24, 16, 12)
 ID_DIGITS = 12
 Flat = dict[str, Any]
 ABSENT = object()
-# Told without the setting's name.
+# Shown without the name of the setting.
 NAMES = {"model.name", "model.config", "data.source"}
 PATHS = {*NAMES, "evaluate.include_path"}
-# Told as one word each.
+# Shown as one word each.
 QUANTIZATION = ("quantization.quant_type", "quantization.double_quant")
-SPREAD = ("parallelism", "devices", "nodes")
-# The order in which settings are asked whether they tell cells apart.
+PARALLELISM = ("parallelism", "devices", "nodes")
+# These settings are tried first, in this order.
 FIRST = (
     "method",
     *QUANTIZATION,
     "adapter.rank",
     "adapter.target_modules",
-    *SPREAD,
+    *PARALLELISM,
     "model.name",
     "data.source",
     "adapter.alpha",
@@ -55,24 +55,24 @@ def labels(cells: Sequence[Cell]) -> dict[str, str]:
 def _of_group(cells: Mapping[str, Cell]) -> dict[str, str]:
     known: dict[int, tuple[Section, Flat]] = {}
     flats = [_flat(cell, known) for cell in cells.values()]
-    telling = _telling(flats)
+    distinguishing = _distinguishing(flats)
     names = {
         key: tails(list(dict.fromkeys(path for flat in flats if (path := _at(flat, key)))))
-        for key in PATHS & set(telling)
+        for key in PATHS & set(distinguishing)
     }
     found = {}
     for (cell_id, cell), flat in zip(cells.items(), flats, strict=True):
-        told = {key: value for key in telling if (value := _at(flat, key)) is not ABSENT}
-        for key in told.keys() & names.keys():
-            told[key] = names[key].get(told[key])
-        found[cell_id] = _label(cell_id, cell, told) if telling else label(cell)
+        shown = {key: value for key in distinguishing if (value := _at(flat, key)) is not ABSENT}
+        for key in shown.keys() & names.keys():
+            shown[key] = names[key].get(shown[key])
+        found[cell_id] = _label(cell_id, cell, shown) if distinguishing else label(cell)
     return found
 
 
 def _flat(cell: Cell, known: dict[int, tuple[Section, Flat]]) -> dict[str, Flat]:
     """A cell's settings by section; "" are those that stand in none. The cells of a sweep share
     their sections, so each of those is flattened once."""
-    found = {"": _spread_out({name: getattr(cell, name) for name in TOP_LEVEL})}
+    found = {"": _flattened({name: getattr(cell, name) for name in TOP_LEVEL})}
     for name in SECTIONS:
         section = getattr(cell, name)
         if section is None:
@@ -80,13 +80,13 @@ def _flat(cell: Cell, known: dict[int, tuple[Section, Flat]]) -> dict[str, Flat]
         if id(section) not in known:
             leaves = type(section).model_fields
             flat = {f"{name}.{leaf}": getattr(section, leaf) for leaf in leaves}
-            known[id(section)] = section, _spread_out(flat)
+            known[id(section)] = section, _flattened(flat)
         found[name] = known[id(section)][1]
     return found
 
 
-def _spread_out(flat: Flat) -> Flat:
-    """The settings that may be told. Entries of mappings are settings of their own, and alpha
+def _flattened(flat: Flat) -> Flat:
+    """The settings that a label may show. Entries of mappings are settings of their own, and alpha
     counts as alpha / rank, so that it is no news beside the rank."""
     found: Flat = {}
     for key, value in flat.items():
@@ -106,7 +106,7 @@ def _at(flat: Mapping[str, Flat], key: str) -> Any:
     return flat.get(section if section in SECTIONS else "", {}).get(key, ABSENT)
 
 
-def _telling(flats: Sequence[Mapping[str, Flat]]) -> list[str]:
+def _distinguishing(flats: Sequence[Mapping[str, Flat]]) -> list[str]:
     """Settings that together tell all cells apart: in their order, each that tells cells apart
     which those before it do not. One that follows from others (a method's learning rate) is left
     out."""
@@ -129,35 +129,35 @@ def _telling(flats: Sequence[Mapping[str, Flat]]) -> list[str]:
     return found
 
 
-def _label(cell_id: str, cell: Cell, told: Flat) -> str:
+def _label(cell_id: str, cell: Cell, shown: Flat) -> str:
     for limit in VALUE_LIMITS:
-        text = " ".join(_words(cell, dict(told), limit)) or cell.method
+        text = " ".join(_words(cell, dict(shown), limit)) or cell.method
         if len(text) <= LONGEST:
             return text
     return _cut(text, f" {cell_id[:ID_DIGITS]}")
 
 
-def _words(cell: Cell, told: Flat, limit: int) -> list[str]:
+def _words(cell: Cell, shown: Flat, limit: int) -> list[str]:
     """Method, quantization, rank, targets and devices as words, the others as `name=value`."""
     words = ["base"] if cell.method == "base" else []
-    if told.pop("method", None) is not None and not words:
+    if shown.pop("method", None) is not None and not words:
         words.append(cell.method)
     quantization = cell.quantization
-    named = [told.pop(key, None) is not None for key in QUANTIZATION]
+    named = [shown.pop(key, None) is not None for key in QUANTIZATION]
     if quantization is not None and (any(named) or cell.method == "base"):
         words.append(quantization.quant_type + ("+dq" if quantization.double_quant else ""))
-    if "adapter.rank" in told:
-        words.append(f"r{told.pop('adapter.rank')}")
-    if "adapter.target_modules" in told:
-        words.append(_text(told.pop("adapter.target_modules"), limit))
-    spread = [told.pop(key, None) is not None for key in SPREAD]
-    if any(spread):
+    if "adapter.rank" in shown:
+        words.append(f"r{shown.pop('adapter.rank')}")
+    if "adapter.target_modules" in shown:
+        words.append(_text(shown.pop("adapter.target_modules"), limit))
+    parallel = [shown.pop(key, None) is not None for key in PARALLELISM]
+    if any(parallel):
         words.append(cell.parallelism)
         if cell.devices > 1:
             words.append(devices_text(cell))
-    if "adapter.alpha" in told and cell.adapter is not None:
-        told["adapter.alpha"] = cell.adapter.alpha or 2 * cell.adapter.rank
-    for key, value in told.items():
+    if "adapter.alpha" in shown and cell.adapter is not None:
+        shown["adapter.alpha"] = cell.adapter.alpha or 2 * cell.adapter.rank
+    for key, value in shown.items():
         text = _text(value, limit)
         words.append(text if key in NAMES else f"{key.rpartition('.')[2]}={text}")
     return words
@@ -183,13 +183,14 @@ def _text(value: Any, limit: int) -> str:
 
 def tails(paths: Sequence[str]) -> dict[str, str]:
     """Each path or hub id by its last part, with as many before it as tell it from the others."""
+    split = {path: PurePath(path).parts for path in paths}
+    sharing = Counter(parts[-n:] for parts in split.values() for n in range(1, len(parts) + 1))
     found = {}
-    for path in paths:
-        parts = PurePath(path).parts
-        others = [PurePath(other).parts for other in paths if other != path]
+    for path, parts in split.items():
+        tail = parts
         for count in range(1, len(parts) + 1):
             tail = parts[-count:]
-            if all(other[-count:] != tail for other in others):
+            if sharing[tail] == 1:
                 break
         # A root alone would make it an absolute path again.
         found[path] = "/".join(part for part in tail if part != "/")

@@ -86,8 +86,8 @@ def hint(name: str, values: Sequence[str] = ()) -> str | None:
             continue
         if argument.kind == "passed":
             each = [f"{{{name}: {value}}}" for value in values or ("...",)]
-            told = each[0] if len(each) == 1 else f"[{', '.join(each)}]"
-            return f"pass it through: {mapping}: {told}"
+            text = each[0] if len(each) == 1 else f"[{', '.join(each)}]"
+            return f"pass it through: {mapping}: {text}"
         if argument.kind == "setting":
             return f"tunebench calls it {argument.said}"
         return f"not offered: {argument.said}"

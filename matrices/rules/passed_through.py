@@ -105,8 +105,10 @@ def _without_defaults(cell: Cell, notes: dict[str, None]) -> Cell:
         idle = defaults(class_name, arguments) if arguments else {}
         if not arguments or not idle:
             continue
-        told = ", ".join(f"{name}: {flow(value)}" for name, value in idle.items())
-        notes[f"{section}.{leaf}: {told} is the default of {version(class_name)} anyway"] = None
+        idle_text = ", ".join(f"{name}: {flow(value)}" for name, value in idle.items())
+        notes[f"{section}.{leaf}: {idle_text} is the default of {version(class_name)} anyway"] = (
+            None
+        )
         left = {name: value for name, value in arguments.items() if name not in idle}
         cell = cell.model_copy(update={section: part.model_copy(update={leaf: left})})
     return cell

@@ -99,23 +99,23 @@ def _found(comparison: Comparison, results: Sequence[Result]) -> Iterator[_Pair]
 
 
 def _key(item: Group) -> tuple[str, ...]:
-    return section_key(item.results[0].record)
+    return section_key(item.results[0])
 
 
 def _alike(comparison: Comparison, first: Group, second: Group) -> bool:
-    return set(differing(first.cell, second.cell)) <= {"method", *comparison.axes}
+    return set(differing(first, second)) <= {"method", *comparison.axes}
 
 
 def _judged(claim: Claim, comparison: Comparison, found: Sequence[_Pair]) -> Answer:
     overall = _overall(comparison, [pair.estimate for pair in found])
-    told = []
+    texts = []
     if overall.low is not None and overall.high is not None:
         interval = range_text(overall.low, overall.high, claim.unit, ", ")
         figure = figure_text(overall.value, claim.unit)
-        told = [f"together {figure} [{interval}], n = {overall.n} {overall.over}"]
+        texts = [f"together {figure} [{interval}], n = {overall.n} {overall.over}"]
     open_ = _left_open(claim, comparison, found, overall)
     machines = dict.fromkeys(hardware_text(pair.record) for pair in found)
-    notes = [*told, f"measured on {'; '.join(machines)}", *_remarks(claim, found)]
+    notes = [*texts, f"measured on {'; '.join(machines)}", *_remarks(claim, found)]
     verdict: Verdict = "reproduced" if claim.accepts(overall.value) else "refuted"
     return Answer(
         claim=claim,
@@ -160,8 +160,9 @@ def _remarks(claim: Claim, found: Sequence[_Pair]) -> list[str]:
         ]
     if claim.quantity == "base_weights_reduction":
         layers = {one: None for pair in found if (one := _layers_reduction(pair.first)) is not None}
-        told = " or ".join(figure_text(share, claim.unit, 0.001) for share in sorted(layers))
-        return [f"of the layers stored in 4 bits alone, against 16 bits: {told}"] if told else []
+        shares = " or ".join(figure_text(share, claim.unit, 0.001) for share in sorted(layers))
+        text = f"of the layers stored in 4 bits alone, against 16 bits: {shares}"
+        return [text] if shares else []
     return []
 
 

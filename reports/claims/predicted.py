@@ -114,8 +114,8 @@ def counted(claim: Claim, prediction: Prediction, rank: int | None = None) -> tu
 
 def _trainable(claim: Claim) -> list[Case]:
     cell = _lora(claim)
-    told = _settings_text(claim, cell, shape=False)
-    return [Case(told, (cell,), lambda p: counted(claim, p[0])[0])]
+    text = _settings_text(claim, cell, shape=False)
+    return [Case(text, (cell,), lambda p: counted(claim, p[0])[0])]
 
 
 def _share(claim: Claim) -> list[Case]:
@@ -177,8 +177,8 @@ def _peak(claim: Claim) -> list[Case]:
     found: list[Case] = []
     for shape in (SMALL, USUAL):
         cell = _cell(claim, shape, **changes)
-        told = f"micro batch {shape[0]} × {shape[1]} tokens, all else the same"
-        assuming = told if found else _settings_text(claim, cell)
+        text = f"micro batch {shape[0]} × {shape[1]} tokens, all else the same"
+        assuming = text if found else _settings_text(claim, cell)
         found.append(Case(assuming, (cell,), lambda p: _peak_bytes(p[0]) / GB))
     return found
 

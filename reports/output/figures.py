@@ -1,10 +1,15 @@
-"""Figures of the page, as plotly figures. Text from records is escaped: plotly reads some HTML."""
+"""Figures of the page, as JSON that plotly draws. Text from records is escaped: plotly reads HTML.
+
+Traces are plain dictionaries: plotly's classes take a millisecond for each, and a large sweep has
+thousands.
+"""
 
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from harness.records.memory import CATEGORIES
 from reports.records.load import Index, bases
@@ -14,9 +19,6 @@ from reports.tables.groups import Group, names
 from reports.tables.metric_choice import metric_text, metrics_shown
 from reports.tables.model import count
 from reports.text import MIB
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
 
 # Okabe and Ito's palette, told apart by colour-blind readers, without its black and yellow.
 METHOD_COLOURS = {"full": "#0072b2", "lora": "#009e73", "qlora": "#d55e00", "base": "#888888"}
@@ -31,6 +33,7 @@ CATEGORY_COLOURS = dict(
 LINE_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#a07fc9",
                 "#7a7a00", "#999999", "#8b4513")  # fmt: skip
 SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross", "star", "x", "hexagon")
+LINES_HEIGHT = 520
 
 
 class Drawing(NamedTuple):
@@ -38,7 +41,8 @@ class Drawing(NamedTuple):
 
     title: str
     reading: str
-    figure: go.Figure
+    figure: dict[str, Any]
+    height: int
 
 
 def drawings(groups: Sequence[Group], newest: Index, metrics: Sequence[str] = ()) -> list[Drawing]:
@@ -55,7 +59,32 @@ def drawings(groups: Sequence[Group], newest: Index, metrics: Sequence[str] = ()
     return [drawing for drawing in found if drawing is not None]
 
 
-def _layout(figure: go.Figure, x: str, y: str, height: int = 420, **more: Any) -> None:
+def _trace(kind: str, **settings: Any) -> dict[str, Any]:
+    """A trace with its settings in the order of plotly's classes."""
+    return {**_ordered(settings), "type": kind}
+
+
+def _ordered(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {name: _ordered(value[name]) for name in sorted(value)}
+
+
+def _figure(
+    traces: Sequence[dict[str, Any]],
+    x: str,
+    y: str,
+    height: int,
+    layout: Mapping[str, Any] = MappingProxyType({}),
+    line: Mapping[str, Any] | None = None,
+    reversed_y: bool = False,
+) -> dict[str, Any]:
+    """The figure with these traces, and with a horizontal line if there is one."""
+    import plotly.graph_objects as go
+
+    figure = go.Figure()
+    if line is not None:
+        figure.add_hline(**line)
     figure.update_layout(
         template="none",
         height=height,
@@ -71,11 +100,14 @@ def _layout(figure: go.Figure, x: str, y: str, height: int = 420, **more: Any) -
             "yref": "container",
             "yanchor": "bottom",
         },
-        **more,
+        **layout,
     )
-    line = {"gridcolor": "#dddddd", "zeroline": False, "automargin": True, "title_font_size": 13}
-    figure.update_xaxes(title_text=x, **line)
-    figure.update_yaxes(title_text=y, **line)
+    axis = {"gridcolor": "#dddddd", "zeroline": False, "automargin": True, "title_font_size": 13}
+    figure.update_xaxes(title_text=x, **axis)
+    figure.update_yaxes(title_text=y, **axis)
+    if reversed_y:
+        figure.update_yaxes(autorange="reversed")
+    return {"data": list(traces), "layout": figure.to_dict()["layout"]}
 
 
 def _bars(estimates_: Sequence[Estimate], scale: float = 1.0) -> dict[str, Any]:
@@ -88,16 +120,15 @@ def _bars(estimates_: Sequence[Estimate], scale: float = 1.0) -> dict[str, Any]:
 def _tradeoff(
     pairs: Sequence[tuple[Group, str]], newest: Index, task: str, metric: str
 ) -> Drawing | None:
-    import plotly.graph_objects as go
-
-    figure = go.Figure()
+    traces = []
     for place, (item, label) in enumerate(pairs):
         peak, quality = estimates.peak_bytes(item), _quality(item, task, metric)
         if peak is None or quality is None:
             continue
         hover = f"{label}<br>{peak.value / MIB:,.1f} MiB<br>{quality.value:.4g}, {count(quality)}"
-        figure.add_trace(
-            go.Scatter(
+        traces.append(
+            _trace(
+                "scatter",
                 x=[peak.value / MIB],
                 y=[quality.value],
                 error_x=_bars([peak], 1 / MIB),
@@ -112,22 +143,26 @@ def _tradeoff(
                 hovertemplate=hover + "<extra></extra>",
             )
         )
-    if not figure.data:
+    if not traces:
         return None
+    line = None
     base = bases(pairs[0][0].results[0], newest).get("untouched")
     score = base.record.quality.tasks.get(task) if base else None
     if score is not None and metric in score.metrics:
-        figure.add_hline(
-            y=score.metrics[metric].value,
-            line={"dash": "dash", "color": "#888888", "width": 1},
-            annotation_text="untouched base",
-            annotation_position="top right",
-        )
-    _layout(figure, "peak memory, MiB", html.escape(metric_text(metric)), height=520)
+        line = {
+            "y": score.metrics[metric].value,
+            "line": {"dash": "dash", "color": "#888888", "width": 1},
+            "annotation_text": "untouched base",
+            "annotation_position": "top right",
+        }
+    figure = _figure(
+        traces, "peak memory, MiB", html.escape(metric_text(metric)), LINES_HEIGHT, line=line
+    )
     return Drawing(
         f"{task}: quality against peak memory",
         "Whiskers are 95 % intervals, over documents and, where there are several, over seeds.",
         figure,
+        LINES_HEIGHT,
     )
 
 
@@ -140,8 +175,6 @@ def _quality(item: Group, task: str, metric: str) -> Estimate | None:
 
 
 def _categories(pairs: Sequence[tuple[Group, str]]) -> Drawing | None:
-    import plotly.graph_objects as go
-
     held = {
         label: item.measured[0].record.memory.by_category
         for item, label in pairs
@@ -149,12 +182,13 @@ def _categories(pairs: Sequence[tuple[Group, str]]) -> Drawing | None:
     }
     if not held:
         return None
-    figure = go.Figure()
+    traces = []
     for category in CATEGORIES:
         if any(category in one for one in held.values()):
             name = category.replace("_", " ")
-            figure.add_trace(
-                go.Bar(
+            traces.append(
+                _trace(
+                    "bar",
                     y=list(held),
                     x=[one.get(category, 0) / MIB for one in held.values()],
                     orientation="h",
@@ -163,12 +197,14 @@ def _categories(pairs: Sequence[tuple[Group, str]]) -> Drawing | None:
                     hovertemplate=f"%{{y}}<br>{name}: %{{x:,.1f}} MiB<extra></extra>",
                 )
             )
-    _layout(figure, "MiB at the training peak", "", _height(len(held)), barmode="stack")
-    figure.update_yaxes(autorange="reversed")
+    height = _height(len(held))
+    layout = {"barmode": "stack"}
+    figure = _figure(traces, "MiB at the training peak", "", height, layout, reversed_y=True)
     return Drawing(
         "What the memory is made of",
         "Live tensor bytes at the ledger's training peak, first seed of each configuration.",
         figure,
+        height,
     )
 
 
@@ -177,46 +213,43 @@ def _height(rows: int) -> int:
 
 
 def _throughput(pairs: Sequence[tuple[Group, str]]) -> Drawing | None:
-    import plotly.graph_objects as go
-
     found = [(item, label, estimates.tokens_per_second(item)) for item, label in pairs]
     known = [(item, label, rate) for item, label, rate in found if rate is not None]
     if not known:
         return None
     rates = [rate for _, _, rate in known]
-    figure = go.Figure(
-        go.Bar(
-            y=[label for _, label, _ in known],
-            x=[rate.value for rate in rates],
-            error_x=_bars(rates),
-            orientation="h",
-            marker={"color": [METHOD_COLOURS[item.cell.method] for item, _, _ in known]},
-            customdata=[count(rate) for rate in rates],
-            hovertemplate="%{y}<br>%{x:,.1f} tokens/s, %{customdata}<extra></extra>",
-        )
+    bars = _trace(
+        "bar",
+        y=[label for _, label, _ in known],
+        x=[rate.value for rate in rates],
+        error_x=_bars(rates),
+        orientation="h",
+        marker={"color": [METHOD_COLOURS[item.cell.method] for item, _, _ in known]},
+        customdata=[count(rate) for rate in rates],
+        hovertemplate="%{y}<br>%{x:,.1f} tokens/s, %{customdata}<extra></extra>",
     )
-    _layout(figure, "non-padding tokens per second", "", _height(len(known)))
-    figure.update_yaxes(autorange="reversed")
+    height = _height(len(known))
+    figure = _figure([bars], "non-padding tokens per second", "", height, reversed_y=True)
     return Drawing(
         "Training speed",
         "Tokens over time, warm-up left out; whiskers are 95 % intervals over processes, "
         "or over the steps of a single one.",
         figure,
+        height,
     )
 
 
 def _losses(pairs: Sequence[tuple[Group, str]]) -> Drawing | None:
-    import plotly.graph_objects as go
-
-    figure = go.Figure()
+    traces = []
     drawn = [pair for pair in pairs if any(r.record.quality.train_loss for r in pair[0].results)]
     for place, (item, label) in enumerate(drawn):
         curves = [r.record for r in item.results if r.record.quality.train_loss]
         for nth, record in enumerate(curves):
             ended = "" if record.status == "ok" else f", {record.status}"
             losses = record.quality.train_loss
-            figure.add_trace(
-                go.Scatter(
+            traces.append(
+                _trace(
+                    "scatter",
                     x=list(range(1, len(losses) + 1)),
                     y=losses,
                     mode="lines",
@@ -228,11 +261,12 @@ def _losses(pairs: Sequence[tuple[Group, str]]) -> Drawing | None:
                     "<br>step %{x}: %{y:.4f}<extra></extra>",
                 )
             )
-    if not figure.data:
+    if not traces:
         return None
-    _layout(figure, "optimizer step", "training loss", height=520)
+    figure = _figure(traces, "optimizer step", "training loss", LINES_HEIGHT)
     return Drawing(
         "Training loss",
         "Mean loss of each step, one line per run; click a name to hide its lines.",
         figure,
+        LINES_HEIGHT,
     )

@@ -14,13 +14,13 @@ class Html(str):
 def tag(name: str, *children: str, **attributes: str) -> Html:
     """One element; children that are not `Html`, and all attribute values, are escaped.
     `class_` and `data_x` become `class` and `data-x`."""
-    told = "".join(
+    attributes_text = "".join(
         f' {key.rstrip("_").replace("_", "-")}="{html.escape(value, quote=True)}"'
         for key, value in attributes.items()
     )
     if name in ("br", "meta", "link"):
-        return Html(f"<{name}{told}>")
-    return Html(f"<{name}{told}>{join(*children)}</{name}>")
+        return Html(f"<{name}{attributes_text}>")
+    return Html(f"<{name}{attributes_text}>{join(*children)}</{name}>")
 
 
 def join(*children: str) -> Html:

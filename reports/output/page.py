@@ -11,10 +11,10 @@ from reports.output.figures import Drawing, drawings
 from reports.output.html import Html, tag
 from reports.output.page_style import STYLE
 from reports.output.render import command_text, record_link, render, short_id
-from reports.records.load import Result, index
+from reports.records.load import Index, Result, index
 from reports.tables.build import section_title
 from reports.tables.captions import hardware_text, model_text
-from reports.tables.groups import Group, group, names, section_key, sort_key
+from reports.tables.groups import Group, names, section_key, sorted_groups
 from reports.tables.model import Table
 from reports.text import DASH, one_line, seconds_text
 
@@ -39,13 +39,17 @@ def page(
 ) -> str:
     """The page for these results; links to records are relative to `directory`, where it will be.
     All text from records is escaped. `metrics` are those chosen for the figures."""
-    sections = _sections(results)
+    newest = index(results)
+    sections = _sections(newest)
+    tables_of: dict[tuple[str, ...], list[Table]] = {}
+    for table in tables:
+        tables_of.setdefault(_key(table), []).append(table)
     parts = [_header(results, name)]
     for key, groups in sections.items():
-        own = [table for table in tables if _key(table) == key]
-        figures = [_figure(drawing) for drawing in drawings(groups, index(results), metrics)]
-        parts.append(_section(groups, own, figures, directory, alone=len(sections) == 1))
-    parts += [tag("h2", "All runs"), _runs(results, directory)]
+        figures = [_figure(drawing) for drawing in drawings(groups, newest, metrics)]
+        found = tables_of.get(key, [])
+        parts.append(_section(groups, found, figures, directory, alone=len(sections) == 1))
+    parts += [tag("h2", "All runs"), _runs(results, newest, directory)]
     parts += [tag("h2", "How to read this"), tag("p", READING, class_="reading")]
     head = tag(
         "head",
@@ -66,14 +70,14 @@ def _plotly_script() -> str:
 
 def _key(table: Table) -> tuple[str, ...]:
     row = next(row for row in table.rows if not row.reference)
-    return section_key(row.group.results[0].record)
+    return section_key(row.group.results[0])
 
 
-def _sections(results: Sequence[Result]) -> dict[tuple[str, ...], list[Group]]:
+def _sections(newest: Index) -> dict[tuple[str, ...], list[Group]]:
     sections: dict[tuple[str, ...], list[Group]] = {}
-    for item in sorted(group(list(index(results).values())), key=sort_key):
+    for item in sorted_groups(newest):
         if item.cell.method != "base":
-            sections.setdefault(section_key(item.results[0].record), []).append(item)
+            sections.setdefault(section_key(item.results[0]), []).append(item)
     return sections
 
 
@@ -118,25 +122,26 @@ def _figure(drawing: Drawing) -> Html:
         full_html=False,
         include_plotlyjs=False,
         config={"responsive": True, "displayModeBar": False},
-        default_height=f"{drawing.figure.layout.height}px",
+        default_height=f"{drawing.height}px",
+        validate=False,
     )
     caption = tag("figcaption", tag("strong", drawing.title), " ", drawing.reading)
     return tag("figure", caption, tag("div", Html(plot), class_="plot"))
 
 
-def _runs(results: Sequence[Result], directory: Path) -> Html:
-    newest = {id(result) for result in index(results).values()}
+def _runs(results: Sequence[Result], newest: Index, directory: Path) -> Html:
+    in_force = set(newest.values())
     head = ("Record", "Configuration", "Seed", "Status", "Took", "Why", "Command")
     rows = []
-    called = dict(zip(map(id, results), names([Group((each,)) for each in results]), strict=True))
-    for result in sorted(results, key=lambda r: (called[id(r)], r.record.cell.seed)):
+    name_of = dict(zip(results, names([Group((each,)) for each in results]), strict=True))
+    for result in sorted(results, key=lambda r: (name_of[r], r.record.cell.seed)):
         record = result.record
-        status = record.status + ("" if id(result) in newest else ", superseded")
+        status = record.status + ("" if result in in_force else ", superseded")
         rows.append(
             tag(
                 "tr",
                 tag("td", tag("a", short_id(result), href=record_link(result, directory))),
-                tag("td", called[id(result)]),
+                tag("td", name_of[result]),
                 tag("td", str(record.cell.seed), class_="number"),
                 tag("td", tag("span", status, class_=f"chip {record.status}")),
                 tag("td", seconds_text(_took(result)), class_="number"),

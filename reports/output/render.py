@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import os
 import re
 import shlex
 import textwrap
-from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import quote
 
@@ -17,7 +17,7 @@ from matrices.errors import UserError, nearest
 from reports.output.html import Html, tag
 from reports.records.load import Result
 from reports.statistics.intervals import Estimate
-from reports.tables.model import Row, Table, TableColumn, Text, mark_text
+from reports.tables.model import Row, Table, TableColumn, Text, Value, mark_text
 from reports.text import harmless, printable, text_table
 
 FORMATS = ("md", "csv", "html", "latex", "text")
@@ -69,12 +69,15 @@ def check_format(format: str) -> None:
         )
 
 
+# Each of several tables links to the same records.
+@functools.lru_cache(maxsize=65536)
 def record_link(result: Result, relative_to: Path) -> str:
     """A relative URL of a record, safe in an attribute and in a Markdown link."""
     path = os.path.relpath(result.path.absolute(), relative_to.absolute())
     return quote(Path(path).as_posix())
 
 
+@functools.lru_cache(maxsize=65536)
 def command_text(result: Result, relative_to: Path) -> str:
     """What reproduces a cell by hand, called in the directory `relative_to`."""
     directory = Path(os.path.relpath(result.directory.absolute(), relative_to.absolute()))
@@ -105,9 +108,8 @@ def _markdown(table: Table, relative_to: Path | None) -> str:
         head = ["<br>".join(map(_markdown_heading, column.heading_lines)) for column in columns]
         texts = []
         for column in columns:
-            parts = [column.parts()[place] for place in places]
-            lines_of = [(text.figure + text.marks, text.interval, text.n) for text in parts]
-            texts.append([_markdown_lines(cell, column) for cell in lines_of])
+            parts, numbers = column.parts(), bool(column.estimates)
+            texts.append([_markdown_cell(parts[place], numbers) for place in places])
         ruler = ["---:" if column.estimates else ":---" for column in columns]
         if relative_to is not None:
             head.append("Record")
@@ -127,11 +129,12 @@ def _markdown_heading(line: str) -> str:
     return _kept_together(escape_markdown(line))
 
 
-def _markdown_lines(lines: Sequence[str], column: TableColumn) -> str:
-    told = [escape_markdown(line) for line in lines if line]
-    if column.estimates:  # Figures are not to be broken where GitHub sees fit.
-        told = [line.replace(" ", NO_BREAK) for line in told]
-    return "<br>".join(told)
+def _markdown_cell(text: Text, numbers: bool) -> str:
+    lines = (text.figure + text.marks, text.interval, text.n)
+    escaped = [escape_markdown(line) for line in lines if line]
+    if numbers:  # GitHub must not break a figure over two lines.
+        escaped = [line.replace(" ", NO_BREAK) for line in escaped]
+    return "<br>".join(escaped)
 
 
 def _at(column: TableColumn, places: list[int]) -> list[str]:
@@ -153,25 +156,26 @@ def _csv(table: Table) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     names = []
-    for column in table.columns:
-        parts = ["", "_low", "_high", "_n", "_over"] if column.estimates else [""]
+    columns = [(column, bool(column.estimates)) for column in table.columns]
+    for column, numbers in columns:
+        parts = ["", "_low", "_high", "_n", "_over"] if numbers else [""]
         names += [column.name.replace(" ", "_") + part for part in parts]
     writer.writerow([*names, "reference", "baseline", "cell_ids", "notes"])
+    notes = table.notes
     for place, row in enumerate(table.rows):
         cells: list[object] = []
-        notes: list[int] = []
-        for column in table.columns:
-            cells += _csv_cells(column, place)
-            notes += column.marks[place] if column.marks else ()
-        told = " ".join(table.notes[number - 1] for number in sorted(set(notes)))
+        marks: set[int] = set()
+        for column, numbers in columns:
+            cells += _csv_cells(column.values[place], numbers)
+            marks.update(column.marks[place] if column.marks else ())
         ids = " ".join(result.record.cell_id for result in row.group.results)
-        writer.writerow([*cells, row.reference, row.baseline, ids, told])
+        text = " ".join(notes[number - 1] for number in sorted(marks))
+        writer.writerow([*cells, row.reference, row.baseline, ids, text])
     return out.getvalue()
 
 
-def _csv_cells(column: TableColumn, place: int) -> list[object]:
-    value = column.values[place]
-    if not column.estimates:
+def _csv_cells(value: Value, numbers: bool) -> list[object]:
+    if not numbers:
         return ["" if value is None else value]
     if isinstance(value, Estimate):
         return [value.value, value.low, value.high, value.n, value.over]
@@ -198,12 +202,13 @@ def _html_table(
         for column in columns
     ]
     parts = [column.parts() for column in columns]
+    sides = [_side(column) for column in columns]
     body = []
     for place in places:
         row = table.rows[place]
         cells = [
-            _html_cell(column_parts[place], _side(column))
-            for column, column_parts in zip(columns, parts, strict=True)
+            _html_cell(column_parts[place], side)
+            for side, column_parts in zip(sides, parts, strict=True)
         ]
         if relative_to is not None:
             cells.append(tag("td", _html_records(row, relative_to), class_="record"))

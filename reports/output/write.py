@@ -19,9 +19,9 @@ from reports.tables.model import Table
 
 def write_report(
     results: Path, output: Path, baseline: str | None = None, metrics: Sequence[str] = ()
-) -> list[Path]:
+) -> tuple[list[Path], list[Table]]:
     """Write `records.parquet`, `records.csv`, `report.md` and `report.html` into `output`, made if
-    it is not there, and give their paths. Each file is replaced whole or not at all.
+    it is not there. Returns their paths and the tables. Each file is replaced whole or not at all.
 
     A table in which no row has the `baseline` keeps its default one; `metrics` are shown where a
     task has them. Raises UserError for results
@@ -48,7 +48,7 @@ def write_report(
             write_atomically(output / file, text)
     except OSError as error:
         raise UserError(f"cannot write the report: {error}", where=str(output)) from error
-    return [output / "records.parquet", *[output / file for file in texts]]
+    return [output / "records.parquet", *[output / file for file in texts]], tables
 
 
 def markdown(tables: Sequence[Table], name: str, directory: Path) -> str:

@@ -80,13 +80,13 @@ def errors_frame(results: Sequence[Result]) -> pd.DataFrame:
     rows = [
         {
             **family_of(result.record),
-            "memory": told.error,
-            "step_time": told.expected_seconds_error,
-            "margin": told.margin,
+            "memory": prediction.error,
+            "step_time": prediction.expected_seconds_error,
+            "margin": prediction.margin,
             "record": result.path.as_posix(),
         }
         for result in index(results).values()
-        if (told := result.record.prediction) is not None and told.error is not None
+        if (prediction := result.record.prediction) is not None and prediction.error is not None
     ]
     figures = {"memory": "Float64", "step_time": "Float64", "margin": "Float64"}
     names = [*FAMILY, *figures, "record"]

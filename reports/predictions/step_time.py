@@ -65,12 +65,12 @@ def past_steps(
     """
     found = []
     for record in records:
-        speed, told = record.speed, record.prediction
+        speed, prediction = record.speed, record.prediction
         if record.status != "ok" or device_name(record.hardware) not in names:
             continue
         if speed.flops_per_step and speed.tflops_per_second and speed.step_seconds_median:
-            same = told is not None and floor_device is not None and told.device == floor_device
-            floor = told.floor_seconds if told is not None and same else None
+            same = floor_device and prediction and prediction.device == floor_device
+            floor = prediction.floor_seconds if prediction and same else None
             seconds = speed.step_seconds_median
             found.append(Step(family(record.cell), speed.flops_per_step, floor, seconds))
     return found

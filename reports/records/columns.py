@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shlex
 import types
@@ -15,7 +16,7 @@ from harness.ranks.launch_command import CURRENT_DIRECTORY, command_of_record
 from harness.records.memory import CATEGORIES
 from harness.records.part import PHASES
 from harness.records.record import Record
-from matrices.cell import SECTIONS, flatten
+from matrices.cell import SECTIONS
 from reports.records.derived import (
     communication_bytes,
     expected_share,
@@ -55,11 +56,16 @@ class Column:
 
 
 def _at(item: Any, path: str) -> Any:
-    for part in path.split("."):
+    for part in _parts(path):
         if item is None:
             return None
         item = item.get(part) if isinstance(item, dict) else getattr(item, part)
     return item
+
+
+@functools.cache
+def _parts(path: str) -> list[str]:
+    return path.split(".")
 
 
 def _plain(value: Any) -> Any:
@@ -67,7 +73,7 @@ def _plain(value: Any) -> Any:
 
 
 def _setting(name: str) -> Callable[[Record], Any]:
-    return lambda record: _plain(flatten(record.cell).get(name))
+    return lambda record: _plain(_at(record.cell, name))
 
 
 def _pandas_dtype(annotation: Any) -> Literal["string", "Int64", "Float64", "boolean"]:

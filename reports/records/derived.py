@@ -79,8 +79,8 @@ def expected_share(cell: Cell) -> float:
 
 def communication_bytes(record: Record) -> int | None:
     """Bytes a rank puts through collectives in one optimizer step, the largest of all ranks."""
-    told = [r.communication for r in record.ranks if r.communication is not None]
-    return max((sum(each.bytes.values()) for each in told), default=None)
+    found = [r.communication for r in record.ranks if r.communication is not None]
+    return max((sum(each.bytes.values()) for each in found), default=None)
 
 
 def global_batch(cell: Cell) -> int | None:

@@ -32,9 +32,23 @@ class Result:
         return self.path.parent
 
     @functools.cached_property
-    def samples(self) -> pd.DataFrame | None:
+    def stack_id(self) -> str:
+        """What its cell used of the stack, by what the record holds."""
+        return provenance.recorded_stack_id(self.record)
+
+    @functools.cached_property
+    def environment_id(self) -> str:
+        """What all cells of one environment share."""
+        return provenance.environment_id(self.record.stack, self.record.hardware)
+
+    @functools.cached_property
+    def configuration_id(self) -> str:
+        """The identity of its cell without the seed."""
+        return self.record.cell.model_copy(update={"seed": 0}).cell_id
+
+    def read_samples(self) -> pd.DataFrame | None:
         """Per-document results (`task, metric, doc_id, doc_hash, value, weight`); none without a
-        file, and when the file cannot be read, which is said."""
+        file, and with a warning when the file cannot be read."""
         if self.record.quality.samples_file is None:
             return None
         path = self.directory / self.record.quality.samples_file
@@ -55,12 +69,8 @@ class Index(dict[tuple[str, str, str], Result]):
     def by_environment(self) -> dict[tuple[str, str, str], Result]:
         """The one in force of each cell in each environment, whatever of it the cell used."""
         return in_force_by(
-            self.values(), lambda r: (r.record.cell_id, environment(r.record), _precision(r.record))
+            self.values(), lambda r: (r.record.cell_id, r.environment_id, _precision(r.record))
         )
-
-
-def environment(record: Record) -> str:
-    return provenance.environment_id(record.stack, record.hardware)
 
 
 def _read_samples(path: Path) -> pd.DataFrame:
@@ -127,8 +137,7 @@ def index(results: Iterable[Result]) -> Index:
     has been scored anew for later ones."""
 
     def key(result: Result) -> tuple[str, str, str]:
-        record = result.record
-        return record.cell_id, provenance.recorded_stack_id(record), _precision(record)
+        return result.record.cell_id, result.stack_id, _precision(result.record)
 
     return Index(in_force_by(results, key))
 
@@ -142,7 +151,7 @@ def bases(result: Result, newest: Index) -> dict[str, Result]:
     """The `untouched` and `quantized` results to judge this one against: of the same environment,
     scored, in the same precision where there is one (another is refused when it comes to a
     difference)."""
-    record, known, where = result.record, newest.by_environment, environment(result.record)
+    record, known, where = result.record, newest.by_environment, result.environment_id
     precisions = (softmax_dtype(record) or "", *WITHOUT_ARGUMENT.values(), "")
     found = {}
     for role, cell_id in record.base_cell_ids.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 # The record's figure and the one made from documents agree but for the order of summation.
 RELATIVE_TOLERANCE = 1e-6
+# Task, number and hash of each document.
+Identities = tuple[tuple[str, str, str], ...]
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Documents:
     """One metric of one task or group, document by document, in the order of their identity (task,
     number, hash)."""
 
-    identities: tuple[tuple[str, str, str], ...]
+    identities: Identities
     values: np.ndarray
     weights: np.ndarray
 
@@ -38,32 +41,59 @@ class Documents:
         return scores.Design(self.weights, tasks if len(set(tasks)) > 1 else None)
 
 
-# A report asks for the same documents in every table and for every difference.
-@functools.lru_cache(maxsize=4096)
+DocumentsByMetric = dict[tuple[str, str], Documents]
+
+# Every table and every difference needs the same documents; the files are read once.
+_read: weakref.WeakKeyDictionary[Result, DocumentsByMetric] = weakref.WeakKeyDictionary()
+
+
 def documents(result: Result, task: str, metric: str) -> Documents | None:
     """The documents behind a figure; none without samples, or when the metric is not a mean over
     documents, so that they do not add up to the record's figure."""
+    if result not in _read:
+        _read[result] = _documents_by_metric(result)
+    return _read[result].get((task, metric))
+
+
+def _documents_by_metric(result: Result) -> DocumentsByMetric:
+    samples = result.read_samples()
+    if samples is None:
+        return {}
+    samples = samples.assign(
+        doc_id=samples["doc_id"].astype(str), doc_hash=samples["doc_hash"].astype(str)
+    )
+    tasks = result.record.quality.tasks
+    found = {
+        (task, metric): _documents(samples, _leaves(tasks, task), metric, figure.value)
+        for task, score in tasks.items()
+        for metric, figure in score.metrics.items()
+    }
+    return {key: each for key, each in found.items() if each is not None}
+
+
+def _documents(
+    samples: pd.DataFrame, leaves: Sequence[str], metric: str, recorded: float
+) -> Documents | None:
     import numpy as np
 
-    samples = result.samples
-    score = result.record.quality.tasks.get(task)
-    if samples is None or score is None or metric not in score.metrics:
-        return None
-    leaves = _leaves(result.record.quality.tasks, task)
     rows: pd.DataFrame = samples[samples["task"].isin(leaves) & (samples["metric"] == metric)]
     if rows.empty or rows[["value", "weight"]].isna().to_numpy().any():
         return None
-    rows = rows.assign(doc_id=rows["doc_id"].astype(str), doc_hash=rows["doc_hash"].astype(str))
     rows = rows.sort_values(["task", "doc_id", "doc_hash"], kind="stable")
     values = rows["value"].to_numpy(dtype=float)
     weights = rows["weight"].to_numpy(dtype=float)
-    recorded = score.metrics[metric].value
     if weights.sum() <= 0 or not np.isclose(
         scores.aggregate(metric, values, weights), recorded, rtol=RELATIVE_TOLERANCE, atol=1e-9
     ):
         return None
     identities = tuple(zip(rows["task"], rows["doc_id"], rows["doc_hash"], strict=True))
-    return Documents(identities, values, weights)
+    return Documents(_shared(identities), values, weights)
+
+
+@functools.lru_cache(maxsize=256)
+def _shared(identities: Identities) -> Identities:
+    """The same tuple for equal ones: all records of a sweep are scored on the same documents."""
+    return identities
 
 
 def _leaves(tasks: Mapping[str, TaskScore], task: str) -> list[str]:

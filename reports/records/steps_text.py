@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from harness.records.record import Record
 from reports.text import count_text
 
-# Kinds of steps that are told apart one by one.
-TOLD = 4
-# What became of the rows is told in full of so many cells that differ in it.
-TOLD_PREPARATIONS = 3
+# More kinds of steps are not shown one by one.
+MOST_KINDS = 4
+# More different preparations are summed up.
+MOST_PREPARATIONS = 3
 
 
 def preparation_text(record: Record) -> str:
@@ -21,17 +21,17 @@ def preparation_text(record: Record) -> str:
     if counted is None:
         return ""
     read = counted.rows_read
-    told = f"{count_text(read)} rows read"
+    rows = f"{count_text(read)} rows read"
     if counted.rows_kept is not None:
-        told += f", {count_text(counted.rows_kept)} kept"
-    parts = [told]
+        rows += f", {count_text(counted.rows_kept)} kept"
+    parts = [rows]
     if counted.rows_truncated:
         parts.append(f"{counted.rows_truncated} of {read} truncated{_at(record)}")
     cut_off, dropped = counted.rows_cut_off or 0, counted.rows_dropped or 0
     packed = record.cell.data is not None and record.cell.data.packing
     if cut_off:
         end = "stay without a loss" if packed else "are dropped"
-        parts.append(f"{cut_off} of {read} lose {_learnt(record)}{_at(record)} and {end}")
+        parts.append(f"{cut_off} of {read} lose {_labels_text(record)}{_at(record)} and {end}")
     if dropped and packed:
         parts.append(f"{dropped} of {read} dropped: they are empty")
     elif dropped > cut_off:
@@ -41,13 +41,13 @@ def preparation_text(record: Record) -> str:
 
 def data_text(records: Sequence[Record]) -> str:
     """What the preparation cut and dropped, if anything."""
-    told = {preparation_text(r): None for r in records if _lost_rows(r)}
-    if not told:
+    texts = {preparation_text(r): None for r in records if _lost_rows(r)}
+    if not texts:
         return ""
-    if len(told) > TOLD_PREPARATIONS:
+    if len(texts) > MOST_PREPARATIONS:
         dropped = max((r.preparation.rows_dropped or 0) for r in records if r.preparation)
         return f"Rows are truncated or dropped in some cells, up to {dropped} dropped; see show."
-    return f"Data: {'; or '.join(told)}."
+    return f"Data: {'; or '.join(texts)}."
 
 
 def _lost_rows(record: Record) -> bool:
@@ -74,7 +74,7 @@ def _at(record: Record) -> str:
     return f" at {record.cell.data.max_length} tokens" if record.cell.data is not None else ""
 
 
-def _learnt(record: Record) -> str:
+def _labels_text(record: Record) -> str:
     only = record.cell.data is not None and record.cell.data.completion_only_loss
     return "their completion" if only else "all of their labels"
 
@@ -101,18 +101,18 @@ def step_facts(record: Record) -> dict[str, str]:
     if not steps.micro_batches:
         return {}
     kinds = Counter(zip(steps.micro_batches, steps.samples, strict=True)).most_common()
-    told = [
+    texts = [
         f"{count} of {_number(batches, 'micro batch')} and {_number(samples, 'sample')}"
-        for (batches, samples), count in kinds[:TOLD]
+        for (batches, samples), count in kinds[:MOST_KINDS]
     ]
-    if len(kinds) > TOLD:
-        told.append(f"{sum(count for _, count in kinds[TOLD:])} of other sizes")
+    if len(kinds) > MOST_KINDS:
+        texts.append(f"{sum(count for _, count in kinds[MOST_KINDS:])} of other sizes")
     return {
-        "steps": f"{len(steps.micro_batches)}: {', '.join(told)}",
+        "steps": f"{len(steps.micro_batches)}: {', '.join(texts)}",
         "epochs": f"{steps.epoch[-1]:.4g}" if steps.epoch else "",
-        "learning rate": _course(steps.learning_rate),
-        "gradient norm": _course(steps.gradient_norm),
-        "no update": _listed(steps.skipped_updates),
+        "learning rate": _curve_text(steps.learning_rate),
+        "gradient norm": _curve_text(steps.gradient_norm),
+        "no update": _skipped_text(steps.skipped_updates),
     }
 
 
@@ -138,7 +138,7 @@ def _number(count: int, of: str) -> str:
     return f"{count} {of}{plural if count != 1 else ''}"
 
 
-def _course(figures: Sequence[float | None]) -> str:
+def _curve_text(figures: Sequence[float | None]) -> str:
     """The first, the highest and the last."""
     known = [figure for figure in figures if figure is not None]
     if not known:
@@ -146,8 +146,8 @@ def _course(figures: Sequence[float | None]) -> str:
     return f"{known[0]:.4g} → {known[-1]:.4g}, highest {max(known):.4g}"
 
 
-def _listed(steps: Sequence[int]) -> str:
+def _skipped_text(steps: Sequence[int]) -> str:
     if not steps:
         return ""
-    told = ", ".join(map(str, steps[:TOLD])) + (", ..." if len(steps) > TOLD else "")
-    return f"{_number(len(steps), 'step')} changed no weight, as gradients overflowed: {told}"
+    numbers = ", ".join(map(str, steps[:MOST_KINDS])) + (", ..." if len(steps) > MOST_KINDS else "")
+    return f"{_number(len(steps), 'step')} changed no weight, as gradients overflowed: {numbers}"

@@ -17,7 +17,7 @@ def adapter_text(found: VerifiedAdapter | None) -> str:
     if found is None:
         return ""
     tokens = [f"{count} rows of {name}" for name, count in found.trained_tokens.items()]
-    told = {
+    texts = {
         "rank": _by_value(found.ranks),
         "scaling": _by_value(found.scalings),
         "layers": _ranges(found.layers),
@@ -28,7 +28,7 @@ def adapter_text(found: VerifiedAdapter | None) -> str:
         "trained tokens": ", ".join(tokens),
         "trained biases": str(found.trained_biases or ""),
     }
-    return "; ".join(f"{name} {text}" for name, text in told.items() if text)
+    return "; ".join(f"{name} {text}" for name, text in texts.items() if text)
 
 
 def _by_value(counts: Mapping[str, int]) -> str:
@@ -54,12 +54,12 @@ def behaviour_text(found: Verified) -> str:
         False: "documents in a row see each other",
         None: "",
     }
-    told = [
+    texts = [
         "causal" if found.causal else "",
         "the adapter starts at the base" if found.adapter_starts_at_base else "",
         sees[found.documents_isolated],
     ]
-    return "; ".join(each for each in told if each)
+    return "; ".join(each for each in texts if each)
 
 
 def verified_caption(records: Sequence[Record]) -> str:

@@ -74,13 +74,13 @@ def _end(state: RankState) -> list[str]:
     where = state.phase.replace("_", " ") if state.phase else "nowhere"
     text = f"rank {state.rank} ended in {where}"
     text += f", step {state.step}" if state.step is not None else ""
-    told = [state.status or "", f"exit code {state.exit_code}" if state.exit_code else ""]
+    texts = [state.status or "", f"exit code {state.exit_code}" if state.exit_code else ""]
     said = state.reason or (state.failure.message if state.failure else None)
-    told += [
+    texts += [
         printable(said) if said else "",
         f"stacks in {state.stack_file}" * bool(state.stack_file),
     ]
-    return [f"{text}: {'; '.join(part for part in told if part)}"]
+    return [f"{text}: {'; '.join(part for part in texts if part)}"]
 
 
 def _has(record: Record, phase: str) -> bool:

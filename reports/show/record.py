@@ -66,13 +66,13 @@ def _command(result: Result) -> list[str]:
 
 
 def _section(title: str, lines: Iterable[str]) -> str:
-    told = list(lines)
-    return "\n".join([title, *told, ""]) if told else ""
+    printed = list(lines)
+    return "\n".join([title, *printed, ""]) if printed else ""
 
 
 def _facts(title: str, facts: Mapping[str, str]) -> str:
-    told = {name: text for name, text in facts.items() if text}
-    return _section(title, [line for item in told.items() for line in _wrapped(*item)])
+    known = {name: text for name, text in facts.items() if text}
+    return _section(title, [line for item in known.items() for line in _wrapped(*item)])
 
 
 def _wrapped(name: str, text: str) -> list[str]:
@@ -95,8 +95,8 @@ def _head(result: Result) -> str:
         "in doubt": "; ".join(record.contaminated),
         "record": str(result.path),
     }
-    told = [line for item in facts.items() if item[1] for line in _wrapped(*item)]
-    return "\n".join([*lines, *told, ""])
+    printed = [line for item in facts.items() if item[1] for line in _wrapped(*item)]
+    return "\n".join([*lines, *printed, ""])
 
 
 def _placed(record: Record) -> str:
@@ -131,12 +131,12 @@ def _settings(record: Record) -> str:
         lines += _wrapped("spread", spread)
     for section in SECTIONS:
         own = {name: value for name, value in flat.items() if name.startswith(f"{section}.")}
-        told = [
+        texts = [
             f"{name.partition('.')[2]} {setting_text(name, value)}"
             for name, value in own.items()
             if (value is not None and value != {}) or name == "evaluate.limit"
         ]
-        lines += _wrapped(section, "; ".join(told)) if told else []
+        lines += _wrapped(section, "; ".join(texts)) if texts else []
     return _section("Settings", lines)
 
 
@@ -162,8 +162,8 @@ def _verified(record: Record) -> str:
     }
     if record.artifacts.total_parameters is None:
         del facts["trainable"]
-    told = {name: text for name, text in facts.items() if text and text != DASH}
-    lines = [line for name, text in told.items() for line in _wrapped(name, text)]
+    known = {name: text for name, text in facts.items() if text and text != DASH}
+    lines = [line for name, text in known.items() for line in _wrapped(name, text)]
     return _section("Verified on the loaded model", lines)
 
 
@@ -175,10 +175,10 @@ def _unexpected(weights: Mapping[str, int]) -> str:
     return f"{sum(weights.values())} tensors of the checkpoint ({first})"
 
 
-def _passed(name: str, told: PassedThrough) -> str:
-    default = "the default" if told.held == told.default else f"default {told.default}"
-    unknown = "" if told.classified else ", unknown to this release of tunebench"
-    return f"{name} {told.held} ({default}{unknown})"
+def _passed(name: str, argument: PassedThrough) -> str:
+    default = "the default" if argument.held == argument.default else f"default {argument.default}"
+    unknown = "" if argument.classified else ", unknown to this release of tunebench"
+    return f"{name} {argument.held} ({default}{unknown})"
 
 
 def _modules(number: int | None, names: Sequence[str]) -> str:
@@ -204,13 +204,14 @@ def _bars(figures: Mapping[str, int | None], mark: str = "") -> list[str]:
 
 def _predicted(record: Record) -> list[str]:
     """The peak as it was predicted before the run, and how far off it was."""
-    told = record.prediction
-    if told is None or told.peak_allocated_bytes is None:
+    prediction = record.prediction
+    if prediction is None or prediction.peak_allocated_bytes is None:
         return []
-    text = f"{bytes_text(told.peak_allocated_bytes)}, simulated on {told.engine} tensors"
-    text += f" of {told.device}" if told.device else ""
-    if told.error is not None:
-        text += f"; {signed(100 * told.error, 2)} % from what was measured"
+    peak = bytes_text(prediction.peak_allocated_bytes)
+    text = f"{peak}, simulated on {prediction.engine} tensors"
+    text += f" of {prediction.device}" if prediction.device else ""
+    if prediction.error is not None:
+        text += f"; {signed(100 * prediction.error, 2)} % from what was measured"
     return _wrapped("predicted", text)
 
 
@@ -222,8 +223,8 @@ def _memory(record: Record) -> str:
         lines += _wrapped("peak", f"{bytes_text(memory.peak_bytes)}{where}")
         lines += _wrapped("meter", METERS[memory.headline])
     if memory.timed_peak_bytes is not None and memory.timed_peak_bytes > (memory.peak_bytes or 0):
-        told = f"{bytes_text(memory.timed_peak_bytes)}: higher, in a phase that is not known"
-        lines += _wrapped("timed steps", told)
+        text = f"{bytes_text(memory.timed_peak_bytes)}: higher, in a phase that is not known"
+        lines += _wrapped("timed steps", text)
     lines += _predicted(record)
     if memory.host_peak_rss_bytes is not None:
         lines += _wrapped("host peak RSS", bytes_text(memory.host_peak_rss_bytes))
@@ -277,12 +278,12 @@ def _ranks(record: Record) -> str:
 
 
 def _interval(estimate: Estimate, decimals: int, sign: bool = False) -> str:
-    def told(figure: float) -> str:
+    def number(figure: float) -> str:
         return signed(figure, decimals) if sign else f"{figure:,.{decimals}f}"
 
-    text = told(estimate.value)
+    text = number(estimate.value)
     if estimate.low is not None and estimate.high is not None:
-        text += f" [{told(estimate.low)}, {told(estimate.high)}]"
+        text += f" [{number(estimate.low)}, {number(estimate.high)}]"
     return text
 
 
@@ -321,17 +322,17 @@ def _speed(record: Record) -> str:
 def _quality(result: Result, found: Mapping[str, Result]) -> str:
     limit = result.record.cell.evaluate.limit
     notes = [f"  partial: first {limit} documents of each task"] if limit else []
-    if told := precision_text(result.record):
-        notes.append(f"  log-likelihoods in {told}")
+    if precision := precision_text(result.record):
+        notes.append(f"  log-likelihoods in {precision}")
     rows = [("task", "metric", "score", *[f"vs {role} base" for role in found], "n")]
     for task, scores in result.record.quality.tasks.items():
         for metric in scores.metrics:
             estimate = score([result], task, metric)
             against = [_against(result, base, task, metric) for base in found.values()]
-            told = DASH if estimate is None else _interval(estimate, 4)
+            estimate_text = DASH if estimate is None else _interval(estimate, 4)
             name = printable(metric_text(metric))
             title = printable(task) + (" (group)" if scores.subtasks else "")
-            rows.append((title, name, told, *against, f"{scores.n} documents"))
+            rows.append((title, name, estimate_text, *against, f"{scores.n} documents"))
     lines = notes + (text_table(rows, indent="  ") if len(rows) > 1 else [])
     if len(rows) > 1:
         lines.append(

@@ -87,7 +87,7 @@ def next_value_interval(values: Sequence[float], over: str) -> Estimate:
     return Estimate(mean.value, mean.value - half, mean.value + half, mean.n, over)
 
 
-def spread(values: Sequence[float], over: str = "runs") -> Estimate:
+def mean_and_range(values: Sequence[float], over: str = "runs") -> Estimate:
     """Mean with the range, for figures that repeat exactly; no range when all are equal."""
     low, high = min(values), max(values)
     if low == high:

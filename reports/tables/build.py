@@ -8,11 +8,10 @@ else the difference is a dash and a note names the other settings that differ.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from harness.records.record import Record
 from matrices.cell import Quantization
 from matrices.errors import UserError, nearest
 from matrices.language.labels import QUANTIZATION, tails
@@ -20,7 +19,14 @@ from reports.records.load import Index, Result, bases, index
 from reports.statistics.intervals import Estimate
 from reports.tables.baseline import Default, check, first_of, lowest_rank, named, parse_baseline
 from reports.tables.captions import caption, model_text, values_by_setting
-from reports.tables.groups import Group, group, matches, names, section_key, settings, sort_key
+from reports.tables.groups import (
+    Group,
+    matches,
+    names,
+    section_key,
+    sort_key,
+    sorted_groups,
+)
 from reports.tables.machines import mark
 from reports.tables.metric_choice import check_metrics, metrics_shown
 from reports.tables.metric_columns import (
@@ -31,8 +37,8 @@ from reports.tables.metric_columns import (
 )
 from reports.tables.model import Row, Table, TableColumn
 from reports.tables.parallelism import (
+    ALWAYS_SHOWN,
     AXES,
-    SPREAD,
     batch_column,
     loss_columns,
     one_process,
@@ -44,8 +50,8 @@ from reports.text import setting_text, short_name
 @dataclass(frozen=True)
 class Spec:
     """What a table is about: the settings that may differ from the baseline, the methods it has
-    rows for, one of which must be there, the baseline when none is named, the base models its
-    rows are judged against, and whether it is about what is spread over several devices."""
+    rows for, those of which it needs one, the baseline when none is named, the base models its
+    rows are judged against, and whether it is about parallelism over several devices."""
 
     title: str
     axes: tuple[str, ...]
@@ -55,6 +61,8 @@ class Spec:
     roles: tuple[str, ...] = ("untouched",)
     ranks: bool = False  # rows of any number of devices together, with what each rank holds
 
+
+Sections = dict[tuple[str, ...], list[Group]]
 
 DATA = "data.fingerprint"
 STORAGE = "quantization"
@@ -114,18 +122,13 @@ def build(
     """
     if table not in TABLES:
         raise UserError(f"no table {table!r}{nearest(table, TABLES)}", key="--table")
-    spec = TABLES[table]
     check_metrics((result.record for result in records), metrics)
     explicit = parse_baseline(baseline) if baseline else None
     newest = index(records)
-    sections = _sections(newest, spec)
+    sections = _sections(sorted_groups(newest), TABLES[table])
     if explicit is not None and sections:
         check(explicit, list(sections.values()))
-    counts = _superseded(records, newest, spec)
-    return [
-        _table(table, spec, groups, newest, explicit, counts.get(key, 0), metrics)
-        for key, groups in sections.items()
-    ]
+    return _tables(records, newest, table, sections, explicit, metrics)
 
 
 def build_all(
@@ -138,24 +141,40 @@ def build_all(
     """
     check_metrics((result.record for result in records), metrics)
     newest = index(records)
-    sections = {name: list(_sections(newest, spec).values()) for name, spec in TABLES.items()}
+    groups = sorted_groups(newest)
+    sections = {name: _sections(groups, spec) for name, spec in TABLES.items()}
     explicit = parse_baseline(baseline) if baseline else None
     if explicit is not None:
-        check(explicit, [groups for found in sections.values() for groups in found])
+        check(explicit, [rows for found in sections.values() for rows in found.values()])
     tables: list[Table] = []
     for name, found in sections.items():
         has_it = explicit is not None and any(
-            matches(item.cell, explicit) for groups in found for item in groups
+            matches(item.cell, explicit) for rows in found.values() for item in rows
         )
-        tables += build(records, name, baseline if has_it else None, metrics)
+        tables += _tables(records, newest, name, found, explicit if has_it else None, metrics)
     return tables
 
 
-def _sections(newest: Index, spec: Spec) -> dict[tuple[str, ...], list[Group]]:
-    sections: dict[tuple[str, ...], list[Group]] = {}
-    for item in sorted(group(list(newest.values())), key=sort_key):
+def _tables(
+    records: Sequence[Result],
+    newest: Index,
+    name: str,
+    sections: Sections,
+    explicit: dict[str, Any] | None,
+    metrics: Sequence[str],
+) -> list[Table]:
+    counts = _superseded(records, newest, TABLES[name])
+    return [
+        _table(name, groups, newest, explicit, counts.get(key, 0), metrics)
+        for key, groups in sections.items()
+    ]
+
+
+def _sections(groups: Sequence[Group], spec: Spec) -> Sections:
+    sections: Sections = {}
+    for item in groups:
         if item.cell.method in spec.methods:
-            sections.setdefault(_section(item.results[0].record, spec), []).append(item)
+            sections.setdefault(_section(item.results[0], spec), []).append(item)
     return {
         key: groups
         for key, groups in sections.items()
@@ -164,9 +183,9 @@ def _sections(newest: Index, spec: Spec) -> dict[tuple[str, ...], list[Group]]:
     }
 
 
-def _section(record: Record, spec: Spec) -> tuple[str, ...]:
+def _section(result: Result, spec: Spec) -> tuple[str, ...]:
     """What a table holds together: without the number of devices where that is what it is about."""
-    key = section_key(record)
+    key = section_key(result)
     return key[:-1] if spec.ranks else key
 
 
@@ -175,33 +194,33 @@ def _superseded(records: Sequence[Result], newest: Index, spec: Spec) -> dict[tu
     counts: dict[tuple[str, ...], int] = {}
     for result in records:
         if id(result) not in kept and result.record.cell.method != "base":
-            key = _section(result.record, spec)
+            key = _section(result, spec)
             counts[key] = counts.get(key, 0) + 1
     return counts
 
 
 def _table(
     name: str,
-    spec: Spec,
     groups: list[Group],
     newest: Index,
     explicit: dict[str, Any] | None,
     superseded: int,
     metrics: Sequence[str],
 ) -> Table:
-    default = spec.default(groups, spec.axes)
-    baselines = named(groups, spec.axes, explicit) if explicit else default
+    spec = TABLES[name]
+    baselines = named(groups, spec.axes, explicit) if explicit else spec.default(groups, spec.axes)
     references = _references(groups, newest)
-    everything = [*references, *groups]
+    items = [*references, *groups]
     table = Table(
         name=name,
         title=f"{spec.title}: {section_title(groups[0].results[0])}",
         rows=[
-            Row(item, called, item in references, item in baselines.rows)
-            for item, called in zip(everything, names(everything), strict=True)
+            Row(item, row_name, place < len(references), item in baselines.comparable_rows)
+            for place, (item, row_name) in enumerate(zip(items, names(items), strict=True))
         ],
     )
-    shown = _shown_settings(groups, spec)
+    values = values_by_setting(groups)
+    shown = _shown_settings(values, spec)
     status = status_column(table)
     ran_on, where = mark(table.rows)
     table.columns = [
@@ -217,7 +236,10 @@ def _table(
     ]
     hidden = metrics_shown(groups, metrics).hidden
     shown = [*shown, *QUANTIZATION] if STORAGE in shown else shown
-    table.caption = [baselines.told, *caption(groups, shown, hidden, superseded, where)]
+    table.caption = [
+        baselines.sentence,
+        *caption(groups, values, shown, hidden, superseded, where),
+    ]
     return table
 
 
@@ -232,18 +254,15 @@ def section_title(result: Result) -> str:
 
 def _references(groups: Sequence[Group], newest: Index) -> list[Group]:
     """The base models that rows are judged against, each once, the untouched one first."""
-    found: list[Result] = []
-    for item in groups:
-        for base in bases(item.results[0], newest).values():
-            if base not in found:
-                found.append(base)
+    found = dict.fromkeys(
+        base for item in groups for base in bases(item.results[0], newest).values()
+    )
     return sorted((Group((base,)) for base in found), key=sort_key)
 
 
-def _shown_settings(groups: Sequence[Group], spec: Spec) -> list[str]:
+def _shown_settings(values: Mapping[str, Sequence[Any]], spec: Spec) -> list[str]:
     """The method, the axes, then whatever else is not the same in all rows that have it."""
-    values = values_by_setting(groups)
-    axes = SPREAD if spec.ranks else spec.axes
+    axes = ALWAYS_SHOWN if spec.ranks else spec.axes
     fixed = ["method", *[axis for axis in axes if axis in values and axis != "method"]]
     names = fixed + [name for name in values if len(values[name]) > 1 and name not in fixed]
     # One column says both: nf4, nf4+dq.
@@ -253,7 +272,7 @@ def _shown_settings(groups: Sequence[Group], spec: Spec) -> list[str]:
 def _setting_column(table: Table, name: str) -> TableColumn:
     texts: list[Estimate | str | None] = []
     for row in table.rows:
-        flat = settings(row.group.cell)
+        flat = row.group.settings
         text = setting_text(name, flat[name]) if name in flat else None
         quantization = row.group.cell.quantization
         stored = storage_text(quantization) if quantization else None

@@ -1,9 +1,9 @@
-"""Captions: what every row of a table shares, said once."""
+"""Captions: what all rows of a table share."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 from harness.evaluation.score_precision import softmax_dtype
@@ -14,11 +14,11 @@ from reports.records.derived import METERS, precision_text
 from reports.records.load import Result
 from reports.records.steps_text import data_text, loss_text
 from reports.records.verified_text import verified_caption
-from reports.tables.groups import Group, settings
+from reports.tables.groups import Group, hashable
 from reports.tables.metric_choice import hidden_text
 from reports.text import bytes_text, setting_text, short_name
 
-# Said even when they have their default: no reader should have to guess them.
+# Shown even at their default: no reader should have to guess them.
 ALWAYS = (
     "data.source",
     "data.max_length",
@@ -44,19 +44,23 @@ DEFAULTS = {
     "adapter.alpha_per_rank": 2.0,
     **{name: Cell.model_fields[name].get_default(call_default_factory=True) for name in TOP_LEVEL},
 }
-# Said in sentences of their own, or part of the heading.
-ELSEWHERE = ("method", "model.name", "model.fingerprint", "evaluate.tasks", "evaluate.limit")
+# Other sentences or the heading name these.
+IN_OTHER_SENTENCES = (
+    "method",
+    "model.name",
+    "model.fingerprint",
+    "evaluate.tasks",
+    "evaluate.limit",
+)
 
 
 def values_by_setting(groups: Sequence[Group]) -> dict[str, list[Any]]:
     """Every setting to its distinct values among the groups that have it."""
-    found: dict[str, list[Any]] = {}
+    found: dict[str, dict[Hashable, Any]] = {}
     for item in groups:
-        for name, value in settings(item.cell).items():
-            values = found.setdefault(name, [])
-            if value not in values:
-                values.append(value)
-    return found
+        for name, value in item.settings.items():
+            found.setdefault(name, {}).setdefault(hashable(value), value)
+    return {name: list(values.values()) for name, values in found.items()}
 
 
 def model_text(record: Record) -> str:
@@ -100,12 +104,14 @@ def software_text(records: Sequence[Record]) -> str:
     return ", ".join(parts)
 
 
-def constants_text(groups: Sequence[Group], shown: Sequence[str]) -> str:
+def constants_text(
+    groups: Sequence[Group], values_of: Mapping[str, Sequence[Any]], shown: Sequence[str]
+) -> str:
     """Settings with one value in all rows that have them, unless they are a default nobody would
     ask about."""
     parts = []
-    for name, values in values_by_setting(groups).items():
-        if name in shown or name in ELSEWHERE or len(values) > 1:
+    for name, values in values_of.items():
+        if name in shown or name in IN_OTHER_SENTENCES or len(values) > 1:
             continue
         if name in ALWAYS or values[0] != DEFAULTS.get(name):
             parts.append(f"{short_name(name)} {setting_text(name, values[0])}")
@@ -128,11 +134,11 @@ def memory_text(records: Sequence[Record]) -> str:
 
 def prediction_text(records: Sequence[Record]) -> str:
     """What the predicted peaks rest on."""
-    told = [record.prediction for record in records if record.prediction is not None]
-    engines = sorted({each.engine for each in told if each.engine})
-    if not told or not engines:
+    predictions = [record.prediction for record in records if record.prediction is not None]
+    engines = sorted({each.engine for each in predictions if each.engine})
+    if not engines:
         return ""
-    devices = sorted({each.device for each in told if each.device})
+    devices = sorted({each.device for each in predictions if each.device})
     of = f" of {' or '.join(devices)}" if devices else ""
     return (
         "Predicted peak: predicted before the run, not measured, by simulating the training step "
@@ -162,18 +168,18 @@ def quality_text(records: Sequence[Record], hidden: Sequence[str]) -> str:
     }
     parts = []
     if shots:
-        told = ", ".join(f"{task} {number}-shot" for task, number in shots.items())
+        scored = ", ".join(f"{task} {number}-shot" for task, number in shots.items())
         taken = sorted({found for record in records if (found := precision_text(record))})
         several = len({softmax_dtype(record) for record in records} - {None}) > 1
         refused = ", which are not compared" if several else ""
         precision = f"log-likelihoods in {' or '.join(taken)}{refused}"
-        parts.append(f"Scored by lm-eval: {told}; {precision}.")
+        parts.append(f"Scored by lm-eval: {scored}; {precision}.")
     if any(score.subtasks for record in records for score in record.quality.tasks.values()):
         parts.append("Documents of one subtask of a group are a cluster.")
     limits = {record.cell.evaluate.limit for record in records}
     if limits != {None}:
-        told = " or ".join("all" if limit is None else f"first {limit}" for limit in limits)
-        parts.append(f"Scores are partial: {told} documents of each task.")
+        documents = " or ".join("all" if limit is None else f"first {limit}" for limit in limits)
+        parts.append(f"Scores are partial: {documents} documents of each task.")
     return " ".join([*parts, *filter(None, [hidden_text(hidden)])])
 
 
@@ -190,6 +196,7 @@ def runs_text(groups: Sequence[Group], superseded: int) -> str:
 
 def caption(
     groups: Sequence[Group],
+    values_of: Mapping[str, Sequence[Any]],
     shown: Sequence[str],
     hidden: Sequence[str],
     superseded: int,
@@ -200,7 +207,7 @@ def caption(
     results: list[Result] = [result for item in groups for result in item.results]
     records = [result.record for result in results]
     lines = [
-        constants_text(groups, shown),
+        constants_text(groups, values_of, shown),
         f"Measured on {hardware_text(records[0])}; {software_text(records)}.",
         where,
         memory_text(records),

@@ -14,7 +14,7 @@ from reports.records.derived import timed_seconds
 from reports.records.load import Result
 from reports.records.samples import difference, score
 from reports.statistics import step_times
-from reports.statistics.intervals import CONFIDENCE, Estimate, NotComparable, spread
+from reports.statistics.intervals import CONFIDENCE, Estimate, NotComparable, mean_and_range
 from reports.tables.groups import Group
 
 PREDICTIONS = "predictions"
@@ -24,7 +24,7 @@ def exact(group: Group, source: Callable[[Record], int | None]) -> Estimate | No
     """A figure that repeats exactly (bytes, parameters): n is runs, the interval their range."""
     figures = [source(result.record) for result in group.measured]
     known = [figure for figure in figures if figure is not None]
-    return spread(known) if known else None
+    return mean_and_range(known) if known else None
 
 
 def peak_bytes(group: Group) -> Estimate | None:
@@ -34,16 +34,18 @@ def peak_bytes(group: Group) -> Estimate | None:
 
 def predicted_peak_bytes(group: Group) -> Estimate | None:
     """The peak as it was predicted, for runs that failed too; n counts predictions."""
-    told = [result.record.prediction for result in group.results]
-    known = [p.peak_allocated_bytes for p in told if p and p.peak_allocated_bytes is not None]
-    return spread(known, PREDICTIONS) if known else None
+    predictions = [result.record.prediction for result in group.results]
+    known = [
+        p.peak_allocated_bytes for p in predictions if p and p.peak_allocated_bytes is not None
+    ]
+    return mean_and_range(known, PREDICTIONS) if known else None
 
 
 def prediction_error(group: Group) -> Estimate | None:
     """predicted / measured - 1 of the peak; the range where runs of a group differ."""
-    told = [result.record.prediction for result in group.measured]
-    known = [p.error for p in told if p and p.error is not None]
-    return spread(known) if known else None
+    predictions = [result.record.prediction for result in group.measured]
+    known = [p.error for p in predictions if p and p.error is not None]
+    return mean_and_range(known) if known else None
 
 
 def step_seconds(group: Group) -> Estimate | None:
@@ -69,8 +71,8 @@ def quality(group: Group, task: str, metric: str) -> Estimate | None:
     different documents."""
     precisions = {softmax_dtype(result.record) for result in group.measured} - {None}
     if len(precisions) > 1:
-        told = " and ".join(sorted(map(str, precisions)))
-        raise NotComparable(f"{group.name} has seeds with log-likelihoods in {told}")
+        precisions_text = " and ".join(sorted(map(str, precisions)))
+        raise NotComparable(f"{group.name} has seeds with log-likelihoods in {precisions_text}")
     return score(group.measured, task, metric)
 
 

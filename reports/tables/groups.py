@@ -3,22 +3,19 @@ baseline a row may be compared with."""
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from harness.records import provenance
-from harness.records.record import Record
 from matrices.cell import SECTIONS, TOP_LEVEL, Cell, Parallelism, flatten, label
 from matrices.language.labels import labels
-from reports.records.load import Result, environment
+from reports.records.load import Index, Result
 
 SETTINGS = list(TOP_LEVEL) + [
     f"{name}.{leaf}" for name, section in SECTIONS.items() for leaf in section.model_fields
 ]
-
-
 PARALLELISM = get_args(Parallelism)
 
 
@@ -32,7 +29,12 @@ class Group:
     def cell(self) -> Cell:
         return self.results[0].record.cell
 
-    @property
+    @functools.cached_property
+    def settings(self) -> dict[str, Any]:
+        """See `settings`."""
+        return settings(self.cell)
+
+    @functools.cached_property
     def measured(self) -> list[Result]:
         """The runs whose figures count: those that ended ok."""
         return [result for result in self.results if result.record.status == "ok"]
@@ -63,36 +65,45 @@ def settings(cell: Cell) -> dict[str, Any]:
     return flat
 
 
-def differing(ours: Cell, theirs: Cell) -> list[str]:
-    """Names of the settings both have and do not share. A section only one of them has (adapter
-    of lora against full) is part of the method, which differs then anyway."""
-    mine, other = settings(ours), settings(theirs)
-    return [name for name, value in mine.items() if name in other and other[name] != value]
+def differing(ours: Group, theirs: Group) -> list[str]:
+    """Names of the settings that both have, with different values. A section that only one of them
+    has (adapter of lora against full) is part of the method, which then differs anyway."""
+    other = theirs.settings
+    return [name for name, value in ours.settings.items() if name in other and other[name] != value]
+
+
+def hashable(value: Any) -> Any:
+    """The value of a setting as a key: equal keys for equal values."""
+    if isinstance(value, dict):
+        return frozenset((name, hashable(each)) for name, each in value.items())
+    return (list, *map(hashable, value)) if isinstance(value, list) else value
 
 
 def group(results: Sequence[Result]) -> list[Group]:
     """Results that differ in nothing but the seed, together; order of first appearance."""
     found: dict[tuple[str, str], list[Result]] = {}
     for result in results:
-        record = result.record
-        unseeded = record.cell.model_copy(update={"seed": 0}).cell_id
-        key = (unseeded, provenance.recorded_stack_id(record))
-        found.setdefault(key, []).append(result)
+        found.setdefault((result.configuration_id, result.stack_id), []).append(result)
     return [
         Group(tuple(sorted(members, key=lambda result: result.record.cell.seed)))
         for members in found.values()
     ]
 
 
-def section_key(record: Record) -> tuple[str, ...]:
+def sorted_groups(newest: Index) -> list[Group]:
+    """The groups of the results in force, in the order of a table."""
+    return sorted(group(list(newest.values())), key=sort_key)
+
+
+def section_key(result: Result) -> tuple[str, ...]:
     """What one table may hold: one model in one environment and on one number of devices. What
     else differs between the machines of its rows is marked (`reports.tables.machines`)."""
-    model = record.cell.model
+    model = result.record.cell.model
     return (
         model.fingerprint or model.name,
         model.revision or "",
-        environment(record),
-        str(record.hardware.accelerator_count),
+        result.environment_id,
+        str(result.record.hardware.accelerator_count),
     )
 
 
@@ -100,7 +111,7 @@ def sort_key(item: Group) -> tuple[Any, ...]:
     """Full, lora, qlora; then by the settings in their declared order, numbers as numbers."""
     methods = ("base", "full", "lora", "qlora")
     targets = ("qv", "attention", "mlp", "all-linear")
-    flat = settings(item.cell)
+    flat = dict(item.settings)
     target = flat.pop("adapter.target_modules", "")
     flat["parallelism"] = PARALLELISM.index(item.cell.parallelism)
     # Quantization before rank: variants of one storage stay together.
@@ -116,8 +127,12 @@ def sort_key(item: Group) -> tuple[Any, ...]:
 
 def matches(cell: Cell, spec: Mapping[str, Any]) -> bool:
     """Whether a cell has these settings with these values."""
-    flat = flatten(cell)
-    return all(name in flat and _equal(flat[name], value) for name, value in spec.items())
+    for name, wanted in spec.items():
+        section, _, leaf = name.rpartition(".")
+        part = getattr(cell, section) if section else cell
+        if part is None or not _equal(getattr(part, leaf), wanted):
+            return False
+    return True
 
 
 def _equal(value: Any, wanted: Any) -> bool:
@@ -139,18 +154,19 @@ def names(groups: Sequence[Group]) -> list[str]:
     return [found[cell.cell_id] for cell in cells]
 
 
-def describe(item: Group, among: Sequence[Group]) -> str:
-    """The settings that tell a group from the others, as `--baseline` takes them."""
-    flat = flatten(item.cell)
-    telling = [
+def baseline_arguments(groups: Sequence[Group], first: int) -> list[str]:
+    """For the `first` groups, the settings that tell each from all others, as `--baseline` takes
+    them."""
+    flats = [flatten(item.cell) for item in groups]
+    differ = [
         name
         for name in SETTINGS
-        if name != "seed"
-        and name in flat
-        and len({repr(flatten(other.cell).get(name)) for other in among}) > 1
+        if name != "seed" and len({repr(flat.get(name)) for flat in flats}) > 1
     ]
-    values = {name: flat[name] for name in telling}
-    return ",".join(f"{name}={_yaml(value)}" for name, value in values.items()) or item.name
+    return [
+        ",".join(f"{name}={_yaml(flat[name])}" for name in differ if name in flat) or item.name
+        for item, flat in zip(groups[:first], flats, strict=False)
+    ]
 
 
 def _yaml(value: Any) -> str:

@@ -15,12 +15,12 @@ from harness.records.record import Record
 from reports.tables.model import Row, TableColumn
 from reports.text import DASH, bytes_text
 
-# Which of the devices, not of what kind; and threads are told as those of the whole cell.
-NOT_TOLD = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
+# Which of the devices, not of what kind; threads are a fact of the whole cell.
+IGNORED = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
 
 
 def facts(record: Record) -> dict[str, str]:
-    """All that is known of where a record was made, by name, as a reader is told it."""
+    """What is known of where a record was made, by name, as text."""
     hardware, placed = record.hardware, record.placement
     found = {
         "host": ", ".join(placed.hosts),
@@ -38,21 +38,21 @@ def facts(record: Record) -> dict[str, str]:
         # Processes of one machine share out its processors.
         found["threads"] = str(threads * record.cell.ranks_per_node)
     environment = {**record.provenance.environment, **record.memory.allocator_settings}
-    return found | {name: value for name, value in environment.items() if name not in NOT_TOLD}
+    return found | {name: value for name, value in environment.items() if name not in IGNORED}
 
 
 def mark(rows: Sequence[Row]) -> tuple[TableColumn | None, str]:
     """The column with the letters of the rows, and the sentence that explains them; none and
     nothing when all records of all rows ran on the same."""
-    told = [[facts(result.record) for result in row.group.results] for row in rows]
-    everything = [each for group in told for each in group]
+    facts_of_rows = [[facts(result.record) for result in row.group.results] for row in rows]
+    everything = [each for group in facts_of_rows for each in group]
     names = dict.fromkeys(name for each in everything for name in each)
     differ = [name for name in names if len({each.get(name) for each in everything}) > 1]
     if not differ:
         return None, ""
     letters: dict[tuple[str, ...], str] = {}
     texts: list[str] = []
-    for group in told:
+    for group in facts_of_rows:
         kinds = [tuple(each.get(name) or DASH for name in differ) for each in group]
         for kind in kinds:
             letters.setdefault(kind, _letter(len(letters)))

@@ -44,17 +44,18 @@ def check_metrics(records: Iterable[Record], chosen: Sequence[str]) -> None:
     known = dict.fromkeys(metric for _, metric in quality_keys(records))
     for name in chosen:
         if not any(_is_chosen(metric, [name]) for metric in known):
-            told = f"there are {', '.join(known)}" if known else "nothing was scored"
+            known_text = f"there are {', '.join(known)}" if known else "nothing was scored"
             raise UserError(
-                f"no record has a metric {name!r}{nearest(name, known)}; {told}", key="--metric"
+                f"no record has a metric {name!r}{nearest(name, known)}; {known_text}",
+                key="--metric",
             )
 
 
 def metric_text(metric: str) -> str:
     """`bits_per_byte,none` as `bits per byte`; the filter is said when lm-eval applied one."""
     name, _, applied = metric.partition(",")
-    told = name.replace("_", " ")
-    return told if applied in ("", "none") else f"{told} ({applied})"
+    text = name.replace("_", " ")
+    return text if applied in ("", "none") else f"{text} ({applied})"
 
 
 def hidden_text(hidden: Sequence[str]) -> str:

@@ -255,8 +255,8 @@ def status_column(table: Table) -> TableColumn:
     for row in table.rows:
         records = [result.record for result in row.group.results]
         counts = Counter(record.status for record in records)
-        told = [f"{number} {status}" for status, number in counts.items()]
-        column.values.append(told[0].split()[1] if len(counts) == 1 else ", ".join(told))
+        texts = [f"{number} {status}" for status, number in counts.items()]
+        column.values.append(texts[0].split()[1] if len(counts) == 1 else ", ".join(texts))
         bad = [record for record in records if record.status != "ok"]
         column.marks.append(tuple(table.note(failure_text(row, record)) for record in bad))
     return column

@@ -90,8 +90,9 @@ class TableColumn:
         if decimals is None:
             decimals = decimals_for(self.estimates, self.style.scale)
         marks = self.marks or [()] * len(self.values)
+        common_n = self.common_n
         return [
-            self._text(value, decimals)._replace(marks=mark_text(mark))
+            self._text(value, decimals, common_n)._replace(marks=mark_text(mark))
             for value, mark in zip(self.values, marks, strict=True)
         ]
 
@@ -99,7 +100,7 @@ class TableColumn:
         """Each value on one line, with marks of notes."""
         return [" ".join(part for part in text[:3] if part) + text.marks for text in self.parts()]
 
-    def _text(self, value: Value, decimals: int) -> Text:
+    def _text(self, value: Value, decimals: int, common_n: str) -> Text:
         if not isinstance(value, Estimate):
             return Text(DASH if value is None else value)
         figure = self._number(value.value, decimals) + self.style.suffix
@@ -107,7 +108,7 @@ class TableColumn:
         if value.low is not None and value.high is not None:
             low, high = self._number(value.low, decimals), self._number(value.high, decimals)
             interval = f"[{low}, {high}]"
-        if self.show_n and count(value) != self.common_n:
+        if self.show_n and count(value) != common_n:
             n = f"({count(value).removeprefix('n = ')})"
         return Text(figure, interval, n)
 
@@ -177,7 +178,11 @@ class Table:
     rows: list[Row]
     columns: list[TableColumn] = field(default_factory=list)
     caption: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    _notes: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def notes(self) -> list[str]:
+        return list(self._notes)
 
     def panels(self, by_part: bool = False) -> list[Panel]:
         """The table in parts that fit a page: settings and status with the cost, then with the
@@ -191,18 +196,16 @@ class Table:
             if column.panel in PANELS:
                 part = f": {column.part}" if by_part and column.part else ""
                 parts.setdefault(PANELS[column.panel] + part, []).append(column)
-        for title, own in parts.items():
-            if any(column.estimates for column in own):
+        for title, columns in parts.items():
+            if any(column.estimates for column in columns):
                 rows = [
                     place
                     for place, row in enumerate(self.rows)
-                    if not row.reference or any(column.values[place] for column in own)
+                    if not row.reference or any(column.values[place] for column in columns)
                 ]
-                found.append(Panel(title, common + status + own, rows))
+                found.append(Panel(title, common + status + columns, rows))
         return found or [Panel("", common + status, list(range(len(self.rows))))]
 
     def note(self, text: str) -> int:
         """The number of a note, added unless it is there."""
-        if text not in self.notes:
-            self.notes.append(text)
-        return self.notes.index(text) + 1
+        return self._notes.setdefault(text, len(self._notes) + 1)

@@ -22,7 +22,7 @@ from reports.records.derived import (
 )
 from reports.statistics.intervals import Estimate, NotComparable
 from reports.tables import estimates
-from reports.tables.baseline import Baselines, beyond_axes
+from reports.tables.baseline import Baselines
 from reports.tables.groups import Group
 from reports.tables.metric_columns import figure_column
 from reports.tables.model import Style, Table, TableColumn, bytes_style
@@ -37,7 +37,7 @@ AXES = (
     "train.global_batch_size",
 )
 # Shown whether they differ or not.
-SPREAD = ("parallelism", "devices")
+ALWAYS_SHOWN = ("parallelism", "devices")
 LOSS = "training loss"
 
 
@@ -45,24 +45,16 @@ LOSS = "training loss"
 class OneProcess(Baselines):
     """Each row's baseline is the cell of one process with the same samples in a step."""
 
-    def of(self, item: Group) -> Group | None:
-        """See Baselines.of; of several, the one with the row's own micro batch, else the largest.
-
-        Raises NotComparable when no cell of one process differs in nothing else.
-        """
-        if not self.rows or item in self.rows:
-            return item if item in self.rows else None
-        beyond = {id(other): beyond_axes(item, other, self.axes) for other in self.rows}
-        alike = [other for other in self.rows if not beyond[id(other)]]
-        if not alike:
-            fewest = min(beyond.values(), key=len)
-            raise NotComparable(f"the cell of one process differs in {', '.join(fewest)} too")
+    def choose(self, item: Group) -> Group | str:
+        """Of several, the one with the micro batch of the row, else with the largest."""
+        found = self.comparable_rows.comparable(item)
+        if not found:
+            names = self.comparable_rows.fewest_differences(item)
+            return f"the cell of one process differs in {', '.join(names)} too"
         wanted = global_batch(item.cell)
-        same = [other for other in alike if global_batch(other.cell) == wanted]
+        same = [other for other in found if global_batch(other.cell) == wanted]
         if not same:
-            raise NotComparable(
-                f"no cell of one process has its {wanted} samples in an optimizer step"
-            )
+            return f"no cell of one process has its {wanted} samples in an optimizer step"
         return max(same, key=lambda other: (_micro(other) == _micro(item), _micro(other)))
 
 
@@ -74,18 +66,19 @@ def one_process(groups: Sequence[Group], axes: tuple[str, ...]) -> Baselines:
     """The measured cells of one process."""
     alone = [item for item in groups if not item.cell.strategy.several_devices]
     rows = [item for item in alone if item.measured]
-    told = (
+    return OneProcess(
+        rows,
+        axes,
         "Baseline: the cell of one process that has the same samples in an optimizer step and "
-        "differs in nothing but how they are spread."
+        "differs in nothing but how they are spread.",
     )
-    return OneProcess(rows, axes, told)
 
 
 def batch_column(table: Table) -> TableColumn:
     """Samples of one optimizer step, over all devices."""
     counts = [global_batch(row.group.cell) for row in table.rows]
-    told = [None if count is None else str(count) for count in counts]
-    return TableColumn("global_batch", "Samples per step", "setting", [*told])
+    texts = [None if count is None else str(count) for count in counts]
+    return TableColumn("global_batch", "Samples per step", "setting", [*texts])
 
 
 def rank_columns(table: Table) -> list[TableColumn]:

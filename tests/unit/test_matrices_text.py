@@ -42,7 +42,7 @@ def test_no_file_of_a_record_or_a_report_holds_one(tmp_path: Path) -> None:
     place.mkdir(parents=True)
     write_atomically(place / "record.json", record.to_json())
     assert read_record(place / "record.json") == record, "it is kept as it was"
-    written = write_report(tmp_path / "results", tmp_path / "out")
+    written, _ = write_report(tmp_path / "results", tmp_path / "out")
     for path in [place / "record.json", *written]:
         if path.suffix != ".parquet":
             # plotly's own script, in the page, holds some.

@@ -108,8 +108,8 @@ def test_tables_tell_commits_apart() -> None:
     other_rows, other_model = result(2, model=OLD, data=NEW), result(3, model=NEW, data=OLD)
     sizes = [len(item.results) for item in group([one, two, other_rows, other_model])]
     assert sizes == [2, 1, 1]
-    assert section_key(one.record) == section_key(other_rows.record)
-    assert section_key(one.record) != section_key(other_model.record)
+    assert section_key(one) == section_key(other_rows)
+    assert section_key(one) != section_key(other_model)
     assert one.record.cell.model.revision == f"main@{OLD[:12]}"
     assert by_commit(read()).cell == CELL
 

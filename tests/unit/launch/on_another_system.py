@@ -22,7 +22,7 @@ from typing import Any
 LIBRARIES = (
     "asyncio filelock huggingface_hub multiprocessing.forkserver numpy pandas plotly.graph_objects "
     "psutil pyarrow.parquet pydantic pynvml rich.console scipy.special scipy.stats subprocess "
-    "tabulate typer typer.testing urllib.request uuid yaml"
+    "typer typer.testing urllib.request uuid yaml"
 )
 LINUX_ONLY = {"os": ("pidfd_open", "sched_getaffinity", "sched_setaffinity")}
 POSIX_ONLY = {

@@ -5,10 +5,11 @@ Run as a script it fills the directory given: for looking at reports by eye.
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -245,6 +246,45 @@ def sweep() -> list[Record]:
         record(trained("full", 0, gradient_checkpointing=True)),
     ]  # fmt: skip
     return records
+
+
+def large_sweep(count: int) -> Iterator[tuple[Record, bool]]:
+    """`count` records: base models, then lora (full and qlora among it) of several ranks, target
+    modules and seeds at ever more learning rates; a tenth of them failed. Whether each has a
+    samples file: the base models and every tenth."""
+    cells = itertools.islice(_large_cells(), count)
+    for place, (base, cell) in enumerate(cells):
+        if place % 10 == 7 and not base:
+            yield (
+                record(cell, "failed", reason=f"killed by signal {place % 3}", phase="train"),
+                False,
+            )
+        else:
+            yield record(cell), base or place % 10 == 0
+
+
+def _large_cells() -> Iterator[tuple[bool, Cell]]:
+    for cell in (trained("lora"), trained("qlora")):
+        base = base_cells(cell)
+        yield True, base["quantized" if cell.quantization else "untouched"]
+    for step in itertools.count(1):
+        rate = {"learning_rate": step * 1e-5}
+        for seed in range(3):
+            yield False, trained("full", seed, **rate)
+        for method, rank, targets in itertools.product(
+            ("lora", "qlora"), (8, 16, 64), ("qv", "attention")
+        ):
+            for seed in range(3):
+                yield False, trained(method, seed, rank=rank, target_modules=targets, **rate)
+
+
+def build_large(root: Path, count: int) -> Path:
+    """Write `large_sweep`; gives the directory."""
+    for item, with_samples in large_sweep(count):
+        if not with_samples and item.quality.samples_file is not None:
+            item.quality.samples_file = None
+        write(root, item)
+    return root
 
 
 def build(root: Path) -> Path:

@@ -106,4 +106,4 @@ def test_broken_samples_are_set_aside(tmp_path: Path) -> None:
     path = made.write(tmp_path, made.record(made.trained("full")))
     path.with_name("samples.parquet").write_text("not parquet")
     with pytest.warns(SetAside, match=r"samples\.parquet: not a readable table"):
-        assert load_records(tmp_path)[0].samples is None
+        assert load_records(tmp_path)[0].read_samples() is None

@@ -198,7 +198,7 @@ def test_show_tells_the_whole_record(results: list[Result]) -> None:
 
 def test_write_report_writes_four_files_whole(results_directory: Path, tmp_path: Path) -> None:
     output = tmp_path / "new" / "report"
-    paths = write_report(results_directory, output)
+    paths, _ = write_report(results_directory, output)
     assert sorted(path.name for path in output.iterdir()) == sorted(path.name for path in paths)
     table = pd.read_parquet(output / "records.parquet")
     pd.testing.assert_frame_equal(read_csv(output / "records.csv"), table)

@@ -9,7 +9,13 @@ import pytest
 from scipy import stats
 
 from reports.statistics.comparisons import holm, joint_confidence
-from reports.statistics.intervals import Estimate, counted, mean_interval, spread, t_quantile
+from reports.statistics.intervals import (
+    Estimate,
+    counted,
+    mean_and_range,
+    mean_interval,
+    t_quantile,
+)
 
 # Student's t, 97.5 %, from printed tables.
 T4 = 2.77645
@@ -37,8 +43,8 @@ def test_no_values_is_an_error_not_a_number() -> None:
 
 
 def test_spread_is_the_range_and_nothing_when_equal() -> None:
-    assert spread([7, 7]).low is None
-    found = spread([6, 9])
+    assert mean_and_range([7, 7]).low is None
+    found = mean_and_range([6, 9])
     assert (found.value, found.low, found.high, found.n) == (7.5, 6, 9, 2)
 
 

@@ -39,7 +39,8 @@ def _signals_stay_open() -> Iterator[None]:
 
 
 def processor_seconds() -> float:
-    """Of this process and of its ended children."""
+    """Of this process and of its ended children. Fork servers, which nobody waits for, and what
+    they have forked are not in it."""
     used = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return sum(each.ru_utime + each.ru_stime for each in used)
 

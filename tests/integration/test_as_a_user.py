@@ -208,13 +208,16 @@ def _pristine_copy(target: Path) -> Path:
 
 def _environment_with(wheel: Path, directory: Path) -> Path:
     """A new environment with the wheel; its dependencies are this environment's own."""
-    venv.create(directory, with_pip=True)
+    venv.create(directory)
     python = directory / "bin/python"
     [site] = directory.glob("lib/python*/site-packages")
     ours = next(Path(p) for p in sys.path if p.endswith("site-packages"))
     (site / "dependencies.pth").write_text(f"{ours}\n")
     subprocess.run(
-        [str(python), "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", str(wheel)],
+        [
+            *(sys.executable, "-m", "pip", "--python", str(python)),
+            *("install", "--quiet", "--no-deps", "--no-index", str(wheel)),
+        ],
         check=True,
         capture_output=True,
     )

@@ -161,7 +161,7 @@ def test_nothing_is_lost_when_driver_node_and_user_end_it(
     cluster: RayCluster, environment: dict[str, str], tmp_path: Path
 ) -> None:
     # Two cells fit the cluster, the third waits.
-    write_matrix(tmp_path, steps=240, ranks="[2, 4, 8]")
+    write_matrix(tmp_path, steps=120, ranks="[2, 4, 8]")
     sweeps = []
     try:
         sweeps.append(Sweep(cluster, tmp_path, environment))

@@ -19,7 +19,7 @@ PREDICTION_VERSION = 1
 
 PredictionStatus = Literal["predicted", "invalid", "failed"]
 Outcome = Literal["fits", "fits-after-retries", "oom"]
-Engine = Literal["fake-cuda", "fake-cpu"]
+PredictionEngine = Literal["fake-cuda", "fake-cpu"]
 
 
 class PredictedMemory(Part):
@@ -112,7 +112,7 @@ class Prediction(Part):
     stack: dict[str, str]
     status: PredictionStatus
     reason: str | None = None
-    engine: Engine | None = None
+    engine: PredictionEngine | None = None
     margin: float | None = Field(
         None, description="relative error to allow for; wider where the fake device cannot be had"
     )
@@ -144,6 +144,8 @@ class Request(Part):
     cells: list[Cell]
     gpu: Gpu | None = Field(None, description="what the libraries are told; none: an A100-80GB")
     judge: list[Gpu] = Field(default_factory=list, description="GPUs to give verdicts for")
-    engine: Engine | None = Field(None, description="none: fake-cuda, else fake-cpu with a note")
+    engine: PredictionEngine | None = Field(
+        None, description="none: fake-cuda, else fake-cpu with a note"
+    )
     self_check: bool = True
     workers: int = 1

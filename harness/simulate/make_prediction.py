@@ -6,10 +6,10 @@ from harness.meters.memory.ledger import category
 from harness.meters.steps import TOP_TENSORS
 from harness.records.memory import LiveTensor
 from harness.records.prediction import (
-    Engine,
     PredictedMemory,
     PredictedOutOfMemory,
     Prediction,
+    PredictionEngine,
     PredictionStatus,
     RankMemory,
     Verdict,
@@ -41,7 +41,7 @@ def refused(
 
 
 def prediction(
-    cell: Cell, found: Simulation, engine: Engine, gpu: Gpu | None, stack: dict[str, str]
+    cell: Cell, found: Simulation, engine: PredictionEngine, gpu: Gpu | None, stack: dict[str, str]
 ) -> Prediction:
     """The prediction without verdicts. Without a GPU there is no caching allocator, so
     `peak_reserved_bytes` is None."""
@@ -131,7 +131,7 @@ def verdict(found: Simulation, gpu: Gpu) -> Verdict:
     return made
 
 
-def _margin(found: Simulation, engine: Engine, gpu: Gpu | None) -> float:
+def _margin(found: Simulation, engine: PredictionEngine, gpu: Gpu | None) -> float:
     if engine == "fake-cpu" and gpu is not None:
         return MARGIN_CPU_FOR_GPU
     return MARGIN_ROUTED if "balanced-routing" in found.assumed else MARGIN_DENSE

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import IO, TYPE_CHECKING, Any
 
-from harness.records.prediction import Engine, Prediction, Request, Verdict
+from harness.records.prediction import Prediction, PredictionEngine, Request, Verdict
 from harness.simulate import patches
 from harness.simulate.device import fake_cuda
 from harness.simulate.device import self_check as check
@@ -33,11 +33,11 @@ DEFAULT_GPU = "a100-80gb"
 
 
 @dataclass
-class Simulator:
+class SimulationTarget:
     """How this process simulates: the engine, the GPU torch is told of, the GPUs to give verdicts
     for, and notes from the preparation. `paged` counts managed memory."""
 
-    engine: Engine
+    engine: PredictionEngine
     gpu: Gpu | None
     judge: list[Gpu]
     notes: list[str] = field(default_factory=list)
@@ -48,27 +48,27 @@ def serve(requests: Iterable[str], answers: IO[str]) -> None:
     """Answer every request, as lines with the index of a cell and its prediction. The first request
     decides how this process simulates. Raises UserError for a later one that wants otherwise."""
     warnings.filterwarnings("ignore")
-    simulator = None
+    target = None
     for text in requests:
         request = Request.model_validate_json(text)
-        if simulator is None:
-            first, simulator = request, prepare(request)
+        if target is None:
+            first, target = request, prepare(request)
             gc.collect()
             gc.freeze()
         if _settings(request) != _settings(first):
             raise UserError("one process answers requests with equal settings only")
-        _answer_all(request, simulator, answers)
+        _answer_all(request, target, answers)
 
 
 def _settings(request: Request) -> Request:
     return request.model_copy(update={"cells": [], "workers": 1})
 
 
-def _answer_all(request: Request, simulator: Simulator, answers: IO[str]) -> None:
+def _answer_all(request: Request, target: SimulationTarget, answers: IO[str]) -> None:
     groups: dict[str, list[int]] = {}
     for index, cell in enumerate(request.cells):
         groups.setdefault(simulation_key(cell), []).append(index)
-    for indices, made in _simulate_all(request, simulator, list(groups.values())):
+    for indices, made in _simulate_all(request, target, list(groups.values())):
         for index in indices:
             cell = request.cells[index]
             mine = made.model_copy(update={"cell": cell, "cell_id": cell.cell_id})
@@ -77,35 +77,35 @@ def _answer_all(request: Request, simulator: Simulator, answers: IO[str]) -> Non
         answers.flush()
 
 
-def prepare(request: Request) -> Simulator:
+def prepare(request: Request) -> SimulationTarget:
     """Choose the engine, import the stack, apply the patches."""
-    simulator = _choose(request)
-    on_cuda = simulator.engine == "fake-cuda"
-    patches.before_imports(simulator.gpu if on_cuda else None)
-    simulator.notes += missing_packages.replace_missing()
+    target = _choose(request)
+    on_cuda = target.engine == "fake-cuda"
+    patches.before_imports(target.gpu if on_cuda else None)
+    target.notes += missing_packages.replace_missing()
     import harness.simulate.run  # noqa: F401 - everything heavy, once for all children
 
-    simulator.paged = patches.after_imports()
+    target.paged = patches.after_imports()
     models.architectures()
     patches.fill_conversion_cache()
-    return simulator
+    return target
 
 
-def _choose(request: Request) -> Simulator:
+def _choose(request: Request) -> SimulationTarget:
     """The fake cuda device if it works here, else fake CPU tensors. Raises UserError if the request
     insists on fake cuda."""
     gpu = request.gpu or next(iter(request.judge), None)
     if request.engine == "fake-cpu":
-        return Simulator("fake-cpu", gpu, request.judge)
+        return SimulationTarget("fake-cpu", gpu, request.judge)
     gpu = gpu or gpu_named(DEFAULT_GPU)
     reason = _unavailable(gpu, request.self_check)
     if reason is None:
-        return Simulator("fake-cuda", gpu, request.judge)
+        return SimulationTarget("fake-cuda", gpu, request.judge)
     if request.engine == "fake-cuda":
         raise UserError(f"the fake cuda device cannot be had here: {reason}")
     note = f"the fake cuda device cannot be had here ({reason}): simulated on fake CPU tensors"
     print(f"tunebench: note: {note}", file=sys.stderr)
-    return Simulator("fake-cpu", gpu, request.judge, [note])
+    return SimulationTarget("fake-cpu", gpu, request.judge, [note])
 
 
 def _unavailable(gpu: Gpu, self_check: bool) -> str | None:
@@ -144,7 +144,7 @@ def simulation_key(cell: Cell) -> str:
 
 
 def _simulate_all(
-    request: Request, simulator: Simulator, groups: list[list[int]]
+    request: Request, target: SimulationTarget, groups: list[list[int]]
 ) -> Iterator[tuple[list[int], Prediction]]:
     """Simulate each group in a fork, `request.workers` at a time; yields answers as they arrive."""
     waiting = list(reversed(groups))
@@ -152,7 +152,7 @@ def _simulate_all(
         active: dict[int, _Child] = {}
         while waiting or active:
             while waiting and len(active) < max(1, request.workers):
-                child = _Child.start(request.cells[waiting[-1][0]], simulator, waiting.pop())
+                child = _Child.start(request.cells[waiting[-1][0]], target, waiting.pop())
                 active[child.pipe] = child
                 running.register(child.pipe, selectors.EVENT_READ)
             for key, _ in running.select():
@@ -174,11 +174,11 @@ class _Child:
     output: bytes = b""
 
     @classmethod
-    def start(cls, cell: Cell, simulator: Simulator, indices: list[int]) -> _Child:
+    def start(cls, cell: Cell, target: SimulationTarget, indices: list[int]) -> _Child:
         def answer() -> str:
             # Trainers print their last metrics, which are no figures here.
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            return _answer(cell, simulator).model_dump_json()
+            return _answer(cell, target).model_dump_json()
 
         return cls(*fork_to_answer(answer), indices)
 
@@ -201,35 +201,35 @@ class _Child:
         return Prediction.model_validate_json(self.output)
 
 
-def _verdicts(cell: Cell, simulator: Simulator, found: Simulation) -> list[Verdict]:
+def _verdicts(cell: Cell, target: SimulationTarget, found: Simulation) -> list[Verdict]:
     """A verdict for every GPU of the request. A GPU with other kernels or workspaces needs a
     simulation of its own (run.kind); the others only have another capacity."""
     from harness.simulate import make_prediction, run
 
-    simulated = {run.kind(simulator.gpu): found} if simulator.gpu is not None else {}
+    simulated = {run.kind(target.gpu): found} if target.gpu is not None else {}
     made = []
-    for gpu in simulator.judge:
+    for gpu in target.judge:
         if run.kind(gpu) not in simulated:
-            on_cuda = simulator.engine == "fake-cuda"
+            on_cuda = target.engine == "fake-cuda"
             if on_cuda:
                 patches.switch_gpu(gpu)
-            simulated[run.kind(gpu)] = run.simulate(cell, gpu, on_cuda, simulator.paged)
+            simulated[run.kind(gpu)] = run.simulate(cell, gpu, on_cuda, target.paged)
         made.append(make_prediction.verdict(simulated[run.kind(gpu)], gpu))
     return made
 
 
-def _answer(cell: Cell, simulator: Simulator) -> Prediction:
+def _answer(cell: Cell, target: SimulationTarget) -> Prediction:
     """Simulate in this (forked) process. User errors and failures become answers too."""
     from harness.simulate import make_prediction
     from harness.simulate.run import simulate
 
-    on_cuda = simulator.engine == "fake-cuda"
+    on_cuda = target.engine == "fake-cuda"
     try:
-        found = simulate(cell, simulator.gpu, on_cuda, simulator.paged)
+        found = simulate(cell, target.gpu, on_cuda, target.paged)
         made = make_prediction.prediction(
-            cell, found, simulator.engine, simulator.gpu, missing_packages.versions()
+            cell, found, target.engine, target.gpu, missing_packages.versions()
         )
-        made.verdicts = _verdicts(cell, simulator, found)
+        made.verdicts = _verdicts(cell, target, found)
     except UserError as error:
         return make_prediction.refused(cell, "invalid", str(error), missing_packages.versions())
     except Exception as error:
@@ -237,5 +237,5 @@ def _answer(cell: Cell, simulator: Simulator) -> Prediction:
         traceback.print_exc()
         reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         return make_prediction.refused(cell, "failed", reason, missing_packages.versions())
-    made.assumptions += simulator.notes
+    made.assumptions += target.notes
     return made

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import get_args
 
 from harness.records import provenance
-from harness.records.prediction import Engine, Prediction, Request
+from harness.records.prediction import Prediction, PredictionEngine, Request
 from harness.system.platforms import prediction_obstacle
 from launch.display.progress import Display
 from launch.predict.cache import PredictionCache
@@ -32,7 +32,7 @@ class PredictionOptions:
     gpu: Gpu | None = None
     judge: tuple[Gpu, ...] = ()
     overlay: Overlay = field(default_factory=Overlay)
-    engine: Engine | None = None
+    engine: PredictionEngine | None = None
     self_check: bool = True
     workers: int | None = None
     fresh: bool = False
@@ -87,16 +87,16 @@ def _predict(
     return [found[cell.cell_id] for cell in cells]
 
 
-def checked_engine(name: str | None) -> Engine | None:
+def checked_engine(name: str | None) -> PredictionEngine | None:
     """Raises UserError for an unknown engine."""
-    for engine in get_args(Engine):
+    for engine in get_args(PredictionEngine):
         if name == engine:
             return engine  # type: ignore[no-any-return]
     if name is None:
         return None
     raise UserError(
-        f"no such engine{nearest(name, get_args(Engine))}; there are "
-        f"{' and '.join(get_args(Engine))}",
+        f"no such engine{nearest(name, get_args(PredictionEngine))}; there are "
+        f"{' and '.join(get_args(PredictionEngine))}",
         where=f"--engine {name}",
     )
 

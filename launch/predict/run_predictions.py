@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import psutil
 
 from harness.records import provenance
-from harness.records.prediction import Engine, Prediction
+from harness.records.prediction import Prediction, PredictionEngine
 from harness.records.record import Record, RecordedPrediction
 from launch.display.progress import Display
 from launch.predict.gpu_choice import gpu_of_this_machine
@@ -21,7 +21,7 @@ from reports.predictions.step_time import Step, device_name, past_steps, with_ex
 from reports.text import bytes_text
 
 # The meter that measures what a prediction engine predicts.
-COUNTED_BY: dict[Engine, str] = {"fake-cuda": "cuda_allocated", "fake-cpu": "ledger"}
+COUNTED_BY: dict[PredictionEngine, str] = {"fake-cuda": "cuda_allocated", "fake-cpu": "ledger"}
 
 
 @dataclass(frozen=True)

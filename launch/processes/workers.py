@@ -18,7 +18,7 @@ from typing import Protocol
 import psutil
 from filelock import FileLock
 
-from harness.ranks import state_files
+from harness.ranks import launch_environment, state_files
 from harness.ranks.launch_command import runs_accelerate
 from harness.ranks.launch_environment import RankPosition
 from harness.system import child_process, parent_death
@@ -112,9 +112,7 @@ def _rank_main(
     lock = FileLock(worker_lock, timeout=GRACE_SECONDS, thread_local=False)
     with lock if place.rank == 0 else contextlib.nullcontext():
         if ranks.launch_arguments:
-            importlib.import_module("harness.ranks.launch_environment").enter(
-                list(ranks.launch_arguments), place
-            )
+            launch_environment.set_environment(list(ranks.launch_arguments), place)
         code = importlib.import_module(module).run(directory / "cell.json", directory)
         sys.stdout.flush()
         sys.stderr.flush()
